@@ -1,0 +1,183 @@
+"""Safetensors in and out: headers without torch, tensors one at a time, shards as they fill.
+
+A safetensors file is 8 bytes (little-endian length of the header), the header (JSON: name → dtype, shape, byte
+range), then the bytes of the tensors.  https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmq.checkpoint.config import read_json
+from llmq.errors import LlmqError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
+DEFAULT_SHARD_BYTES = 4 * 2**30
+MAX_HEADER_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor. ``dtype`` is safetensors' name for it: F32, BF16, I32, …"""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+class Tensors:
+    """The tensors of a model folder, known by their headers, read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read every header, and check that every shard is as long as its header says.
+
+        Raises LlmqError when there are no weights, only pickled ones, or a shard is missing or cut short.
+        """
+        self.folder = folder
+        self.infos: dict[str, TensorInfo] = {}
+        for file in _weight_files(folder):
+            self.infos.update(_read_header(file))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.infos
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.infos.values())
+
+    def load(self, name: str, device: str = "cpu") -> Tensor:
+        """One tensor, as stored. Raises LlmqError when the folder does not have it."""
+        from safetensors import safe_open
+
+        if name not in self.infos:
+            raise LlmqError(
+                f"{self.folder} has no tensor {name}", "the folder is incomplete, or its config.json is another's"
+            )
+        with safe_open(self.infos[name].file, framework="pt", device=device) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise LlmqError(f"{folder / INDEX} has no weight_map")
+        files = [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        raise LlmqError(
+            f"{folder} has only pickled weights ({pickled[0]}), which can run code when they are read",
+            "save the model as safetensors: model.save_pretrained(folder, safe_serialization=True)",
+        )
+    raise LlmqError(f"{folder} has no weights", "it should hold *.safetensors files")
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    truncated = LlmqError(f"{file} is cut short or damaged", "download or copy it again")
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if header_bytes > min(size - 8, MAX_HEADER_BYTES):
+                raise truncated
+            header: dict[str, Any] = json.loads(stream.read(header_bytes))
+        header.pop("__metadata__", None)
+        infos = {
+            name: TensorInfo(
+                file,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        }
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except FileNotFoundError:
+        raise LlmqError(f"{file} is missing", "download or copy it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise truncated from None
+    if 8 + header_bytes + end != size:
+        raise truncated
+    return infos
+
+
+class ShardWriter:
+    """Writes tensors into ``folder`` as safetensors shards of about ``shard_bytes``, with an index when several.
+
+    Tensors that share no storage may be added in any order; a name may be added once. Call ``close`` at the end.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self.num_bytes = 0
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._names: set[str] = set()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if name in self._names:
+            raise ValueError(f"{name} is written twice")
+        self._names.add(name)
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous().cpu()
+        self._pending_bytes += size
+        self.num_bytes += size
+
+    def add_all(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in tensors:
+            self.add(name, tensor)
+
+    def close(self) -> None:
+        """Write what is pending, give the shards their final names, and write the index."""
+        self._flush()
+        if len(self._shards) == 1:
+            self._part(0).rename(self.folder / SINGLE)
+            return
+        total = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            final = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+            self._part(number).rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.folder / INDEX, index)
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number}.safetensors"
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        if not self._pending:
+            return
+        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending = {}
+        self._pending_bytes = 0
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` to ``path`` whole: under another name first, then renamed."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,61 @@
+"""The command line: one file a subcommand, each of which parses, calls the library and prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from llmq import __version__
+from llmq.cli import bench, env, eval_, generate, memplan, quantize
+from llmq.cli.console import print_error
+from llmq.errors import LlmqError
+
+app = typer.Typer(
+    help="Quantize a language model, plan its memory, generate with it, and measure what was won and lost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quantize")(quantize.quantize)
+app.command("memplan")(memplan.memplan)
+app.command("generate")(generate.generate)
+app.add_typer(bench.app, name="bench")
+app.command("eval")(eval_.evaluate)
+app.command("env")(env.env)
+
+DEBUG = "LLMQ_DEBUG"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar=DEBUG, help="Show a traceback when something fails.")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 1 failed, 2 usage, 3 does not fit or check failed, 130 Ctrl-C."""
+    try:
+        app()
+    except LlmqError as error:
+        if os.environ.get(DEBUG):
+            raise
+        print_error(error)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our stdout left (head, less): nothing more to say, and nothing left to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

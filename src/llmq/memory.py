@@ -1,0 +1,125 @@
+"""Every byte formula. The planner prints what the KV pool allocates by and the quantizer writes: one home for each.
+
+All results are bytes unless the name says otherwise. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from llmq.errors import USAGE, LlmqError
+from llmq.scheme import Scheme
+
+if TYPE_CHECKING:  # the formulas read its numbers; the module stays below the checkpoint package
+    from llmq.checkpoint.config import ModelConfig
+
+RESERVED_BLOCKS = 1
+"""Block 0 of every pool is where padding rows read and write; no sequence ever owns it."""
+SCALE_BYTES = 2
+GROUP_INDEX_BYTES = 4
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base ** (power + 1)
+    for power, prefix in enumerate("kmgt")
+    for suffix, base in (("ib", 1024), ("b", 1000), ("", 1024))
+}
+
+
+# Units
+
+
+def parse_bytes(text: str) -> int:
+    """``512MiB``, ``80GB``, ``24GiB``, ``1048576`` → bytes. A bare K, M, G, T counts in 1024s."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise LlmqError(f"{text!r} is not a size of memory", "write it like 512MiB or 80GB", exit_code=USAGE)
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def format_bytes(count: float) -> str:
+    """1536 → ``1.50 KiB``"""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+
+
+# KV cache
+
+
+def textbook_kv_bytes(batch: int, max_tokens: int, layers: int, d_model: int, dtype_bytes: int) -> int:
+    """``b × N_max × layers × d_model × 2 × bytes``: the keys and values of plain multi-head attention."""
+    return batch * max_tokens * layers * d_model * 2 * dtype_bytes
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int) -> int:
+    """Keys and values of one token in all layers, for the heads that the model really caches."""
+    return config.num_layers * config.num_kv_heads * config.head_dim * 2 * dtype_bytes
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype_bytes: int) -> int:
+    """One block of the pool: ``block_size`` tokens in all layers."""
+    return block_size * kv_bytes_per_token(config, dtype_bytes)
+
+
+def kv_bytes(config: ModelConfig, batch: int, tokens: int, block_size: int, dtype_bytes: int) -> int:
+    """What ``batch`` sequences of ``tokens`` tokens take of the pool, whole blocks each."""
+    return batch * blocks_for(tokens, block_size) * block_bytes(config, block_size, dtype_bytes)
+
+
+def pool_blocks(budget: int, config: ModelConfig, block_size: int, dtype_bytes: int) -> int:
+    """Blocks in a pool of ``budget`` bytes, the reserved one among them."""
+    return budget // block_bytes(config, block_size, dtype_bytes)
+
+
+# Weights
+
+
+def linear_bytes(out_features: int, in_features: int, scheme: Scheme | None, dtype_bytes: int) -> int:
+    """One linear layer; in a scheme: codes, fp16 scales, zero points and group index, as GPTQ has them."""
+    weights = out_features * in_features
+    if scheme is None or not scheme.divides(in_features):
+        return weights * dtype_bytes
+    groups = scheme.num_groups(in_features)
+    codes = weights * scheme.bits // 8
+    zero_points = groups * out_features * scheme.bits // 8
+    return codes + zero_points + groups * out_features * SCALE_BYTES + in_features * GROUP_INDEX_BYTES
+
+
+def block_linear_bytes(config: ModelConfig, scheme: Scheme | None, dtype_bytes: int) -> int:
+    """The linear layers of one decoder block."""
+    return sum(linear_bytes(out, inp, scheme, dtype_bytes) for out, inp in config.linears.values())
+
+
+def weight_bytes(config: ModelConfig, scheme: Scheme | None, dtype_bytes: int) -> int:
+    """The whole model: quantized linears of the blocks; embeddings, head, norms and biases in the model's dtype."""
+    embedding = config.vocab_size * config.hidden_size
+    embeddings = embedding if config.tied_embeddings else 2 * embedding
+    norms = config.num_layers * (2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0))
+    rest = (embeddings + norms + config.hidden_size + config.num_layers * _block_biases(config)) * dtype_bytes
+    return rest + config.num_layers * block_linear_bytes(config, scheme, dtype_bytes)
+
+
+def _block_biases(config: ModelConfig) -> int:
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    mlp = 2 * config.intermediate_size + config.hidden_size
+    return config.qkv_bias * qkv + config.o_bias * config.hidden_size + config.mlp_bias * mlp
+
+
+# Activations
+
+
+def activation_bytes(config: ModelConfig, batched_tokens: int, sampled_rows: int, dtype_bytes: int) -> int:
+    """The widest moment of a step: a block's hidden states and MLP, or the fp32 logits and their sampling copies."""
+    mlp = batched_tokens * (3 * config.hidden_size + 3 * config.intermediate_size) * dtype_bytes
+    logits = sampled_rows * config.vocab_size * 4 * LOGITS_COPIES
+    return max(mlp, logits) + batched_tokens * config.hidden_size * dtype_bytes
+
+
+LOGITS_COPIES = 5
+"""fp32 [rows, vocabulary] tensors that sampling holds at once: logits, sorted, order, probabilities, noise."""

@@ -1,0 +1,1 @@
+"""The device's side of generation: a StepPlan in, token ids out. Never imports ``llmq.engine``."""

@@ -1,0 +1,103 @@
+"""Model folder → decoder on a device: weights as stored, quantized linears through the format of the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llmq.checkpoint.config import ModelConfig, read_config
+from llmq.checkpoint.formats import gptq
+from llmq.checkpoint.tensors import Tensors
+from llmq.errors import LlmqError
+from llmq.runtime.decoder import Decoder, DecoderLayer
+from llmq.runtime.linear import quantized_linear
+
+EMBEDDING = "model.embed_tokens"
+FINAL_NORM = "model.norm"
+HEAD = "lm_head"
+
+
+def block_name(layer: int) -> str:
+    """The checkpoint's name of a decoder block."""
+    return f"model.layers.{layer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An opened model folder, and where its tensors go."""
+
+    config: ModelConfig
+    tensors: Tensors
+    device: str
+    dtype: torch.dtype
+
+    def load(self, name: str) -> Tensor:
+        return self.tensors.load(name, self.device).to(self.dtype)
+
+
+def open_source(folder: Path, device: str, dtype: torch.dtype) -> Source:
+    """Read config and headers; no weight yet. LlmqError on whatever is wrong with the folder."""
+    return Source(read_config(folder), Tensors(folder), device, dtype)
+
+
+def load_decoder(source: Source) -> Decoder:
+    """The whole model. Raises LlmqError when a tensor is missing or its shape is not what config.json says."""
+    with torch.device("meta"):
+        model = Decoder(source.config)
+    _fill(model.embed_tokens, EMBEDDING, source)
+    for layer in range(source.config.num_layers):
+        model.layers[layer] = load_layer(source, layer)
+    _fill(model.norm, FINAL_NORM, source)
+    if source.config.tied_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    else:
+        _fill(model.lm_head, HEAD, source)
+    return model.eval().requires_grad_(False)
+
+
+def load_layer(source: Source, layer: int) -> DecoderLayer:
+    """One decoder block, its linears dense or quantized as the folder has them."""
+    with torch.device("meta"):
+        block = DecoderLayer(source.config, layer)
+    unpack = _unpacker(source)
+    for local_name, module in list(block.named_modules()):
+        name = f"{block_name(layer)}.{local_name}"
+        if isinstance(module, nn.Linear) and unpack is not None and gptq.is_packed(name, source.tensors):
+            bias = source.load(f"{name}.bias") if f"{name}.bias" in source.tensors else None
+            block.set_submodule(local_name, unpack(name, bias))
+        else:
+            _fill(module, name, source)
+    return block.eval().requires_grad_(False)
+
+
+def _unpacker(source: Source) -> Callable[[str, Tensor | None], nn.Module] | None:
+    quantization = source.config.quantization
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method")
+    if method != gptq.METHOD:
+        raise LlmqError(
+            f"{source.tensors.folder}: quantized by {method!r}, which is not supported", "use a GPTQ folder"
+        )
+    config = gptq.read_gptq_config(quantization)
+
+    def unpack(name: str, bias: Tensor | None) -> nn.Module:
+        return quantized_linear(gptq.unpack_weight(name, source.tensors, config, source.device), bias, source.dtype)
+
+    return unpack
+
+
+def _fill(module: nn.Module, name: str, source: Source) -> None:
+    """Give ``module`` its own parameters from the folder (children are filled on their own)."""
+    for parameter_name, parameter in list(module.named_parameters(recurse=False)):
+        tensor = source.load(f"{name}.{parameter_name}")
+        if tensor.shape != parameter.shape:
+            raise LlmqError(
+                f"{name}.{parameter_name} is {list(tensor.shape)}, and config.json makes it {list(parameter.shape)}",
+                "the folder's config.json is another model's",
+            )
+        setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))
