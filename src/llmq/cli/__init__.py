@@ -36,7 +36,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def _common(
     debug: Annotated[
         bool, typer.Option("--debug", envvar=DEBUG, help="Show a traceback when something fails.")
     ] = False,

@@ -65,7 +65,7 @@ class SamplingParams:
                 raise LlmqError(f"{name} must be {rule}, not {getattr(self, name)}", f"check {flag}", exit_code=USAGE)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """One completion in the making. ``sequence_id`` grows with arrival: the smaller, the earlier."""
 

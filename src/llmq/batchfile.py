@@ -1,0 +1,218 @@
+"""Prompts from a file, completions to a file: what ``llmq generate -i … -o …`` reads and writes.
+
+An input line is a JSON object with ``prompt`` or ``messages`` and whatever else the user keeps there; of a .txt file,
+the prompt itself. An output line is a JSON object: the fields of its input line, and
+
+    index              of the input line among the prompts, from 0
+    sample             of n, where n > 1
+    text, token_ids, finish_reason, prompt_tokens, completion_tokens
+    logprobs           one object a token: logprob, top: [[token id, logprob], …]; where asked for
+    error              where the prompt was refused; finish_reason is then "error"
+
+Lines are appended as prompts finish, each whole, so that a run that was killed goes on from there; when all are done
+the file is put in the order of the prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmq.errors import LlmqError
+from llmq.llm import Completion, Prompt, RequestOutput
+
+STDIO = "-"
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str | None = Field(None, min_length=1)
+    messages: list[_Message] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> _Line:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("a line holds either a prompt or messages")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt of the input. ``fields`` is its line, to be repeated in the output."""
+
+    index: int
+    prompt: Prompt
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_jobs(path: str, *, chat: bool) -> list[Job]:
+    """The prompts in ``path``: .jsonl, .txt with one a line, or ``-`` for either on stdin.
+
+    ``chat``: a plain prompt is what a user says to the model. Raises LlmqError, with the number of the line, at the
+    first one that cannot be used.
+    """
+    text = _read_text(path)
+    is_json = path.endswith((".jsonl", ".json")) or (path == STDIO and text.lstrip().startswith("{"))
+    jobs: list[Job] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        fields = _parse_line(line, f"{path}, line {number}") if is_json else {"prompt": line}
+        jobs.append(Job(len(jobs), to_prompt(fields, chat=chat), fields))
+    if not jobs:
+        raise LlmqError(f"{path} holds no prompts", 'write one a line, or {"prompt": "…"} a line in a .jsonl file')
+    return jobs
+
+
+def to_prompt(fields: Mapping[str, Any], *, chat: bool) -> Prompt:
+    if "messages" in fields:
+        return list(fields["messages"])
+    return [{"role": "user", "content": fields["prompt"]}] if chat else str(fields["prompt"])
+
+
+def output_lines(job: Job, output: RequestOutput) -> list[dict[str, Any]]:
+    """The lines of the output file for one prompt: one for each completion, or one that says why there is none."""
+    start = {**job.fields, "index": job.index}
+    prompt_tokens = len(output.prompt_token_ids)
+    if output.error is not None:
+        nothing = {"text": "", "token_ids": [], "finish_reason": "error", "prompt_tokens": prompt_tokens}
+        return [{**start, **nothing, "completion_tokens": 0, "error": output.error.message}]
+    numbered = len(output.completions) > 1
+    return [
+        {**start, **({"sample": completion.index} if numbered else {}), **_answer(completion, prompt_tokens)}
+        for completion in output.completions
+    ]
+
+
+class OutputFile:
+    """The file that completions go to while a run lasts. Use ``open_output``."""
+
+    def __init__(self, path: Path, done: dict[int, list[dict[str, Any]]]) -> None:
+        self.done = done
+        self._path = path
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, job: Job, output: RequestOutput) -> None:
+        lines = output_lines(job, output)
+        # One write for all lines of a prompt, and flushed: a kill leaves at most one line cut short, the last.
+        self._stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self._stream.flush()
+        self.done[job.index] = lines
+
+    def close(self, *, complete: bool) -> None:
+        self._stream.close()
+        if not any("error" not in line for lines in self.done.values() for line in lines):
+            self._path.unlink()  # nothing was answered: nothing is left behind
+        elif complete:
+            _write_whole(self._path, self.done)
+
+
+@contextmanager
+def open_output(
+    path: Path, jobs: Sequence[Job], *, samples: int, resume: bool, overwrite: bool
+) -> Iterator[OutputFile]:
+    """The output file, for the length of a run. ``OutputFile.done`` says which prompts it holds already.
+
+    Raises LlmqError when the file exists and neither ``resume`` nor ``overwrite`` says what to do with it, when it was
+    made from other prompts, or when it cannot be written.
+    """
+    done: dict[int, list[dict[str, Any]]] = {}
+    if path.exists() and not overwrite:
+        if not resume:
+            raise LlmqError(f"{path} exists already", "pass --resume to go on with it, or --overwrite")
+        done = _read_done(path, jobs, samples)
+    try:
+        # What was cut short, and what failed and is tried again, goes first.
+        _write_whole(path, done)
+        file = OutputFile(path, done)
+    except OSError as error:
+        raise LlmqError(f"{path} cannot be written: {error.strerror}", "choose another --output") from None
+    complete = False
+    try:
+        yield file
+        complete = True
+    except OSError as error:
+        raise LlmqError(f"{path} cannot be written: {error.strerror}", "free some space, then pass --resume") from error
+    finally:
+        file.close(complete=complete)
+
+
+def _read_text(path: str) -> str:
+    try:
+        return sys.stdin.read() if path == STDIO else Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise LlmqError(f"{path} cannot be read: {error.strerror}", "check --input") from None
+    except UnicodeDecodeError as error:
+        raise LlmqError(f"{path} is not UTF-8 text: byte {error.start} is not", "save it as UTF-8") from None
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    hint = 'a line is a JSON object with "prompt": a text, or "messages": [{"role": …, "content": …}]'
+    try:
+        fields = json.loads(line)
+        _Line.model_validate(fields)
+    except json.JSONDecodeError as error:
+        raise LlmqError(f"{where} is not JSON: {error.msg} at column {error.colno}", hint) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise LlmqError(f"{where}: {place + ': ' if place else ''}{first['msg']}", hint) from None
+    result: dict[str, Any] = fields
+    return result
+
+
+def _answer(completion: Completion, prompt_tokens: int) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": len(completion.token_ids),
+    }
+    if completion.logprobs:
+        answer["logprobs"] = [{"logprob": token.logprob, "top": token.top} for token in completion.logprobs]
+    return answer
+
+
+def _read_done(path: Path, jobs: Sequence[Job], samples: int) -> dict[int, list[dict[str, Any]]]:
+    """The prompts that ``path`` answers in full. A last line that was cut short, and errors, do not count."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            fields = json.loads(line)
+            index, error = fields["index"], fields.get("error")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+        asked = jobs[index].fields if index in range(len(jobs)) else {}
+        if not asked or any(fields.get(key) != asked.get(key) for key in ("prompt", "messages")):
+            raise LlmqError(f"{path} holds answers to other prompts", "choose another --output, or pass --overwrite")
+        if error is None:
+            found.setdefault(index, []).append(fields)
+    return {index: lines for index, lines in found.items() if len(lines) == samples}
+
+
+def _write_whole(path: Path, lines_by_index: Mapping[int, list[dict[str, Any]]]) -> None:
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            for index in sorted(lines_by_index):
+                stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines_by_index[index])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""``llmq generate``"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llmq import memory
+from llmq.cli import options
+from llmq.cli.console import err, print_json
+from llmq.engine.options import EngineOptions
+from llmq.engine.request import SamplingParams
+from llmq.errors import USAGE, LlmqError
+
+if TYPE_CHECKING:
+    from llmq.batchfile import Job
+    from llmq.llm import LLM, RequestOutput
+
+_SAMPLING = SamplingParams()
+_ENGINE = EngineOptions()
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[list[str] | None, typer.Option("-p", "--prompt", help="A prompt; may be repeated.")] = None,
+    input: Annotated[
+        str | None,
+        typer.Option("-i", "--input", metavar="FILE", help="Prompts: .jsonl, .txt with one a line, or - for stdin."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FILE", help="Completions as JSON lines; - for stdout.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="New tokens at most.")] = _SAMPLING.max_tokens,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = _SAMPLING.temperature,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that reach this.")] = _SAMPLING.top_p,
+    top_k: Annotated[int, typer.Option(help="Draw among the k likeliest; 0: all.")] = _SAMPLING.top_k,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.", show_default=False)] = _SAMPLING.seed,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends a completion; may be repeated.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Completions of each prompt.")] = _SAMPLING.n,
+    logprobs: Annotated[
+        int | None, typer.Option(metavar="K", help="Log-probabilities of the drawn and the K likeliest tokens.")
+    ] = _SAMPLING.logprobs,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip what the output file already holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print a lone prompt's text as it comes.")
+    ] = True,
+    max_num_seqs: options.MaxNumSeqs = _ENGINE.max_num_seqs,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = _ENGINE.max_num_batched_tokens,
+    block_size: options.BlockSize = _ENGINE.block_size,
+    kv_cache_memory: options.KVCacheMemory = None,
+    gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+    revision: options.Revision = None,
+    json: options.Json = False,
+) -> None:
+    """Complete prompts with the built-in engine: paged KV cache, continuous batching.
+
+    llmq generate demo -p "def " --max-tokens 64
+
+    llmq generate demo -i prompts.jsonl -o completions.jsonl --resume
+    """
+    if bool(prompt) == (input is not None):
+        raise LlmqError("give prompts either by --prompt or by --input", 'try: -p "def "', exit_code=USAGE)
+    if resume and output in (None, "-"):
+        raise LlmqError("--resume goes on with an output file", "name it: -o completions.jsonl", exit_code=USAGE)
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), n, logprobs, ignore_eos)
+    engine = EngineOptions(
+        max_num_seqs,
+        max_num_batched_tokens,
+        block_size,
+        None if kv_cache_memory is None else memory.parse_bytes(kv_cache_memory),
+        gpu_memory_utilization,
+    )
+
+    from llmq.batchfile import STDIO, Job, open_output, read_jobs, to_prompt
+    from llmq.llm import LLM
+
+    if input is not None:
+        jobs = read_jobs(input, chat=chat)
+        output = output or (None if json else STDIO)
+    else:
+        lines = [{"prompt": text} for text in prompt or []]
+        jobs = [Job(index, to_prompt(line, chat=chat), line) for index, line in enumerate(lines)]
+
+    def load() -> LLM:
+        return LLM(model, revision=revision, dtype=dtype, device=device, options=engine)
+
+    started = time.perf_counter()
+    if output not in (None, STDIO):
+        with open_output(Path(output), jobs, samples=n, resume=resume, overwrite=overwrite) as file:
+            todo = [job for job in jobs if job.index not in file.done]
+            if len(todo) < len(jobs):
+                err.print(f"{len(jobs) - len(todo)} of {len(jobs)} prompts are answered already")
+            llm = load()
+            started = time.perf_counter()
+            results = []
+            for job, result in _as_completed(llm, todo, params):
+                file.write(job, result)
+                results.append(result)
+    else:
+        llm = load()
+        started = time.perf_counter()
+        results = _print_results(llm, jobs, params, lines=output == STDIO, json=json, stream=stream)
+    _summarize(llm, results, time.perf_counter() - started)
+    _raise_if_failed(results)
+
+
+def _as_completed(llm: LLM, jobs: Sequence[Job], params: SamplingParams) -> Iterable[tuple[Job, RequestOutput]]:
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
+        task = progress.add_task("prompts", total=len(jobs))
+        for result in llm.as_completed([job.prompt for job in jobs], params):
+            progress.advance(task)
+            yield jobs[result.index], result
+
+
+def _print_results(
+    llm: LLM, jobs: Sequence[Job], params: SamplingParams, *, lines: bool, json: bool, stream: bool
+) -> list[RequestOutput]:
+    """Print on stdout: JSON lines as prompts finish, one JSON object, a stream of text, or texts in order."""
+    from json import dumps
+
+    from llmq.batchfile import output_lines
+    from llmq.llm import TextDelta
+
+    prompts = [job.prompt for job in jobs]
+    results: list[RequestOutput] = []
+    if lines:
+        for job, result in _as_completed(llm, jobs, params):
+            print("\n".join(dumps(line, ensure_ascii=False) for line in output_lines(job, result)), flush=True)
+            results.append(result)
+    elif stream and not json and len(jobs) == 1 and params.n == 1:
+        for event in llm.stream(prompts, params):
+            if isinstance(event, TextDelta):
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+            else:
+                results.append(event)
+        if not any(result.error for result in results):
+            print()
+    else:
+        results = llm.generate(prompts, params)
+        everything: list[dict[str, Any]] = [
+            line for job, result in zip(jobs, results, strict=True) for line in output_lines(job, result)
+        ]
+        if json:
+            print_json("llmq.generate/1", {"outputs": everything})
+        else:
+            for line in everything:
+                if len(everything) > 1:
+                    sample = f" · {line['sample']}" if "sample" in line else ""
+                    err.rule(f"{line['index']}{sample}", align="left")
+                print(line["text"])
+    return results
+
+
+def _summarize(llm: LLM, results: Sequence[RequestOutput], seconds: float) -> None:
+    new = sum(len(completion.token_ids) for result in results for completion in result.completions)
+    read = sum(len(result.prompt_token_ids) for result in results)
+    stats = llm.stats
+    err.print(
+        f"{len(results)} prompts, {read} tokens in, {new} out in {seconds:.2f} s "
+        f"({new / seconds:.0f} tokens/s on {llm.device}); KV cache {stats.peak_blocks} of {stats.total_blocks} blocks"
+        + (f", {stats.preemptions} preemptions" if stats.preemptions else ""),
+        style="dim",
+    )
+
+
+def _raise_if_failed(results: Sequence[RequestOutput]) -> None:
+    failed = [result for result in results if result.error is not None]
+    if not failed:
+        return
+    first = failed[0].error
+    assert first is not None
+    if len(results) == 1:
+        raise first
+    raise LlmqError(
+        f"{len(failed)} of {len(results)} prompts failed; the first, {failed[0].index}: {first.message}", first.hint
+    )

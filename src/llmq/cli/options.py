@@ -1,0 +1,20 @@
+"""Options that several commands share, so that they are named, explained and read alike."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or 'demo'.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DType = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that may run at once.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens that one step may compute.")]
+BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")]
+KVCacheMemory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="KV cache, e.g. 512MiB. [default: what is free]", show_default=False)
+]
+GpuMemoryUtilization = Annotated[float, typer.Option(help="Share of the GPU's whole memory to use.")]

@@ -1,0 +1,1 @@
+"""Questions asked of ``llmq.memory``: does it fit, how many at once, how long. Imports no torch."""

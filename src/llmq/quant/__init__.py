@@ -1,0 +1,1 @@
+"""Offline quantization: a model folder in, a smaller model folder out."""

@@ -1,0 +1,95 @@
+"""A text → the windows of tokens that calibrate a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.checkpoint.config import ModelConfig
+from llmq.checkpoint.folder import demo_folder
+from llmq.errors import LlmqError
+from llmq.quant.options import Calibration
+
+CHARACTERS_PER_TOKEN = 32
+"""Characters read for each token wanted: several times what a token takes, so that there is a choice of windows."""
+DATA_HINT = "--calib-data takes a .txt file, or a .jsonl file with a \"text\" in each line"
+
+
+def draw_windows(folder: Path, config: ModelConfig, calibration: Calibration) -> Tensor:
+    """Token ids int64 [windows, tokens] of windows that do not overlap, in random order.
+
+    There are fewer than ``calibration.samples`` when the text has no more. Where the tokenizer begins a text with the
+    beginning-of-sequence token, so does every window, as every prompt will. Raises LlmqError when the text or the
+    tokenizer cannot be read, or the text is shorter than one window.
+    """
+    path = demo_folder() / "calibration.txt" if calibration.data is None else Path(calibration.data).expanduser()
+    length = min(calibration.seqlen, config.context_length)
+    text = _read_text(path, calibration.samples * length * CHARACTERS_PER_TOKEN)
+    tokenizer = load_tokenizer(folder)
+    ids: list[int] = tokenizer(text, verbose=False).input_ids
+    prefix = [ids.pop(0)] if ids[:1] == [tokenizer.bos_token_id] else []
+    if ids and max(ids) >= config.vocab_size:
+        raise LlmqError(
+            f"{folder}: the tokenizer gives the token {max(ids)}, and the model has {config.vocab_size}",
+            "the folder's tokenizer is another model's",
+        )
+    body = length - len(prefix)
+    available = len(ids) // body if body else 0
+    if not available:
+        raise LlmqError(
+            f"{path.name} has {len(ids)} tokens, fewer than one window of {body}",
+            "give a longer text by --calib-data, or shorter windows by --calib-seqlen",
+        )
+    generator = torch.Generator().manual_seed(calibration.seed)
+    first = int(torch.randint(len(ids) - available * body + 1, (), generator=generator))
+    chosen = torch.randperm(available, generator=generator)[: calibration.samples]
+    bodies = torch.tensor(ids)[first : first + available * body].view(available, body)[chosen]
+    return torch.cat((torch.tensor(prefix, dtype=torch.int64).expand(len(chosen), -1), bodies), dim=1)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, from local files only and without running its code. LlmqError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise LlmqError(
+            f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}",
+            "the folder should hold tokenizer.json, or tokenizer.model",
+        ) from None
+
+
+def _read_text(path: Path, max_characters: int) -> str:
+    """The text of ``path``, about ``max_characters`` of it if it is longer."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise LlmqError(f"{path.name} is neither .txt nor .jsonl", DATA_HINT)
+    try:
+        with path.open(encoding="utf-8") as stream:
+            if path.suffix == ".txt":
+                return stream.read(max_characters)
+            texts, left = [], max_characters
+            for text in _jsonl_texts(path, stream):
+                texts.append(text)
+                left -= len(text)
+                if left <= 0:
+                    break
+            return "\n\n".join(texts)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise LlmqError(f"{path} cannot be read: {reason}", DATA_HINT) from None
+
+
+def _jsonl_texts(path: Path, lines: Iterator[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield str(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError):
+            raise LlmqError(f"{path.name}, line {number}: not a JSON object with a \"text\"", DATA_HINT) from None

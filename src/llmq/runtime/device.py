@@ -1,0 +1,55 @@
+"""Which device, which dtype, and how many bytes are there for the KV cache."""
+
+from __future__ import annotations
+
+import torch
+
+from llmq.checkpoint.config import DTYPE_BYTES, ModelConfig
+from llmq.errors import LlmqError
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
+CPU_KV_CACHE_BYTES = 2**30
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` is a CUDA device where there is one. LlmqError when ``cuda`` is asked for and missing."""
+    if device not in ("auto", "cpu") and not device.startswith("cuda"):
+        raise LlmqError(f"there is no device {device!r}", "choose --device auto, cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        reason = "has no CUDA" if torch.version.cuda is None else "sees no GPU: is the driver there?"
+        raise LlmqError(f"no CUDA device: torch {torch.__version__} {reason}", "see: llmq env; or pass --device cpu")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def resolve_dtype(dtype: str, config: ModelConfig, device: str) -> torch.dtype:
+    """``auto`` is the dtype of the folder on a GPU, and fp32 on a CPU, where it is both exact and fast."""
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else DTYPES[config.dtype]
+    if dtype not in DTYPES:
+        raise LlmqError(f"there is no dtype {dtype!r}", f"choose --dtype auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def free_kv_cache_bytes(device: str, utilization: float, reserve: int) -> int:
+    """Bytes for the KV cache once the weights are loaded.
+
+    On a GPU: ``utilization`` of its whole memory, less what is taken now and ``reserve`` for activations. On a CPU a
+    fixed gibibyte, which costs nothing until it is written.
+    """
+    if device == "cpu":
+        return CPU_KV_CACHE_BYTES
+    free, total = torch.cuda.mem_get_info(torch.device(device))
+    return max(0, int(total * utilization) - (total - free) - reserve)
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory this process has had: on the device, or resident in main memory for a CPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(torch.device(device))
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

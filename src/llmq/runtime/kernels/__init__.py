@@ -1,0 +1,17 @@
+"""The kernels of the runtime: each a pair, a plain PyTorch reference and a Triton kernel, behind one function.
+
+``<kernel>.py`` has the function, the one docstring, the launch parameters and the reference; ``<kernel>_triton.py`` has
+the device code and is imported only where it runs, so that a machine without Triton never needs it. The reference runs
+everywhere and says what is right; the Triton kernel is faster, and never different beyond rounding.
+"""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether kernels on ``x`` run through Triton: on a GPU, or anywhere under Triton's own interpreter (for tests)."""
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

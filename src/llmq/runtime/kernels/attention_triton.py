@@ -1,0 +1,317 @@
+"""Device code of ``attention``.
+
+The heads that share a KV head are packed into one tile of queries, so that K and V are read once for all of them:
+
+    tile of queries   row m  =  query m // group, head m % group of the KV head        [BLOCK_M, head_dim]
+    tile of keys      TILE consecutive positions of one row                            [TILE, head_dim]
+
+One loop over tiles of keys serves two grids, because the two kinds of row are short of different things:
+
+    few queries (decode)     short of parallel work: a program takes one split of the row's positions, writes its
+                             softmax-weighted mean and its log-sum-exp in fp32; merge_kernel adds the splits in order
+
+        positions   | split 0 | split 1 | split 2 … |         split boundaries are multiples of the split length
+
+    many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
+                             and leaves the mask out where every query of the tile sees every key
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MIN_SPLIT = 256
+MAX_SPLITS = 64
+LOG2_E = math.log2(math.e)
+
+
+def split_length(max_kv_length: int) -> int:
+    """Positions one program of the decode grid takes.
+
+    It depends on the bound of the context alone, never on the batch, so that neither do the results.
+    """
+    return max(MIN_SPLIT, triton.next_power_of_2(triton.cdiv(max_kv_length, MAX_SPLITS)))
+
+
+def paged_attention_triton(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    kv_lengths: Tensor,
+    *,
+    window: int | None,
+    max_query_length: int,
+    max_kv_length: int,
+) -> Tensor:
+    """``paged_attention`` through Triton."""
+    tokens, heads, head_dim = query.shape
+    rows = kv_lengths.shape[0]
+    block_size, kv_heads = key_cache.shape[1], key_cache.shape[2]
+    if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
+        raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
+    group = heads // kv_heads
+    dim_padded = max(16, triton.next_power_of_2(head_dim))
+    wide = query.element_size() == 4
+    out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
+
+    # Rows of up to few_queries go to the decode grid, the others to the prefill grid.
+    few_block = max(16, triton.next_power_of_2(group))
+    few_queries = min(few_block // group, max_query_length)
+    split = split_length(max_kv_length)
+    splits = max(1, triton.cdiv(max_kv_length, split))
+    if window is not None:
+        splits = min(splits, (window + few_queries - 2) // split + 2)
+    shape = (rows, few_queries, heads, splits)
+    means = torch.empty(*shape, head_dim, dtype=torch.float32, device=query.device)
+    logsums = torch.empty(*shape, dtype=torch.float32, device=query.device)
+    pointers = (query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums)
+    strides = (*query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0), splits)
+    shared = {
+        "scale": LOG2_E / math.sqrt(head_dim),
+        "FEW_QUERIES": few_queries,
+        "HEADS": heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "DIM_PADDED": dim_padded,
+        "BLOCK_SIZE": block_size,
+        "WINDOW": window or 0,
+        "PRECISION": "ieee" if wide else "tf32",
+    }
+    attention_kernel[splits, kv_heads, rows](
+        *pointers, *strides, rows, **shared,
+        BLOCK_M=few_block, TILE=32 if wide else 64, SPLIT=split, DECODE=True,
+        num_warps=4, num_stages=1 if wide else 3 if dim_padded <= 128 else 2,
+    )  # fmt: skip
+    if max_query_length > few_queries:
+        block_m = max(few_block, 32 if wide else 128)
+        tiles = tokens // (block_m // group) + rows
+        attention_kernel[tiles, kv_heads, 1](
+            *pointers, *strides, rows, **shared,
+            BLOCK_M=block_m, TILE=32 if wide else 64, SPLIT=split, DECODE=False,
+            num_warps=8, num_stages=1 if wide else 3 if dim_padded <= 128 else 2,
+        )  # fmt: skip
+    if splits > 1:
+        merge_kernel[rows * few_queries, heads](
+            means, logsums, out, query_starts, kv_lengths, out.stride(0), splits,
+            FEW_QUERIES=few_queries, HEAD_DIM=head_dim, DIM_PADDED=dim_padded, WINDOW=window or 0, SPLIT=split,
+            CHUNK=16, num_warps=2,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def first_seen(kv_length, queries, WINDOW: tl.constexpr):
+    """The first position that the first query of a row sees."""
+    if WINDOW == 0:
+        first = 0
+    else:
+        first = tl.maximum(kv_length - queries - WINDOW + 1, 0)
+    return first
+
+
+@triton.jit(do_not_specialize=["splits", "rows"])
+def attention_kernel(
+    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
+    query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
+    table_stride, out_token_stride, splits, rows, scale,
+    FEW_QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
+    kv_head = tl.program_id(1)
+    if DECODE:
+        row = tl.program_id(2)
+        first_query = 0
+    else:
+        # Row r owns the tiles from query_starts[r] // BLOCK_Q + r on: at least as many as it needs. The longest
+        # contexts, at the end of a prompt, start first.
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)
+        row = 0
+        above = rows
+        while above - row > 1:
+            middle = (row + above) // 2
+            if tl.load(query_starts + middle) // BLOCK_Q + middle <= tile:
+                row = middle
+            else:
+                above = middle
+        first_query = (tile - tl.load(query_starts + row) // BLOCK_Q - row) * BLOCK_Q
+    query_start = tl.load(query_starts + row)
+    queries = tl.load(query_starts + row + 1) - query_start
+    kv_length = tl.load(kv_lengths + row)
+    if DECODE:
+        if (queries == 0) | (queries > FEW_QUERIES):
+            return
+    else:
+        if (queries <= FEW_QUERIES) | (first_query >= queries):
+            return
+
+    m = tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, DIM_PADDED)
+    query_index = first_query + m // GROUP
+    head = kv_head * GROUP + m % GROUP
+    is_query = (query_index < queries) & (m < BLOCK_Q * GROUP)
+    position = kv_length - queries + query_index
+    query_token = (query_start + query_index).to(tl.int64)
+    stored = is_query[:, None] & (dim < HEAD_DIM)[None, :]
+    q = tl.load(
+        query + (query_token * query_token_stride + head * query_head_stride)[:, None] + dim[None, :],
+        mask=stored, other=0.0,
+    )  # fmt: skip
+
+    # Keys [first, last) are seen by some query of the tile; [first_full, last_full) by all of them.
+    last_query = tl.minimum(first_query + BLOCK_Q, queries) - 1
+    last = tl.minimum(kv_length - queries + last_query + 1, kv_length)
+    first = first_seen(kv_length, queries - first_query, WINDOW)
+    if DECODE:
+        split = first // SPLIT + tl.program_id(0)
+        row_splits = tl.maximum(tl.cdiv(kv_length, SPLIT) - first // SPLIT, 1)
+        if tl.program_id(0) >= row_splits:
+            return
+        first = tl.maximum(first, split * SPLIT)
+        last = tl.minimum(last, (split + 1) * SPLIT)
+    first = first // TILE * TILE
+
+    acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
+    best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    table = block_tables + row.to(tl.int64) * table_stride
+    keys = key_cache + kv_head * cache_head_stride
+    values = value_cache + kv_head * cache_head_stride
+    if not DECODE:
+        first_full = first
+        if WINDOW:
+            seen_by_last = tl.maximum(kv_length - queries + last_query - WINDOW + 1, 0)
+            first_full = tl.minimum(tl.cdiv(seen_by_last, TILE) * TILE, tl.cdiv(last, TILE) * TILE)
+            acc, best, total = attend(
+                acc, best, total, q, first, first_full, keys, values, table, position, kv_length, scale,
+                cache_block_stride, cache_token_stride,
+                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOW, PRECISION, TILE, True,
+            )  # fmt: skip
+        last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
+        acc, best, total = attend(
+            acc, best, total, q, first_full, last_full, keys, values, table, position, kv_length, scale,
+            cache_block_stride, cache_token_stride,
+            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOW, PRECISION, TILE, False,
+        )  # fmt: skip
+        first = last_full
+    acc, best, total = attend(
+        acc, best, total, q, first, last, keys, values, table, position, kv_length, scale,
+        cache_block_stride, cache_token_stride,
+        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOW, PRECISION, TILE, True,
+    )  # fmt: skip
+
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if DECODE:
+        if row_splits > 1:
+            at = ((row * FEW_QUERIES + query_index).to(tl.int64) * HEADS + head) * splits + tl.program_id(0)
+            tl.store(means + at[:, None] * HEAD_DIM + dim[None, :], acc, mask=stored)
+            tl.store(logsums + at, best + tl.log2(total), mask=is_query)
+            return
+    at = query_token * out_token_stride + head * HEAD_DIM
+    tl.store(out + at[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def attend(
+    acc, best, total, q, first, last, keys, values, table, position, kv_length, scale,
+    cache_block_stride, cache_token_stride,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take the keys [first, last), tile by tile, into the running softmax (acc, best, total) of the queries q.
+
+    acc    the values' sum weighted by 2^(score − best)
+    best   the greatest score yet; scores are in units of log 2, so that the exponential is one instruction
+    total  the sum of the weights
+    """
+    step = tl.arange(0, TILE)
+    dim = tl.arange(0, DIM_PADDED)[None, :]
+    for start in range(first, last, TILE):
+        key_position = start + step
+        inside = (key_position < kv_length)[:, None]
+        if BLOCK_SIZE % TILE == 0:
+            page = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
+            base = page * cache_block_stride + start % BLOCK_SIZE * cache_token_stride
+            at = base + step[:, None] * cache_token_stride + dim
+        else:
+            pages = tl.load(table + key_position // BLOCK_SIZE, mask=key_position < kv_length, other=0).to(tl.int64)
+            base = pages * cache_block_stride + key_position % BLOCK_SIZE * cache_token_stride
+            at = base[:, None] + dim
+        # Past the row's end a page holds anything, NaN too, which a weight of zero would not remove from the sum.
+        if MASKED:
+            if HEAD_DIM == DIM_PADDED:
+                k = tl.load(keys + at, mask=inside, other=0.0)
+                v = tl.load(values + at, mask=inside, other=0.0)
+            else:
+                k = tl.load(keys + at, mask=inside & (dim < HEAD_DIM), other=0.0)
+                v = tl.load(values + at, mask=inside & (dim < HEAD_DIM), other=0.0)
+        else:
+            if HEAD_DIM == DIM_PADDED:
+                k = tl.load(keys + at)
+                v = tl.load(values + at)
+            else:
+                k = tl.load(keys + at, mask=dim < HEAD_DIM, other=0.0)
+                v = tl.load(values + at, mask=dim < HEAD_DIM, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            seen = key_position[None, :] <= position[:, None]
+            if WINDOW:
+                seen &= key_position[None, :] > position[:, None] - WINDOW
+            scores = tl.where(seen, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1) * scale)
+        # A query that has seen nothing yet has no best; any finite number in its place keeps NaN out.
+        shift = tl.where(new_best == float("-inf"), 0.0, new_best) if MASKED else new_best
+        weights = tl.exp2(scores * scale - shift[:, None])
+        fade = tl.exp2(best - shift)
+        total = total * fade + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        best = new_best
+    return acc, best, total
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_kernel(
+    means, logsums, out, query_starts, kv_lengths, out_token_stride, splits,
+    FEW_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Mean of the splits' means, weighted by 2^logsum, CHUNK of them at a time, always in the same order."""
+    row = tl.program_id(0) // FEW_QUERIES
+    query_index = tl.program_id(0) % FEW_QUERIES
+    head = tl.program_id(1)
+    query_start = tl.load(query_starts + row)
+    queries = tl.load(query_starts + row + 1) - query_start
+    kv_length = tl.load(kv_lengths + row)
+    row_splits = tl.cdiv(kv_length, SPLIT) - first_seen(kv_length, queries, WINDOW) // SPLIT
+    if (queries > FEW_QUERIES) | (query_index >= queries) | (row_splits <= 1):
+        return
+    dim = tl.arange(0, DIM_PADDED)
+    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * splits
+    acc = tl.zeros([DIM_PADDED], dtype=tl.float32)
+    best = float("-inf")
+    total = 0.0
+    for start in range(0, row_splits, CHUNK):
+        split = start + tl.arange(0, CHUNK)
+        logsum = tl.load(logsums + at + split, mask=split < row_splits, other=float("-inf"))
+        mean = tl.load(
+            means + (at + split)[:, None] * HEAD_DIM + dim[None, :],
+            mask=(split < row_splits)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        new_best = tl.maximum(best, tl.max(logsum, 0))
+        # A split may have nothing for an early query of the row: its logsum, and the best so far, are then −inf.
+        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weights = tl.exp2(logsum - shift)
+        fade = tl.exp2(best - shift)
+        acc = acc * fade + tl.sum(weights[:, None] * mean, 0)
+        total = total * fade + tl.sum(weights, 0)
+        best = new_best
+    at_out = (query_start + query_index).to(tl.int64) * out_token_stride + head * HEAD_DIM
+    tl.store(out + at_out + dim, (acc / total).to(out.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -1,0 +1,60 @@
+"""Streaming text: whole characters only, stop texts never seen, and the pieces add up to the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmq.engine.detokenizer import Detokenizer
+
+
+def decode_bytes(token_ids: Sequence[int]) -> str:
+    """A tokenizer whose tokens are the bytes of UTF-8."""
+    return bytes(token_ids).decode("utf-8", errors="replace")
+
+
+def stream(text: str, stop: Sequence[str] = ()) -> list[str]:
+    detokenizer = Detokenizer(decode_bytes, b"prompt: ", stop)
+    pieces = [detokenizer.push([byte]) for byte in text.encode()]
+    pieces.append(detokenizer.push([], last=True))
+    assert "".join(pieces) == detokenizer.text
+    return pieces
+
+
+@given(st.text())
+def test_the_pieces_add_up_to_the_text(text: str) -> None:
+    assert "".join(stream(text)) == text
+
+
+@pytest.mark.parametrize("text", ["é", "日本", "🙂👩‍👩‍👧", "a\N{COMBINING ACUTE ACCENT}"])
+def test_no_piece_holds_half_a_character(text: str) -> None:
+    assert not any("\ufffd" in piece for piece in stream(text))
+
+
+def test_bytes_that_never_become_a_character_come_out_at_the_end() -> None:
+    detokenizer = Detokenizer(decode_bytes, b"", ())
+    assert detokenizer.push([0xF0, 0x9F]) == ""
+    assert "\ufffd" in detokenizer.push([], last=True)
+
+
+def test_the_text_ends_before_the_stop_text() -> None:
+    assert "".join(stream("one two three", stop=[" three", "two"])) == "one "
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_no_part_of_a_stop_text_is_ever_let_out(text: str, stop: list[str]) -> None:
+    """Byte by byte, the first stop text to be complete ends the text; of two complete at once, the longer."""
+    expected = text
+    for end in range(1, len(text) + 1):
+        starts = [end - len(one) for one in stop if text[:end].endswith(one)]
+        if starts:
+            expected = text[: min(starts)]
+            break
+    assert "".join(stream(text, stop)) == expected
+
+
+def test_what_might_begin_a_stop_text_is_held_back_until_it_does_not() -> None:
+    assert stream("a\n\nb", stop=["\n\n\n"]) == ["a", "", "", "\n\nb", ""]
