@@ -5,6 +5,7 @@ All results are bytes unless the name says otherwise. No torch.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ RESERVED_BLOCKS = 1
 """Block 0 of every pool is where padding rows read and write; no sequence ever owns it."""
 SCALE_BYTES = 2
 GROUP_INDEX_BYTES = 4
+MAX_BYTES = 2**63
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base ** (power + 1)
     for power, prefix in enumerate("kmgt")
@@ -31,9 +33,10 @@ _UNITS = {"": 1, "b": 1} | {
 def parse_bytes(text: str) -> int:
     """``512MiB``, ``80GB``, ``24GiB``, ``1048576`` → bytes. A bare K, M, G, T counts in 1024s."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
+    size = float(match[1]) * _UNITS.get(match[2].lower(), math.nan) if match else math.nan
+    if not size < MAX_BYTES:
         raise LlmqError(f"{text!r} is not a size of memory", "write it like 512MiB or 80GB", exit_code=USAGE)
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(size)
 
 
 def format_bytes(count: float) -> str:

@@ -1,6 +1,6 @@
 """MemoryPlan: a model, a load and a GPU, and what follows from them in bytes. No torch.
 
-    total = weights + KV cache + reserved blocks + activations        fits: total ≤ utilization × memory of the GPU
+total = weights + KV cache + reserved blocks + activations        fits: total ≤ utilization × memory of the GPU
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from llmq import memory
-from llmq.checkpoint.config import DTYPE_BYTES, ModelConfig
+from llmq.checkpoint.config import DTYPE_BYTES, ModelConfig, read_config
+from llmq.checkpoint.folder import resolve
 from llmq.engine.options import EngineOptions
 from llmq.errors import USAGE, LlmqError
-from llmq.memplan.weights import Weights, planned_weights
+from llmq.memplan.weights import Weights, planned_weights, stored_weights
 from llmq.scheme import Scheme
 
 AUTO = "auto"
@@ -176,6 +177,22 @@ def plan(
         gpu_memory=gpu_memory,
         utilization=options.gpu_memory_utilization,
     )
+
+
+def plan_folder(
+    model: str,
+    *,
+    revision: str | None = None,
+    scheme: Scheme | None = None,
+    load: Load | None = None,
+    options: EngineOptions | None = None,
+    gpu_memory: int | None = None,
+) -> MemoryPlan:
+    """The plan of a model folder, a hub id or ``demo``: as it is, or as it would be if quantized by ``scheme``."""
+    folder = resolve(model, revision)
+    config = read_config(folder)
+    weights = stored_weights(folder, config) if scheme is None else planned_weights(config, scheme)
+    return plan(config, weights, load, options, gpu_memory)
 
 
 @dataclass(frozen=True, slots=True)
