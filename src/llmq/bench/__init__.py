@@ -1,0 +1,1 @@
+"""Workloads, the metrics of a run, and what it ran on."""

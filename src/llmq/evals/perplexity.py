@@ -1,0 +1,168 @@
+"""Perplexity by the protocol of the GPTQ and AWQ papers, on any text.
+
+The whole text is tokenized once, with a BOS at its start if the tokenizer puts one there, and cut into windows of
+equal length that do not overlap; what is left at the end is dropped. Each window is scored on its own, from its second
+token on:
+
+    perplexity = exp(mean over windows of the mean −ln p(token | tokens before it in the window))
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from llmq.checkpoint.config import read_config
+from llmq.checkpoint.folder import demo_folder, resolve
+from llmq.errors import USAGE, LlmqError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmq.runtime.decoder import Decoder
+
+WINDOW = 2048
+BATCH_TOKENS = 4096
+"""Tokens of the windows that run together."""
+LOGITS_BYTES = 2**28
+"""fp32 logits that exist at once."""
+DEMO_TEXT = "evaluation.txt"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """tokens    scored tokens: one fewer than its length in each window
+    seconds   scoring alone, without loading
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    window: int
+    seconds: float
+    model: str
+    data: str
+    device: str
+    dtype: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def evaluate_perplexity(
+    model: str,
+    *,
+    data: Path | None = None,
+    window: int = WINDOW,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """The perplexity of ``model`` on a text file; None: the text that comes with the demo model.
+
+    ``progress`` is told, from time to time, how many windows of how many have been scored.
+    Raises LlmqError when the text is shorter than one window, or the model gives no numbers.
+    """
+    if window < 2:
+        raise LlmqError(f"a window of {window} has no token to predict", "pass --window 2 or more", exit_code=USAGE)
+    folder = resolve(model, revision)
+    config = read_config(folder)
+    text = read_text(data or demo_folder() / DEMO_TEXT)
+
+    from llmq.checkpoint.tokenizer import load_tokenizer
+    from llmq.runtime.device import resolve_device, resolve_dtype
+    from llmq.runtime.loader import load_decoder, open_source
+
+    device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, config, device)
+    token_ids = load_tokenizer(folder).encode(text)
+    windows = cut(token_ids, min(window, config.context_length))
+    if max(token_ids) >= config.vocab_size:
+        raise LlmqError(
+            f"the tokenizer gives token {max(token_ids)} and the model knows {config.vocab_size}",
+            "the folder's tokenizer is another model's",
+        )
+    decoder = load_decoder(open_source(folder, device, torch_dtype))
+    started = time.perf_counter()
+    losses = window_losses(decoder, windows, device, progress)
+    seconds = time.perf_counter() - started
+    loss = fmean(losses)
+    if not math.isfinite(loss):
+        raise LlmqError(
+            f"the model's output in {str(torch_dtype).removeprefix('torch.')} is not a number",
+            "try --dtype float32; if it stays so, the weights are damaged",
+        )
+    length = len(windows[0])
+    return Perplexity(
+        perplexity=math.exp(loss),
+        tokens=len(windows) * (length - 1),
+        windows=len(windows),
+        window=length,
+        seconds=seconds,
+        model=model,
+        data=data.name if data else DEMO_TEXT,
+        device=device,
+        dtype=str(torch_dtype).removeprefix("torch."),
+    )
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise LlmqError(f"{path} cannot be read: {reason}", "check --data") from None
+
+
+def cut(token_ids: Sequence[int], window: int) -> list[Sequence[int]]:
+    """Windows of ``window`` tokens that do not overlap, without the incomplete last one."""
+    if len(token_ids) < window:
+        raise LlmqError(
+            f"the text has {len(token_ids)} tokens, fewer than one window of {window}",
+            f"give a longer --data, or --window {len(token_ids)} or less"
+            if len(token_ids) > 1
+            else "give a longer --data",
+        )
+    return [token_ids[start : start + window] for start in range(0, len(token_ids) - window + 1, window)]
+
+
+def window_losses(
+    decoder: Decoder, windows: Sequence[Sequence[int]], device: str, progress: Progress | None = None
+) -> list[float]:
+    """For each window, all of one length, the mean of −ln p over its tokens but the first."""
+    import torch
+
+    from llmq.runtime.decoder import CausalAttention
+
+    length = len(windows[0])
+    together = max(1, BATCH_TOKENS // length)
+    attend = CausalAttention(decoder.config, length)
+    losses: list[float] = []
+    with torch.inference_mode():
+        for first in range(0, len(windows), together):
+            token_ids = torch.tensor(windows[first : first + together], device=device)
+            positions = torch.arange(length, device=device).repeat(len(token_ids))
+            hidden = decoder(token_ids.flatten(), positions, attend).view(*token_ids.shape, -1)
+            token_losses = _token_losses(decoder, hidden[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
+            losses += token_losses.view(len(token_ids), -1).mean(dim=1).tolist()
+            if progress is not None:
+                progress(len(losses), len(windows))
+    return losses
+
+
+def _token_losses(decoder: Decoder, hidden: Tensor, targets: Tensor) -> Tensor:
+    """−ln p of each target, fp64 [tokens], a few rows of logits at a time."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    rows = max(1, LOGITS_BYTES // (4 * decoder.config.vocab_size))
+    pieces = [slice(start, start + rows) for start in range(0, len(targets), rows)]
+    losses = [cross_entropy(decoder.logits(hidden[piece]), targets[piece], reduction="none") for piece in pieces]
+    return torch.cat(losses).double()

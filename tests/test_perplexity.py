@@ -1,0 +1,171 @@
+"""Perplexity: the protocol by small cases, the number by transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from command_line import llmq
+from tiny_models import VARIANTS, save_tiny, save_variant
+
+from llmq.checkpoint.folder import demo_folder
+from llmq.errors import FAILED, USAGE, LlmqError
+from llmq.evals import perplexity
+from llmq.evals.perplexity import DEMO_TEXT, cut, evaluate_perplexity
+
+TEXT = "".join(chr(32 + number * 37 % 90) for number in range(400))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def transformers_perplexity(folder: Path, text: str, window: int) -> float:
+    """exp of the mean of the losses that transformers gives for each window."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    token_ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
+    windows = token_ids[: len(token_ids) // window * window].view(-1, window)
+    with torch.no_grad():
+        losses = [model(window[None], labels=window[None]).loss.item() for window in windows]
+    return math.exp(sum(losses) / len(losses))
+
+
+# The number
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_perplexity_is_that_of_transformers(tmp_path: Path, text: Path, variant: str) -> None:
+    folder = save_variant(tmp_path, variant)
+    result = evaluate_perplexity(str(folder), data=text, window=64, device="cpu")
+    assert result.perplexity == pytest.approx(transformers_perplexity(folder, TEXT, 64), rel=1e-4)
+
+
+def test_neither_batches_of_windows_nor_pieces_of_logits_change_the_number(
+    tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = evaluate_perplexity(str(tiny), data=text, window=50, device="cpu").perplexity
+    monkeypatch.setattr(perplexity, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(perplexity, "LOGITS_BYTES", 7 * 4 * 258)
+    apart = evaluate_perplexity(str(tiny), data=text, window=50, device="cpu").perplexity
+    assert apart == pytest.approx(together, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_demo_model_has_learned_to_write_python(tmp_path: Path) -> None:
+    """Of 4,096 tokens it would know nothing of, it would be as unsure as of 4,096 equal ones."""
+    start = (demo_folder() / DEMO_TEXT).read_text(encoding="utf-8")[:30_000]
+    (tmp_path / "start.txt").write_text(start, encoding="utf-8")
+    result = evaluate_perplexity("demo", data=tmp_path / "start.txt", device="cpu")
+    assert result.windows >= 2
+    assert result.perplexity < 20
+
+
+def test_progress_is_told_and_ends_with_all_windows(tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "BATCH_TOKENS", 100)
+    told: list[tuple[int, int]] = []
+    evaluate_perplexity(str(tiny), data=text, window=50, device="cpu", progress=lambda *seen: told.append(seen))
+    assert told == [(2, 8), (4, 8), (6, 8), (8, 8)]
+
+
+# The protocol
+
+
+def test_windows_do_not_overlap_and_the_incomplete_last_one_is_dropped() -> None:
+    assert cut(list(range(11)), 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert cut(list(range(8)), 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_the_first_token_of_a_window_is_not_scored(tiny: Path, text: Path) -> None:
+    result = evaluate_perplexity(str(tiny), data=text, window=100, device="cpu")
+    assert (result.window, result.windows, result.tokens) == (100, 4, 4 * 99)
+
+
+def test_a_bos_stands_before_the_text_and_nowhere_else(tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def record(decoder: object, windows: list[list[int]], device: str, progress: object) -> list[float]:
+        seen.extend(windows)
+        return [1.0]
+
+    monkeypatch.setattr(perplexity, "window_losses", record)
+    evaluate_perplexity(str(tiny), data=text, window=100, device="cpu")
+    bos = 256
+    assert [window.count(bos) for window in seen] == [1, 0, 0, 0]
+    assert seen[0][0] == bos
+
+
+def test_a_window_is_never_longer_than_the_models_context(tmp_path: Path, text: Path) -> None:
+    folder = save_tiny(tmp_path, max_position_embeddings=128)
+    assert evaluate_perplexity(str(folder), data=text, device="cpu").window == 128
+
+
+# Failures
+
+
+def test_a_text_shorter_than_a_window_is_refused_and_a_window_that_fits_is_named(tiny: Path, text: Path) -> None:
+    with pytest.raises(LlmqError, match="401 tokens, fewer than one window of 512") as caught:
+        evaluate_perplexity(str(tiny), data=text, device="cpu")
+    assert "--window 401" in (caught.value.hint or "")
+
+
+def test_an_empty_text_is_refused(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(LlmqError, match="1 tokens, fewer"):
+        evaluate_perplexity(str(tiny), data=tmp_path / "empty.txt", device="cpu")
+
+
+def test_a_window_of_one_token_is_a_usage_error(tiny: Path) -> None:
+    with pytest.raises(LlmqError) as caught:
+        evaluate_perplexity(str(tiny), window=1)
+    assert caught.value.exit_code == USAGE
+
+
+def test_a_model_that_computes_nan_is_an_error_and_not_a_perplexity(tmp_path: Path, text: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LlmqError, match="not a number"):
+        evaluate_perplexity(str(folder), data=text, window=64, device="cpu")
+
+
+# The command
+
+
+def test_the_first_line_is_the_perplexity(tiny: Path, text: Path) -> None:
+    result = llmq("eval", tiny, "--data", text, "--window", 64, "--device", "cpu")
+    expected = evaluate_perplexity(str(tiny), data=text, window=64, device="cpu").perplexity
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[0] == f"perplexity {expected:.4f}"
+
+
+def test_json_says_what_was_scored(tiny: Path, text: Path) -> None:
+    result = llmq("eval", tiny, "--data", text, "--window", 64, "--device", "cpu", "--json")
+    report = json.loads(result.out)
+    assert report["schema"] == "llmq.eval/1"
+    assert {"perplexity", "tokens", "windows", "window", "seconds", "model", "data"} <= set(report)
+    assert (report["model"], report["data"], report["windows"]) == (str(tiny), "text.txt", 6)
+
+
+def test_a_text_that_cannot_be_read_is_an_error_that_names_it(tiny: Path, tmp_path: Path) -> None:
+    missing = llmq("eval", tiny, "--data", tmp_path / "missing.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    binary = llmq("eval", tiny, "--data", tmp_path / "binary.txt")
+    assert (missing.code, binary.code) == (FAILED, FAILED)
+    assert "missing.txt" in missing.err
+    assert "not UTF-8" in binary.err
