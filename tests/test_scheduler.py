@@ -206,7 +206,9 @@ def test_under_any_pressure_every_sequence_ends_with_its_own_tokens_and_no_block
             owner = sequences[row.sequence_id]
             assert row.tokens == tuple([*owner.prompt_ids, *owner.output_ids][row.start : row.end])
             assert len(row.block_table) * BLOCK >= row.end
-        drawn = [SampledToken(row.sequence_id, 1000 * (row.sequence_id + 1) + row.end, None) for row in plan.sampled_rows]
+        drawn = [
+            SampledToken(row.sequence_id, 1000 * (row.sequence_id + 1) + row.end, None) for row in plan.sampled_rows
+        ]
         scheduler.update(plan, drawn)
         scheduler.check_integrity()
         if chance.random() < 0.05:

@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from llmq.errors import LlmqError
 
@@ -86,20 +86,24 @@ class ModelConfig:
         }
 
 
+_Size = Annotated[int, Field(gt=0, lt=2**31)]
+_Layers = Annotated[int, Field(gt=0, le=10_000)]
+
+
 class _Raw(BaseModel):
     """The fields of config.json that matter, checked. Aliases and defaults are those of transformers."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     architectures: list[str] = Field(min_length=1)
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
-    vocab_size: PositiveInt
-    max_position_embeddings: PositiveInt = 2048
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Layers
+    num_attention_heads: _Size
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    vocab_size: _Size
+    max_position_embeddings: _Size = 2048
     rms_norm_eps: PositiveFloat = 1e-6
     rope_theta: PositiveFloat = 10_000.0
     rope_scaling: dict[str, Any] | None = None
@@ -108,7 +112,7 @@ class _Raw(BaseModel):
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"
-    sliding_window: PositiveInt | None = None
+    sliding_window: _Size | None = None
     use_sliding_window: bool = False
     max_window_layers: int = 28
     layer_types: list[str] | None = None
@@ -127,7 +131,7 @@ class _RawRope(BaseModel):
     factor: PositiveFloat = 1.0
     low_freq_factor: PositiveFloat = 1.0
     high_freq_factor: PositiveFloat = 4.0
-    original_max_position_embeddings: PositiveInt = 8192
+    original_max_position_embeddings: _Size = 8192
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -40,7 +40,9 @@ def _common(
     debug: Annotated[
         bool, typer.Option("--debug", envvar=DEBUG, help="Show a traceback when something fails.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if debug:
         os.environ[DEBUG] = "1"

@@ -111,7 +111,8 @@ def generate(
         llm = load()
         started = time.perf_counter()
         results = _print_results(llm, jobs, params, lines=output == STDIO, json=json, stream=stream)
-    _summarize(llm, results, time.perf_counter() - started)
+    if any(result.completions for result in results):
+        _summarize(llm, results, time.perf_counter() - started)
     _raise_if_failed(results)
 
 

@@ -1,0 +1,117 @@
+"""Model folders: found or explained, and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmq.checkpoint.folder import copy_side_files, resolve, write_folder
+from llmq.errors import LlmqError
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_gets_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    with write_folder(output) as partial:
+        (partial / "config.json").write_text("{}")
+        assert not output.exists()
+    assert names(output) == {"config.json"}
+    assert names(tmp_path) == {"model"}
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), write_folder(tmp_path / "model") as partial:
+        (partial / "config.json").write_text("{}")
+        raise RuntimeError
+    assert names(tmp_path) == set()
+
+
+def test_a_folder_that_exists_is_kept_unless_it_is_to_be_overwritten(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "old").touch()
+    with pytest.raises(LlmqError, match="exists already"), write_folder(output):
+        pass
+    with pytest.raises(RuntimeError), write_folder(output, overwrite=True):
+        raise RuntimeError
+    assert names(output) == {"old"}
+    with write_folder(output, overwrite=True) as partial:
+        (partial / "new").touch()
+    assert names(output) == {"new"}
+    assert names(tmp_path) == {"model"}
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, pathlib\n"
+        "from llmq.checkpoint.folder import write_folder\n"
+        "with write_folder(pathlib.Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'half').touch()\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    output = tmp_path / "model"
+    assert subprocess.run([sys.executable, "-c", script, str(output)]).returncode == -9
+    assert not output.exists()
+    assert len(names(tmp_path)) == 1
+    with write_folder(output) as partial:
+        (partial / "whole").touch()
+    assert names(tmp_path) == {"model"}
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    replaced = tmp_path / f".model.partial-{dead.pid}-replaced"
+    replaced.mkdir()
+    (replaced / "old").touch()
+    with pytest.raises(LlmqError, match="exists already"), write_folder(tmp_path / "model"):
+        pass
+    assert names(tmp_path / "model") == {"old"}
+
+
+def test_side_files_are_copied_but_neither_weights_nor_code(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    kept = {"tokenizer.json", "generation_config.json", "chat_template.jinja", "merges.txt", "LICENSE"}
+    left = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "modeling.py", "config.json"}
+    for name in kept | left:
+        (source / name).touch()
+    copy_side_files(source, target)
+    assert names(target) == kept
+
+
+def test_demo_is_a_folder_that_ships_with_the_package() -> None:
+    assert (resolve("demo") / "config.json").exists()
+
+
+def test_a_path_that_does_not_exist_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LlmqError, match="there is no folder") as caught:
+        resolve(str(tmp_path / "nowhere"))
+    assert caught.value.hint is not None
+
+
+def test_a_file_is_not_a_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    with pytest.raises(LlmqError, match="is a file"):
+        resolve(str(tmp_path / "config.json"))
+
+
+def test_a_hub_id_that_cannot_be_reached_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(LlmqError, match="there is no folder no-such-org/no-such-model, and the hub"):
+        resolve("no-such-org/no-such-model")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_that_may_not_be_written_is_refused_before_work(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(LlmqError, match="not writable"), write_folder(tmp_path / "model"):
+        pass
