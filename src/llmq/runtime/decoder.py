@@ -51,13 +51,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def mix(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """What the heads gather from all tokens, [tokens, heads · head_dim]: the input of ``o_proj``."""
         heads = (x.shape[0], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(x).view(heads)), rotation)
         key = rotate(self.k_norm(self.k_proj(x).view(heads)), rotation)
-        mixed = attend(self.layer, query, key, self.v_proj(x).view(heads))
-        out: Tensor = self.o_proj(mixed.reshape(x.shape[0], -1))
-        return out
+        return attend(self.layer, query, key, self.v_proj(x).view(heads)).reshape(x.shape[0], -1)
 
 
 class MLP(nn.Module):
@@ -83,7 +82,15 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
+        return self.finish(x, self.mix(x, rotation, attend))
+
+    def mix(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """The part of the block in which tokens see each other."""
+        return self.self_attn.mix(self.input_layernorm(x), rotation, attend)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The rest, each token for itself. Apart from ``mix`` so that calibration need not repeat the costly half."""
+        x = x + self.self_attn.o_proj(mixed)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -115,10 +122,9 @@ class Decoder(nn.Module):
 
 
 def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [tokens, 1, head_dim] in fp32 of the rotary embedding (Su et al., 2021) at ``positions``."""
+    """cos and sin [tokens, 1, head_dim / 2] in fp32 of the rotary embedding (Su et al., 2021) at ``positions``."""
     frequencies = rotary_frequencies(config.rope, config.head_dim).to(positions.device)
-    angles = positions.float()[:, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    angles = positions.float()[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -144,9 +150,8 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate each pair (i, i + head_dim / 2) of ``x`` [tokens, heads, head_dim], in fp32."""
     cos, sin = rotation
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class CausalAttention:

@@ -87,11 +87,12 @@ def paged_attention_reference(
         index = torch.tensor(rows, device=query.device)
         longest = max(lengths[row] for row in rows)
         blocks = block_tables[index, : -(-longest // key_cache.shape[1])]
-        key, value = (_gather(cache, blocks)[:, :longest].transpose(1, 2) for cache in (key_cache, value_cache))
+        position = torch.arange(longest, device=query.device)
+        past_end = position >= kv_lengths[index, None]
+        key, value = (_gather(cache, blocks, past_end).transpose(1, 2) for cache in (key_cache, value_cache))
         step = torch.arange(queries, device=query.device)
         tokens = query_starts[index, None] + step
         seen_to = (kv_lengths[index, None] - queries + step)[:, None, :, None]
-        position = torch.arange(longest, device=query.device)
         mask = position <= seen_to
         if window is not None:
             mask &= position > seen_to - window
@@ -102,7 +103,10 @@ def paged_attention_reference(
     return out
 
 
-def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """Pages of ``blocks`` [rows, n] end to end: [rows, n · block_size, kv_heads, head_dim]."""
+def _gather(cache: Tensor, blocks: Tensor, past_end: Tensor) -> Tensor:
+    """Pages of ``blocks`` [rows, n] end to end: [rows, longest, kv_heads, head_dim], zero past each row's end."""
     pages = cache.index_select(0, blocks.flatten())  # several times faster on a CPU than indexing with a matrix
-    return pages.view(len(blocks), -1, *cache.shape[2:])
+    tokens = pages.view(len(blocks), -1, *cache.shape[2:])[:, : past_end.shape[1]]
+    # A page holds anything there, NaN too, which no mask removes from a sum.
+    tokens[past_end] = 0
+    return tokens

@@ -16,9 +16,11 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
                              and leaves the mask out where every query of the tile sees every key
 """
 
+# ruff: noqa: SIM102, SIM108 (an `if` on a constexpr is decided when the kernel is compiled)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,12 +32,34 @@ MAX_SPLITS = 64
 LOG2_E = math.log2(math.e)
 
 
+class Launch(NamedTuple):
+    block_m: int  # packed queries in a program's tile
+    tile: int  # keys in a tile
+    warps: int
+    stages: int
+
+
+def decode_launch(group: int, head_dim: int, element_size: int) -> Launch:
+    block_m = max(16, triton.next_power_of_2(group))
+    if element_size == 4:
+        return Launch(block_m, 16, 4, 1)
+    return Launch(block_m, 64, 4, 5 if head_dim <= 128 else 3)
+
+
+def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
+    if element_size == 4:
+        return Launch(max(32, triton.next_power_of_2(group)), 16, 8, 1)
+    if head_dim > 128:
+        return Launch(128, 32, 8, 3)
+    return Launch(128, 64, 8, 3)
+
+
 def split_length(max_kv_length: int) -> int:
-    """Positions one program of the decode grid takes.
+    """Positions that one program of the decode grid takes.
 
     It depends on the bound of the context alone, never on the batch, so that neither do the results.
     """
-    return max(MIN_SPLIT, triton.next_power_of_2(triton.cdiv(max_kv_length, MAX_SPLITS)))
+    return max(MIN_SPLIT, int(triton.next_power_of_2(triton.cdiv(max_kv_length, MAX_SPLITS))))
 
 
 def paged_attention_triton(
@@ -57,13 +81,12 @@ def paged_attention_triton(
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
         raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
     group = heads // kv_heads
-    dim_padded = max(16, triton.next_power_of_2(head_dim))
-    wide = query.element_size() == 4
+    decode = decode_launch(group, head_dim, query.element_size())
+    prefill = prefill_launch(group, head_dim, query.element_size())
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
 
     # Rows of up to few_queries go to the decode grid, the others to the prefill grid.
-    few_block = max(16, triton.next_power_of_2(group))
-    few_queries = min(few_block // group, max_query_length)
+    few_queries = min(decode.block_m // group, max_query_length)
     split = split_length(max_kv_length)
     splits = max(1, triton.cdiv(max_kv_length, split))
     if window is not None:
@@ -71,59 +94,46 @@ def paged_attention_triton(
     shape = (rows, few_queries, heads, splits)
     means = torch.empty(*shape, head_dim, dtype=torch.float32, device=query.device)
     logsums = torch.empty(*shape, dtype=torch.float32, device=query.device)
-    pointers = (query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums)
-    strides = (*query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0), splits)
-    shared = {
-        "scale": LOG2_E / math.sqrt(head_dim),
-        "FEW_QUERIES": few_queries,
-        "HEADS": heads,
-        "GROUP": group,
-        "HEAD_DIM": head_dim,
-        "DIM_PADDED": dim_padded,
-        "BLOCK_SIZE": block_size,
-        "WINDOW": window or 0,
-        "PRECISION": "ieee" if wide else "tf32",
-    }
-    attention_kernel[splits, kv_heads, rows](
-        *pointers, *strides, rows, **shared,
-        BLOCK_M=few_block, TILE=32 if wide else 64, SPLIT=split, DECODE=True,
-        num_warps=4, num_stages=1 if wide else 3 if dim_padded <= 128 else 2,
-    )  # fmt: skip
-    if max_query_length > few_queries:
-        block_m = max(few_block, 32 if wide else 128)
-        tiles = tokens // (block_m // group) + rows
-        attention_kernel[tiles, kv_heads, 1](
-            *pointers, *strides, rows, **shared,
-            BLOCK_M=block_m, TILE=32 if wide else 64, SPLIT=split, DECODE=False,
-            num_warps=8, num_stages=1 if wide else 3 if dim_padded <= 128 else 2,
+
+    def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
+        attention_kernel[tiles, kv_heads, grid_rows](
+            query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
+            *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
+            heads, rows, few_queries, splits, window or 0, LOG2_E / math.sqrt(head_dim),
+            GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_SIZE=block_size, WINDOWED=window is not None, SPLIT=split, DECODE=is_decode,
+            BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
+
+    attend_rows(decode, splits, rows, True)
+    if max_query_length > few_queries:
+        attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
     if splits > 1:
         merge_kernel[rows * few_queries, heads](
-            means, logsums, out, query_starts, kv_lengths, out.stride(0), splits,
-            FEW_QUERIES=few_queries, HEAD_DIM=head_dim, DIM_PADDED=dim_padded, WINDOW=window or 0, SPLIT=split,
-            CHUNK=16, num_warps=2,
+            means, logsums, out, query_starts, kv_lengths, out.stride(0), few_queries, splits, window or 0,
+            HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), WINDOWED=window is not None, SPLIT=split,
+            CHUNK=32, num_warps=4,
         )  # fmt: skip
     return out
 
 
 @triton.jit
-def first_seen(kv_length, queries, WINDOW: tl.constexpr):
-    """The first position that the first query of a row sees."""
-    if WINDOW == 0:
-        first = 0
+def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
+    """The first position that the first of a row's last ``queries`` queries sees."""
+    if WINDOWED:
+        first = tl.maximum(kv_length - queries - window + 1, 0)
     else:
-        first = tl.maximum(kv_length - queries - WINDOW + 1, 0)
+        first = 0
     return first
 
 
-@triton.jit(do_not_specialize=["splits", "rows"])
+@triton.jit(do_not_specialize=["rows", "few_queries", "splits", "window"])
 def attention_kernel(
     query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
-    table_stride, out_token_stride, splits, rows, scale,
-    FEW_QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr,
+    table_stride, out_token_stride, heads, rows, few_queries, splits, window, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOWED: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
     kv_head = tl.program_id(1)
@@ -147,10 +157,10 @@ def attention_kernel(
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
     if DECODE:
-        if (queries == 0) | (queries > FEW_QUERIES):
+        if (queries == 0) | (queries > few_queries):
             return
     else:
-        if (queries <= FEW_QUERIES) | (first_query >= queries):
+        if (queries <= few_queries) | (first_query >= queries):
             return
 
     m = tl.arange(0, BLOCK_M)
@@ -169,7 +179,7 @@ def attention_kernel(
     # Keys [first, last) are seen by some query of the tile; [first_full, last_full) by all of them.
     last_query = tl.minimum(first_query + BLOCK_Q, queries) - 1
     last = tl.minimum(kv_length - queries + last_query + 1, kv_length)
-    first = first_seen(kv_length, queries - first_query, WINDOW)
+    first = first_seen(kv_length, queries - first_query, window, WINDOWED)
     if DECODE:
         split = first // SPLIT + tl.program_id(0)
         row_splits = tl.maximum(tl.cdiv(kv_length, SPLIT) - first // SPLIT, 1)
@@ -187,31 +197,31 @@ def attention_kernel(
     values = value_cache + kv_head * cache_head_stride
     if not DECODE:
         first_full = first
-        if WINDOW:
-            seen_by_last = tl.maximum(kv_length - queries + last_query - WINDOW + 1, 0)
+        if WINDOWED:
+            seen_by_last = tl.maximum(kv_length - queries + last_query - window + 1, 0)
             first_full = tl.minimum(tl.cdiv(seen_by_last, TILE) * TILE, tl.cdiv(last, TILE) * TILE)
             acc, best, total = attend(
-                acc, best, total, q, first, first_full, keys, values, table, position, kv_length, scale,
+                acc, best, total, q, first, first_full, keys, values, table, position, kv_length, window, scale,
                 cache_block_stride, cache_token_stride,
-                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOW, PRECISION, TILE, True,
+                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, True,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
         acc, best, total = attend(
-            acc, best, total, q, first_full, last_full, keys, values, table, position, kv_length, scale,
+            acc, best, total, q, first_full, last_full, keys, values, table, position, kv_length, window, scale,
             cache_block_stride, cache_token_stride,
-            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOW, PRECISION, TILE, False,
+            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, False,
         )  # fmt: skip
         first = last_full
     acc, best, total = attend(
-        acc, best, total, q, first, last, keys, values, table, position, kv_length, scale,
+        acc, best, total, q, first, last, keys, values, table, position, kv_length, window, scale,
         cache_block_stride, cache_token_stride,
-        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOW, PRECISION, TILE, True,
+        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, True,
     )  # fmt: skip
 
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if DECODE:
         if row_splits > 1:
-            at = ((row * FEW_QUERIES + query_index).to(tl.int64) * HEADS + head) * splits + tl.program_id(0)
+            at = ((row * few_queries + query_index).to(tl.int64) * heads + head) * splits + tl.program_id(0)
             tl.store(means + at[:, None] * HEAD_DIM + dim[None, :], acc, mask=stored)
             tl.store(logsums + at, best + tl.log2(total), mask=is_query)
             return
@@ -221,10 +231,10 @@ def attention_kernel(
 
 @triton.jit
 def attend(
-    acc, best, total, q, first, last, keys, values, table, position, kv_length, scale,
+    acc, best, total, q, first, last, keys, values, table, position, kv_length, window, scale,
     cache_block_stride, cache_token_stride,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
+    TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [first, last), tile by tile, into the running softmax (acc, best, total) of the queries q.
 
@@ -234,17 +244,18 @@ def attend(
     """
     step = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PADDED)[None, :]
+    pages = load_pages(table, first, last, BLOCK_SIZE, TILE)
     for start in range(first, last, TILE):
         key_position = start + step
         inside = (key_position < kv_length)[:, None]
         if BLOCK_SIZE % TILE == 0:
-            page = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
-            base = page * cache_block_stride + start % BLOCK_SIZE * cache_token_stride
+            base = pages.to(tl.int64) * cache_block_stride + start % BLOCK_SIZE * cache_token_stride
             at = base + step[:, None] * cache_token_stride + dim
         else:
-            pages = tl.load(table + key_position // BLOCK_SIZE, mask=key_position < kv_length, other=0).to(tl.int64)
-            base = pages * cache_block_stride + key_position % BLOCK_SIZE * cache_token_stride
+            base = pages.to(tl.int64) * cache_block_stride + key_position % BLOCK_SIZE * cache_token_stride
             at = base[:, None] + dim
+        # One tile ahead, so that no load of keys waits for the load of its address.
+        pages = load_pages(table, start + TILE, last, BLOCK_SIZE, TILE)
         # Past the row's end a page holds anything, NaN too, which a weight of zero would not remove from the sum.
         if MASKED:
             if HEAD_DIM == DIM_PADDED:
@@ -260,11 +271,11 @@ def attend(
             else:
                 k = tl.load(keys + at, mask=dim < HEAD_DIM, other=0.0)
                 v = tl.load(values + at, mask=dim < HEAD_DIM, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             seen = key_position[None, :] <= position[:, None]
-            if WINDOW:
-                seen &= key_position[None, :] > position[:, None] - WINDOW
+            if WINDOWED:
+                seen &= key_position[None, :] > position[:, None] - window
             scores = tl.where(seen, scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1) * scale)
         # A query that has seen nothing yet has no best; any finite number in its place keeps NaN out.
@@ -272,26 +283,36 @@ def attend(
         weights = tl.exp2(scores * scale - shift[:, None])
         fade = tl.exp2(best - shift)
         total = total * fade + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         best = new_best
     return acc, best, total
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit
+def load_pages(table, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The pages of the tile at ``start``: one, or one for each position; page 0 from ``last`` on."""
+    if BLOCK_SIZE % TILE == 0:
+        pages = tl.load(table + start // BLOCK_SIZE, mask=start < last, other=0)
+    else:
+        position = start + tl.arange(0, TILE)
+        pages = tl.load(table + position // BLOCK_SIZE, mask=position < last, other=0)
+    return pages
+
+
+@triton.jit(do_not_specialize=["few_queries", "splits", "window"])
 def merge_kernel(
-    means, logsums, out, query_starts, kv_lengths, out_token_stride, splits,
-    FEW_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+    means, logsums, out, query_starts, kv_lengths, out_token_stride, few_queries, splits, window,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Mean of the splits' means, weighted by 2^logsum, CHUNK of them at a time, always in the same order."""
-    row = tl.program_id(0) // FEW_QUERIES
-    query_index = tl.program_id(0) % FEW_QUERIES
+    row = tl.program_id(0) // few_queries
+    query_index = tl.program_id(0) % few_queries
     head = tl.program_id(1)
     query_start = tl.load(query_starts + row)
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
-    row_splits = tl.cdiv(kv_length, SPLIT) - first_seen(kv_length, queries, WINDOW) // SPLIT
-    if (queries > FEW_QUERIES) | (query_index >= queries) | (row_splits <= 1):
+    row_splits = tl.cdiv(kv_length, SPLIT) - first_seen(kv_length, queries, window, WINDOWED) // SPLIT
+    if (queries > few_queries) | (query_index >= queries) | (row_splits <= 1):
         return
     dim = tl.arange(0, DIM_PADDED)
     at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * splits

@@ -1,0 +1,123 @@
+"""Linear layers with 4- or 8-bit integer weights and 16- or 32-bit activations.
+
+y[m, n] = Σ_k x[m, k] · scale[n, g] · (code[n, k] − zero[n, g])  +  bias[n]          g: the group of channel k
+
+Weights are packed once, at load, in the order in which the kernel reads them:
+
+words  int16 [tiles, N, 32]     the codes of 32 channels in each bit plane, 16 / bits planes a word
+
+       4 bits:  word [t, n, j]  | k+96 | k+64 | k+32 | k |     k = 128·t + j
+                                 15                     0
+       8 bits:  word [t, n, j]  |    k+32     |     k    |     k =  64·t + j
+                                 15                     0
+
+meta   int32 [groups, N]        | zero point | scale's 16 bits |         (groups rounded up to whole steps)
+                                 31        16 15              0
+
+A plane has 32 consecutive channels, so that a group of 32, 64, 128 or all is a whole number of planes, and the
+activations that meet a plane lie side by side. A channel order other than 0 … K − 1 (GPTQ's act-order) is put right by
+packing the channels group by group, and gathering the activations in that order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmq.checkpoint.quantized_weight import QuantizedWeight
+from llmq.runtime.kernels import runs_triton
+
+PLANE = 32  # channels in a bit plane
+STEP = 128  # channels that the kernel takes at a time; K is padded to a multiple
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """words, meta  as drawn above
+    order         int64 [K]: the channel that is packed k-th; None: they are in order
+    scale_dtype   float16 or bfloat16: what the scale's bits in ``meta`` are
+    group_length  channels that share a scale
+    """
+
+    words: Tensor
+    meta: Tensor
+    order: Tensor | None
+    scale_dtype: torch.dtype
+    bits: int
+    group_length: int
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        return self.words.shape[1]
+
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes uint8 [N, K] in packed order; scales [N, groups]; zero points uint8 [N, groups]."""
+        shifts = torch.arange(0, 16, self.bits, dtype=torch.int16, device=self.words.device)
+        planes = (self.words[:, :, None, :] >> shifts[:, None]) & (2**self.bits - 1)
+        codes = planes.permute(1, 0, 2, 3).reshape(self.out_features, -1)[:, : self.in_features]
+        meta = self.meta[: -(-self.in_features // self.group_length)].t()
+        return codes.to(torch.uint8), meta.to(torch.int16).view(self.scale_dtype), (meta >> 16).to(torch.uint8)
+
+
+def pack_wna16(weight: QuantizedWeight, dtype: torch.dtype) -> PackedWeight:
+    """Pack ``weight`` for activations of ``dtype``. Scales keep the 16-bit type they have, or else take ``dtype``'s.
+
+    ValueError on groups that are not of one length, or whose length is no multiple of 32.
+    """
+    out_features, in_features = weight.shape
+    bits, length = weight.scheme.bits, weight.scheme.group_length(in_features)
+    if length % PLANE and length != in_features:
+        raise ValueError(f"groups of {length} channels are not a multiple of {PLANE}")
+    codes, order = weight.codes, None
+    if weight.group_index is not None:
+        order = torch.argsort(weight.group_index, stable=True)
+        if not torch.equal(weight.group_index[order], torch.arange(in_features, device=order.device) // length):
+            raise ValueError(f"the groups of a weight do not all have {length} channels")
+        codes = codes[:, order]
+    codes = F.pad(codes, (0, -in_features % STEP))
+    planes = codes.view(out_features, -1, 16 // bits, PLANE).permute(1, 0, 2, 3).int()
+    shifts = torch.arange(0, 16, bits, dtype=torch.int32, device=codes.device)
+    words = (planes << shifts[:, None]).sum(2).to(torch.int16)
+
+    scale_dtype = weight.scales.dtype
+    if scale_dtype not in (torch.float16, torch.bfloat16):
+        scale_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    scale_bits = weight.scales.to(scale_dtype).view(torch.int16).int() & 0xFFFF
+    meta = (weight.zero_points.int() << 16 | scale_bits).t()
+    if length < in_features:
+        meta = F.pad(meta, (0, 0, 0, -len(meta) % max(STEP // length, 1)))
+    return PackedWeight(words.contiguous(), meta.contiguous(), order, scale_dtype, bits, length, in_features)
+
+
+def wna16_matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x`` [M, K] times the packed weight [N, K], transposed, plus ``bias`` [N] → [M, N], of the type of ``x``.
+
+    On a GPU a batch of up to FUSED_ROWS goes through one kernel that unpacks in registers. For a longer one, whose
+    time goes into arithmetic, the weight is widened to the type of ``x`` and multiplied by the library.
+    Sums are fp32. The order of a sum depends on N and K, never on the batch, and no sum uses atomics.
+    """
+    if packed.order is not None:
+        x = x.index_select(1, packed.order)
+    if runs_triton(x):
+        from llmq.runtime.kernels.wna16_triton import wna16_matmul_triton as matmul
+    else:
+        matmul = _matmul_reference
+    out: Tensor = matmul(x, packed, bias)
+    return out
+
+
+def wna16_matmul_reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``wna16_matmul`` in plain PyTorch: widened to fp32 (or the wider type of ``x``) and multiplied."""
+    return _matmul_reference(x if packed.order is None else x.index_select(1, packed.order), packed, bias)
+
+
+def _matmul_reference(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    codes, scales, zeros = packed.unpack()
+    group = torch.arange(packed.in_features, device=x.device) // packed.group_length
+    weight = scales.to(wide)[:, group] * (codes.to(wide) - zeros.to(wide)[:, group])
+    return F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)

@@ -1,0 +1,317 @@
+"""Device code of ``wna16``.
+
+The product is taken as weights · xᵀ, so that the weights, which are unpacked in registers, are the operand that the
+matrix unit reads from registers, and a batch of 8 fills it as well as one of 64:
+
+    program (tile of N, split of K)      acc [BLOCK_N, BLOCK_M], fp32
+
+        for each step of 128 channels:   words [BLOCK_N, 32] → planes 0, 1, …
+                                         acc += scale · Σ plane_i · x[:, the 32 channels of plane i]ᵀ
+
+The scale multiplies the fp32 sum of its group, not the weights: that costs less and rounds nothing. With more than one
+split the fp32 sums go to memory, and the program that finishes a tile last adds them, always in the same order.
+"""
+
+# ruff: noqa: SIM300 (TYPE is no constant but a type)
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+import os
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
+
+FUSED_ROWS = 64  # above, widening the weight once and multiplying through the library is faster
+PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
+MAX_TILES = 2**16
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Launch(NamedTuple):
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+LAUNCHES = (
+    Launch(8, 128, 4, 4),
+    Launch(16, 128, 4, 4),
+    Launch(32, 128, 4, 4),
+    Launch(64, 128, 4, 4),
+)
+
+
+def launch_for(rows: int) -> Launch:
+    """Launch parameters for a batch of ``rows``."""
+    return next((launch for launch in LAUNCHES if rows <= launch.block_m), LAUNCHES[-1])
+
+
+def splits_for(out_features: int, steps: int) -> int:
+    """Splits of K. They depend on the weight alone, so that a row's result does not depend on the batch."""
+    tiles = int(triton.cdiv(out_features, 64))
+    return max(1, min(PROGRAMS // tiles, steps // 4, 16))
+
+
+def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``wna16_matmul`` through Triton; ``x`` is in packed order."""
+    rows, out_features = x.shape[0], packed.out_features
+    if rows > FUSED_ROWS:
+        return F.linear(x, dequantize(packed, x.dtype), bias)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    launch = launch_for(rows)
+    steps = triton.cdiv(packed.in_features, STEP)
+    splits = splits_for(out_features, steps)
+    steps_per_split = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, steps_per_split)
+    tiles = triton.cdiv(out_features, launch.block_n)
+    out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
+    wna16_kernel[tiles, splits](
+        x, packed.words, packed.meta, bias, out, sums, _counters(x.device), rows, out_features, packed.in_features,
+        x.stride(0), steps, steps_per_split, **_format(packed), HAS_BIAS=bias is not None, SPLIT=splits > 1,
+        ASM=not INTERPRETED and x.element_size() == 2,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """For each tile of a product under way, how many splits are done: zero before a launch and again after it.
+
+    There is one set for a device, so products with splits run on one stream at a time.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("run a quantized layer once before capturing it in a CUDA graph")
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+
+
+def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in ``dtype``, its channels in packed order."""
+    out_features, in_features = packed.out_features, packed.in_features
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=packed.words.device)
+    block_n = 32
+    dequantize_kernel[triton.cdiv(in_features, STEP), triton.cdiv(out_features, block_n)](
+        packed.words, packed.meta, weight, out_features, in_features, **_format(packed), BLOCK_N=block_n, num_warps=4,
+    )  # fmt: skip
+    return weight
+
+
+def _format(packed: PackedWeight) -> dict[str, object]:
+    whole_row = packed.group_length >= packed.in_features
+    return {
+        "WHOLE_STEPS": packed.in_features % STEP == 0,
+        "BITS": packed.bits,
+        "PER_GROUP": 0 if whole_row else packed.group_length // PLANE,
+        "BF16_SCALE": packed.scale_dtype == torch.bfloat16,
+    }
+
+
+# An integer below 16 (256) in the low mantissa bits of 128 (1024) in bf16 (fp16) is that number plus the integer, and
+# taking off the number and the zero point is exact. Two weights at once: for a plane one shift, one and-or, one fused
+# multiply-add. 8 bits do not fit bf16's mantissa: they go through fp32, where the number is 2^23.
+def _unpack4(magic: int, one: int, kind: str) -> str:
+    body = "".join(
+        f"shr.u32 t, $4, {4 * plane}; lop3.b32 t, t, 0x000F000F, {magic:#x}, 0xEA;"
+        f"fma.rn.{kind} ${plane}, t, one, ${5 + plane};"
+        for plane in range(4)
+    )
+    return f"{{ .reg .b32 t, one; mov.b32 one, {one:#x}; {body} }}"
+
+
+UNPACK4_BF16 = tl.constexpr(_unpack4(0x43004300, 0x3F803F80, "bf16x2"))
+UNPACK4_FP16 = tl.constexpr(_unpack4(0x64006400, 0x3C003C00, "f16x2"))
+UNPACK8_FP16 = tl.constexpr(
+    "{ .reg .b32 t, one; mov.b32 one, 0x3C003C00;"
+    "prmt.b32 t, $2, 0x64646464, 0x4240; fma.rn.f16x2 $0, t, one, $3;"
+    "prmt.b32 t, $2, 0x64646464, 0x4341; fma.rn.f16x2 $1, t, one, $4; }"
+)
+UNPACK8_BF16 = tl.constexpr(
+    "{ .reg .b32 a, b; .reg .f32 p, q;"
+    "prmt.b32 a, $2, 0x4B000000, 0x7540; prmt.b32 b, $2, 0x4B000000, 0x7542;"
+    "mov.b32 p, a; mov.b32 q, b; add.f32 p, p, $3; add.f32 q, q, $4; cvt.rn.bf16x2.f32 $0, q, p;"
+    "prmt.b32 a, $2, 0x4B000000, 0x7541; prmt.b32 b, $2, 0x4B000000, 0x7543;"
+    "mov.b32 p, a; mov.b32 q, b; add.f32 p, p, $5; add.f32 q, q, $6; cvt.rn.bf16x2.f32 $1, q, p; }"
+)
+
+
+@triton.jit
+def offset_of(meta, BITS: tl.constexpr, ASM: tl.constexpr, TYPE: tl.constexpr):
+    """What unpack adds to a code: −zero, less the number that the code is packed into."""
+    zero = meta >> 16
+    if not ASM:
+        offset = -zero.to(tl.float32)
+    elif BITS == 8 and TYPE == tl.bfloat16:
+        offset = -8388608.0 - zero.to(tl.float32)
+    elif TYPE == tl.bfloat16:
+        offset = (zero | 0xC300).to(tl.int16)
+    else:
+        offset = (zero | 0xE400).to(tl.int16)
+    return offset
+
+
+@triton.jit
+def scale_of(meta, BF16_SCALE: tl.constexpr):
+    if BF16_SCALE:
+        scale = (meta << 16).to(tl.float32, bitcast=True)
+    else:
+        scale = meta.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def unpack4(words, offsets, ASM: tl.constexpr, TYPE: tl.constexpr):
+    """words [n, 32] → four planes [n, 32] of code − zero, exact in any TYPE; offsets: [n] for each plane."""
+    o0, o1, o2, o3 = offsets[0][:, None], offsets[1][:, None], offsets[2][:, None], offsets[3][:, None]
+    if not ASM:
+        p0 = ((words & 15).to(tl.float32) + o0).to(TYPE)
+        p1 = (((words >> 4) & 15).to(tl.float32) + o1).to(TYPE)
+        p2 = (((words >> 8) & 15).to(tl.float32) + o2).to(TYPE)
+        p3 = (((words >> 12) & 15).to(tl.float32) + o3).to(TYPE)
+        planes = (p0, p1, p2, p3)
+    elif TYPE == tl.bfloat16:
+        planes = tl.inline_asm_elementwise(
+            UNPACK4_BF16, "=r,=r,=r,=r,r,r,r,r,r", [words, o0, o1, o2, o3],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        planes = tl.inline_asm_elementwise(
+            UNPACK4_FP16, "=r,=r,=r,=r,r,r,r,r,r", [words, o0, o1, o2, o3],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return planes
+
+
+@triton.jit
+def unpack8(words, offset0, offset1, ASM: tl.constexpr, TYPE: tl.constexpr):
+    """words [n, 32] → two planes [n, 32] of code − zero, exact in any TYPE; an offset [n] for each plane."""
+    o0, o1 = offset0[:, None], offset1[:, None]
+    if not ASM:
+        planes = (((words & 255).to(tl.float32) + o0).to(TYPE), (((words >> 8) & 255).to(tl.float32) + o1).to(TYPE))
+    elif TYPE == tl.bfloat16:
+        planes = tl.inline_asm_elementwise(
+            UNPACK8_BF16, "=r,=r,r,f,f,f,f", [words, o0, o1],
+            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        planes = tl.inline_asm_elementwise(
+            UNPACK8_FP16, "=r,=r,r,r,r", [words, o0, o1], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    return planes
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "steps_per_split"])
+def wna16_kernel(
+    x, words, meta, bias, out, sums, counters, rows, out_features, in_features, x_stride, steps, steps_per_split,
+    WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, PER_GROUP: tl.constexpr, BF16_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    PLANES: tl.constexpr = 16 // BITS
+    TYPE: tl.constexpr = x.dtype.element_ty
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    j = tl.arange(0, 32)
+    is_n = n < out_features
+    is_x = (m < rows)[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    if PER_GROUP == 0:
+        of_row = tl.load(meta + n, mask=is_n, other=0)
+        offset = offset_of(of_row, BITS, ASM, TYPE)
+        offsets = (offset, offset, offset, offset)
+    tile_size = tl.cast(out_features, tl.int64) * 32  # words may have more than 2^31 elements
+    first = tl.program_id(1) * steps_per_split
+    # Unlike the launch option, num_stages here stages all loads through shared memory, those of meta too.
+    for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
+        if PER_GROUP > 0:
+            # The step has 4 // PER_GROUP groups; short names for those of its four planes.
+            at = meta + step * (4 // PER_GROUP) * out_features + n
+            m0 = tl.load(at, mask=is_n, other=0)
+            m1, m2, m3 = m0, m0, m0
+            if PER_GROUP == 1:
+                m1 = tl.load(at + out_features, mask=is_n, other=0)
+            if PER_GROUP <= 2:
+                m2 = tl.load(at + (2 // PER_GROUP) * out_features, mask=is_n, other=0)
+                m3 = m2
+            if PER_GROUP == 1:
+                m3 = tl.load(at + 3 * out_features, mask=is_n, other=0)
+            metas = (m0, m1, m2, m3)
+            offsets = (
+                offset_of(m0, BITS, ASM, TYPE), offset_of(m1, BITS, ASM, TYPE),
+                offset_of(m2, BITS, ASM, TYPE), offset_of(m3, BITS, ASM, TYPE),
+            )  # fmt: skip
+        for plane in tl.static_range(4):
+            if plane % PLANES == 0:
+                tile = step * (4 // PLANES) + plane // PLANES
+                packed = tl.load(words + tile * tile_size + n[:, None] * 32 + j[None, :], mask=is_n[:, None], other=0)
+                if BITS == 4:
+                    planes = unpack4(packed, offsets, ASM, TYPE)
+                else:
+                    planes = unpack8(packed, offsets[plane], offsets[plane + 1], ASM, TYPE)
+            k = step * 128 + plane * 32 + j
+            inside = is_x if WHOLE_STEPS else is_x & (k < in_features)[:, None]
+            x_plane = tl.load(x + m[None, :] * x_stride + k[:, None], mask=inside, other=0.0)
+            if PER_GROUP == 0:
+                acc = tl.dot(planes[plane % PLANES], x_plane, acc, input_precision="ieee")
+            else:
+                if plane % PER_GROUP == 0:
+                    part = tl.dot(planes[plane % PLANES], x_plane, input_precision="ieee")
+                else:
+                    part = tl.dot(planes[plane % PLANES], x_plane, part, input_precision="ieee")
+                if plane % PER_GROUP == PER_GROUP - 1:
+                    acc += part * scale_of(metas[plane], BF16_SCALE)[:, None]
+    if PER_GROUP == 0:
+        acc *= scale_of(of_row, BF16_SCALE)[:, None]
+    inside = is_x & is_n[:, None]
+    at_out = m[None, :].to(tl.int64) * out_features + n[:, None]
+    if SPLIT:
+        splits = tl.num_programs(1)
+        size = tl.cast(rows, tl.int64) * out_features
+        tl.store(sums + tl.program_id(1) * size + at_out, acc, mask=inside)
+        # All threads' stores come before the count, and the count before the last program's loads.
+        tl.debug_barrier()
+        done = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel")
+        if done < splits - 1:
+            return
+        tl.store(counters + tl.program_id(0), 0)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        for split in tl.range(0, splits, num_stages=4):
+            acc += tl.load(sums + split * size + at_out, mask=inside, other=0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dequantize_kernel(
+    words, meta, weight, out_features, in_features,
+    WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, PER_GROUP: tl.constexpr, BF16_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    PLANES: tl.constexpr = 16 // BITS
+    step = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.arange(0, 32)
+    is_n = n < out_features
+    for index in tl.static_range(4):
+        tile = step * (4 // PLANES) + index // PLANES
+        at = (tile.to(tl.int64) * out_features + n)[:, None] * 32 + j[None, :]
+        packed = tl.load(words + at, mask=is_n[:, None], other=0)
+        codes = (packed >> (index % PLANES * BITS)) & (2**BITS - 1)
+        group = 0 if PER_GROUP == 0 else step * (4 // PER_GROUP) + index // PER_GROUP
+        of_group = tl.load(meta + group * out_features + n, mask=is_n, other=0)
+        wide = (codes.to(tl.float32) - (of_group >> 16).to(tl.float32)[:, None]) * scale_of(of_group, BF16_SCALE)[
+            :, None
+        ]
+        k = step * 128 + index * 32 + j
+        inside = is_n[:, None] & (k < in_features)[None, :]
+        at_weight = n.to(tl.int64)[:, None] * in_features + k[None, :]
+        tl.store(weight + at_weight, wide.to(weight.dtype.element_ty), mask=inside)
