@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from llmq.cli import options
 from llmq.cli.console import out, print_json, table
 from llmq.memory import format_bytes

@@ -7,8 +7,9 @@ The heads that share a KV head are packed into one tile of queries, so that K an
 
 One loop over tiles of keys serves two grids, because the two kinds of row are short of different things:
 
-    few queries (decode)     short of parallel work: a program takes one split of the row's positions, writes its
-                             softmax-weighted mean and its log-sum-exp in fp32; merge_kernel adds the splits in order
+    few queries (decode)     short of parallel work: a program takes one split of the row's positions, and writes its
+                             softmax-weighted mean and its log-sum-exp in fp32. The program that finishes a row last
+                             merges the splits, always in the same order
 
         positions   | split 0 | split 1 | split 2 … |         split boundaries are multiples of the split length
 
@@ -27,8 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels import MAX_TILES, counters
+
 MIN_SPLIT = 256
-MAX_SPLITS = 64
+MAX_SPLITS = 32
 LOG2_E = math.log2(math.e)
 
 
@@ -43,7 +46,7 @@ def decode_launch(group: int, head_dim: int, element_size: int) -> Launch:
     block_m = max(16, triton.next_power_of_2(group))
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
-    return Launch(block_m, 64, 4, 5 if head_dim <= 128 else 3)
+    return Launch(block_m, 64, 4, 3 if head_dim <= 128 else 2)
 
 
 def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
@@ -80,6 +83,8 @@ def paged_attention_triton(
     block_size, kv_heads = key_cache.shape[1], key_cache.shape[2]
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
         raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
+    if rows * kv_heads > MAX_TILES:
+        raise ValueError(f"{rows} rows of {kv_heads} KV heads are more than {MAX_TILES} tiles")
     group = heads // kv_heads
     decode = decode_launch(group, head_dim, query.element_size())
     prefill = prefill_launch(group, head_dim, query.element_size())
@@ -98,7 +103,7 @@ def paged_attention_triton(
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
             query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
-            *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
+            counters(query.device), *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
             heads, rows, few_queries, splits, window or 0, LOG2_E / math.sqrt(head_dim),
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_SIZE=block_size, WINDOWED=window is not None, SPLIT=split, DECODE=is_decode,
@@ -108,12 +113,6 @@ def paged_attention_triton(
     attend_rows(decode, splits, rows, True)
     if max_query_length > few_queries:
         attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
-    if splits > 1:
-        merge_kernel[rows * few_queries, heads](
-            means, logsums, out, query_starts, kv_lengths, out.stride(0), few_queries, splits, window or 0,
-            HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), WINDOWED=window is not None, SPLIT=split,
-            CHUNK=32, num_warps=4,
-        )  # fmt: skip
     return out
 
 
@@ -129,7 +128,7 @@ def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "few_queries", "splits", "window"])
 def attention_kernel(
-    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
+    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums, counters,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
     table_stride, out_token_stride, heads, rows, few_queries, splits, window, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -201,19 +200,19 @@ def attention_kernel(
             seen_by_last = tl.maximum(kv_length - queries + last_query - window + 1, 0)
             first_full = tl.minimum(tl.cdiv(seen_by_last, TILE) * TILE, tl.cdiv(last, TILE) * TILE)
             acc, best, total = attend(
-                acc, best, total, q, first, first_full, keys, values, table, position, kv_length, window, scale,
+                acc, best, total, q, first, tl.minimum(first_full, last), keys, values, table, position, window, scale,
                 cache_block_stride, cache_token_stride,
                 HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, True,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
         acc, best, total = attend(
-            acc, best, total, q, first_full, last_full, keys, values, table, position, kv_length, window, scale,
+            acc, best, total, q, first_full, last_full, keys, values, table, position, window, scale,
             cache_block_stride, cache_token_stride,
             HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, False,
         )  # fmt: skip
         first = last_full
     acc, best, total = attend(
-        acc, best, total, q, first, last, keys, values, table, position, kv_length, window, scale,
+        acc, best, total, q, first, last, keys, values, table, position, window, scale,
         cache_block_stride, cache_token_stride,
         HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, True,
     )  # fmt: skip
@@ -221,17 +220,37 @@ def attention_kernel(
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if DECODE:
         if row_splits > 1:
-            at = ((row * few_queries + query_index).to(tl.int64) * heads + head) * splits + tl.program_id(0)
-            tl.store(means + at[:, None] * HEAD_DIM + dim[None, :], acc, mask=stored)
-            tl.store(logsums + at, best + tl.log2(total), mask=is_query)
-            return
-    at = query_token * out_token_stride + head * HEAD_DIM
-    tl.store(out + at[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=stored)
+            at = ((row * few_queries + query_index).to(tl.int64) * heads + head) * splits
+            at_mean = means + at[:, None] * HEAD_DIM + dim[None, :]
+            tl.store(at_mean + tl.program_id(0) * HEAD_DIM, acc, mask=stored)
+            tl.store(logsums + at + tl.program_id(0), best + tl.log2(total), mask=is_query)
+            # All threads' stores come before the count, and the count before the last program's loads.
+            tl.debug_barrier()
+            counter = counters + row * tl.num_programs(1) + kv_head
+            if tl.atomic_add(counter, 1, sem="acq_rel") < row_splits - 1:
+                return
+            tl.store(counter, 0)
+            acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
+            best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+            total = tl.zeros([BLOCK_M], dtype=tl.float32)
+            for other in tl.range(0, row_splits, num_stages=4):
+                logsum = tl.load(logsums + at + other, mask=is_query, other=float("-inf"))
+                mean = tl.load(at_mean + other * HEAD_DIM, mask=stored, other=0.0)
+                new_best = tl.maximum(best, logsum)
+                # A split may have nothing for a query; any finite number in place of its best keeps NaN out.
+                shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+                weight, fade = tl.exp2(logsum - shift), tl.exp2(best - shift)
+                acc = acc * fade[:, None] + mean * weight[:, None]
+                total = total * fade + weight
+                best = new_best
+            acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    at_out = query_token * out_token_stride + head * HEAD_DIM
+    tl.store(out + at_out[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def attend(
-    acc, best, total, q, first, last, keys, values, table, position, kv_length, window, scale,
+    acc, best, total, q, first, last, keys, values, table, position, window, scale,
     cache_block_stride, cache_token_stride,
     HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
     TILE: tl.constexpr, MASKED: tl.constexpr,
@@ -247,7 +266,7 @@ def attend(
     pages = load_pages(table, first, last, BLOCK_SIZE, TILE)
     for start in range(first, last, TILE):
         key_position = start + step
-        inside = (key_position < kv_length)[:, None]
+        inside = (key_position < last)[:, None]
         if BLOCK_SIZE % TILE == 0:
             base = pages.to(tl.int64) * cache_block_stride + start % BLOCK_SIZE * cache_token_stride
             at = base + step[:, None] * cache_token_stride + dim
@@ -297,42 +316,3 @@ def load_pages(table, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
         position = start + tl.arange(0, TILE)
         pages = tl.load(table + position // BLOCK_SIZE, mask=position < last, other=0)
     return pages
-
-
-@triton.jit(do_not_specialize=["few_queries", "splits", "window"])
-def merge_kernel(
-    means, logsums, out, query_starts, kv_lengths, out_token_stride, few_queries, splits, window,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Mean of the splits' means, weighted by 2^logsum, CHUNK of them at a time, always in the same order."""
-    row = tl.program_id(0) // few_queries
-    query_index = tl.program_id(0) % few_queries
-    head = tl.program_id(1)
-    query_start = tl.load(query_starts + row)
-    queries = tl.load(query_starts + row + 1) - query_start
-    kv_length = tl.load(kv_lengths + row)
-    row_splits = tl.cdiv(kv_length, SPLIT) - first_seen(kv_length, queries, window, WINDOWED) // SPLIT
-    if (queries > few_queries) | (query_index >= queries) | (row_splits <= 1):
-        return
-    dim = tl.arange(0, DIM_PADDED)
-    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * splits
-    acc = tl.zeros([DIM_PADDED], dtype=tl.float32)
-    best = float("-inf")
-    total = 0.0
-    for start in range(0, row_splits, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        logsum = tl.load(logsums + at + split, mask=split < row_splits, other=float("-inf"))
-        mean = tl.load(
-            means + (at + split)[:, None] * HEAD_DIM + dim[None, :],
-            mask=(split < row_splits)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        new_best = tl.maximum(best, tl.max(logsum, 0))
-        # A split may have nothing for an early query of the row: its logsum, and the best so far, are then −inf.
-        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weights = tl.exp2(logsum - shift)
-        fade = tl.exp2(best - shift)
-        acc = acc * fade + tl.sum(weights[:, None] * mean, 0)
-        total = total * fade + tl.sum(weights, 0)
-        best = new_best
-    at_out = (query_start + query_index).to(tl.int64) * out_token_stride + head * HEAD_DIM
-    tl.store(out + at_out + dim, (acc / total).to(out.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -9,14 +9,14 @@ matrix unit reads from registers, and a batch of 8 fills it as well as one of 64
                                          acc += scale · Σ plane_i · x[:, the 32 channels of plane i]ᵀ
 
 The scale multiplies the fp32 sum of its group, not the weights: that costs less and rounds nothing. With more than one
-split the fp32 sums go to memory, and the program that finishes a tile last adds them, always in the same order.
+split the fp32 sums go to memory, and are added in order: in a small batch by the program that finishes a tile last, in
+a bigger one by reduce_kernel, which has all multiprocessors to do it.
 """
 
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 import os
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,11 +25,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmq.runtime.kernels import counters
 from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
 
 FUSED_ROWS = 64  # above, widening the weight once and multiplying through the library is faster
+REDUCE_ROWS = 16  # above, a kernel of its own adds the splits
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
-MAX_TILES = 2**16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -38,19 +39,25 @@ class Launch(NamedTuple):
     block_n: int
     warps: int
     stages: int
+    unroll: int  # steps of K in an iteration
 
 
-LAUNCHES = (
-    Launch(8, 128, 4, 4),
-    Launch(16, 128, 4, 4),
-    Launch(32, 128, 4, 4),
-    Launch(64, 128, 4, 4),
-)
+# (bits, rows up to) → launch parameters, measured on an H200.
+LAUNCHES = {
+    (4, 8): Launch(8, 64, 2, 4, 1),
+    (4, 16): Launch(16, 128, 4, 4, 1),
+    (4, 32): Launch(32, 128, 4, 4, 1),
+    (4, 64): Launch(64, 128, 4, 4, 1),
+    (8, 8): Launch(8, 64, 2, 4, 1),
+    (8, 16): Launch(16, 128, 4, 4, 1),
+    (8, 32): Launch(32, 128, 4, 4, 1),
+    (8, 64): Launch(64, 256, 8, 4, 1),
+}
 
 
-def launch_for(rows: int) -> Launch:
-    """Launch parameters for a batch of ``rows``."""
-    return next((launch for launch in LAUNCHES if rows <= launch.block_m), LAUNCHES[-1])
+def launch_for(bits: int, rows: int, element_size: int) -> Launch:
+    block_m = next(most for width, most in LAUNCHES if width == bits and rows <= most)
+    return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2, 1)
 
 
 def splits_for(out_features: int, steps: int) -> int:
@@ -66,32 +73,27 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         return F.linear(x, dequantize(packed, x.dtype), bias)
     if x.stride(1) != 1:
         x = x.contiguous()
-    launch = launch_for(rows)
+    launch = launch_for(packed.bits, rows, x.element_size())
     steps = triton.cdiv(packed.in_features, STEP)
     splits = splits_for(out_features, steps)
     steps_per_split = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, steps_per_split)
-    tiles = triton.cdiv(out_features, launch.block_n)
+    reduced = splits > 1 and rows > REDUCE_ROWS
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
-    wna16_kernel[tiles, splits](
-        x, packed.words, packed.meta, bias, out, sums, _counters(x.device), rows, out_features, packed.in_features,
+    wna16_kernel[triton.cdiv(out_features, launch.block_n), splits](
+        x, packed.words, packed.meta, bias, out, sums, counters(x.device), rows, out_features, packed.in_features,
         x.stride(0), steps, steps_per_split, **_format(packed), HAS_BIAS=bias is not None, SPLIT=splits > 1,
-        ASM=not INTERPRETED and x.element_size() == 2,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, num_warps=launch.warps,
+        REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, UNROLL=launch.unroll, STAGES=launch.stages,
+        num_warps=launch.warps,
     )  # fmt: skip
+    if reduced:
+        block = 512
+        reduce_kernel[rows, triton.cdiv(out_features, block)](
+            sums, bias, out, rows, out_features, splits, HAS_BIAS=bias is not None, BLOCK=block, num_warps=4
+        )
     return out
-
-
-@cache
-def _counters(device: torch.device) -> Tensor:
-    """For each tile of a product under way, how many splits are done: zero before a launch and again after it.
-
-    There is one set for a device, so products with splits run on one stream at a time.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("run a quantized layer once before capturing it in a CUDA graph")
-    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -212,8 +214,8 @@ def unpack8(words, offset0, offset1, ASM: tl.constexpr, TYPE: tl.constexpr):
 def wna16_kernel(
     x, words, meta, bias, out, sums, counters, rows, out_features, in_features, x_stride, steps, steps_per_split,
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, PER_GROUP: tl.constexpr, BF16_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 16 // BITS
     TYPE: tl.constexpr = x.dtype.element_ty
@@ -230,34 +232,38 @@ def wna16_kernel(
     tile_size = tl.cast(out_features, tl.int64) * 32  # words may have more than 2^31 elements
     first = tl.program_id(1) * steps_per_split
     # Unlike the launch option, num_stages here stages all loads through shared memory, those of meta too.
-    for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
-        if PER_GROUP > 0:
-            # The step has 4 // PER_GROUP groups; short names for those of its four planes.
-            at = meta + step * (4 // PER_GROUP) * out_features + n
-            m0 = tl.load(at, mask=is_n, other=0)
-            m1, m2, m3 = m0, m0, m0
-            if PER_GROUP == 1:
-                m1 = tl.load(at + out_features, mask=is_n, other=0)
-            if PER_GROUP <= 2:
-                m2 = tl.load(at + (2 // PER_GROUP) * out_features, mask=is_n, other=0)
-                m3 = m2
-            if PER_GROUP == 1:
-                m3 = tl.load(at + 3 * out_features, mask=is_n, other=0)
-            metas = (m0, m1, m2, m3)
-            offsets = (
-                offset_of(m0, BITS, ASM, TYPE), offset_of(m1, BITS, ASM, TYPE),
-                offset_of(m2, BITS, ASM, TYPE), offset_of(m3, BITS, ASM, TYPE),
-            )  # fmt: skip
-        for plane in tl.static_range(4):
+    last = tl.minimum(first + steps_per_split, steps)
+    for start in tl.range(first, last, UNROLL, num_stages=STAGES):
+        for plane in tl.static_range(4 * UNROLL):
+            if plane % 4 == 0:
+                step = start + plane // 4
+                is_n = n < out_features if UNROLL == 1 else (n < out_features) & (step < last)
+                if PER_GROUP > 0:
+                    # The step has 4 // PER_GROUP groups; here one for each of its planes.
+                    at = meta + step * (4 // PER_GROUP) * out_features + n
+                    m0 = tl.load(at, mask=is_n, other=0)
+                    m1, m2, m3 = m0, m0, m0
+                    if PER_GROUP == 1:
+                        m1 = tl.load(at + out_features, mask=is_n, other=0)
+                    if PER_GROUP <= 2:
+                        m2 = tl.load(at + (2 // PER_GROUP) * out_features, mask=is_n, other=0)
+                        m3 = m2
+                    if PER_GROUP == 1:
+                        m3 = tl.load(at + 3 * out_features, mask=is_n, other=0)
+                    metas = (m0, m1, m2, m3)
+                    offsets = (
+                        offset_of(m0, BITS, ASM, TYPE), offset_of(m1, BITS, ASM, TYPE),
+                        offset_of(m2, BITS, ASM, TYPE), offset_of(m3, BITS, ASM, TYPE),
+                    )  # fmt: skip
             if plane % PLANES == 0:
-                tile = step * (4 // PLANES) + plane // PLANES
-                packed = tl.load(words + tile * tile_size + n[:, None] * 32 + j[None, :], mask=is_n[:, None], other=0)
+                at_words = words + (step * (4 // PLANES) + plane % 4 // PLANES) * tile_size
+                packed = tl.load(at_words + n[:, None] * 32 + j[None, :], mask=is_n[:, None], other=0)
                 if BITS == 4:
                     planes = unpack4(packed, offsets, ASM, TYPE)
                 else:
-                    planes = unpack8(packed, offsets[plane], offsets[plane + 1], ASM, TYPE)
-            k = step * 128 + plane * 32 + j
-            inside = is_x if WHOLE_STEPS else is_x & (k < in_features)[:, None]
+                    planes = unpack8(packed, offsets[plane % 4], offsets[plane % 4 + 1], ASM, TYPE)
+            k = start * 128 + plane * 32 + j
+            inside = is_x if WHOLE_STEPS and UNROLL == 1 else is_x & (k < in_features)[:, None]
             x_plane = tl.load(x + m[None, :] * x_stride + k[:, None], mask=inside, other=0.0)
             if PER_GROUP == 0:
                 acc = tl.dot(planes[plane % PLANES], x_plane, acc, input_precision="ieee")
@@ -267,7 +273,8 @@ def wna16_kernel(
                 else:
                     part = tl.dot(planes[plane % PLANES], x_plane, part, input_precision="ieee")
                 if plane % PER_GROUP == PER_GROUP - 1:
-                    acc += part * scale_of(metas[plane], BF16_SCALE)[:, None]
+                    acc += part * scale_of(metas[plane % 4], BF16_SCALE)[:, None]
+    is_n = n < out_features
     if PER_GROUP == 0:
         acc *= scale_of(of_row, BF16_SCALE)[:, None]
     inside = is_x & is_n[:, None]
@@ -276,6 +283,8 @@ def wna16_kernel(
         splits = tl.num_programs(1)
         size = tl.cast(rows, tl.int64) * out_features
         tl.store(sums + tl.program_id(1) * size + at_out, acc, mask=inside)
+        if REDUCED:
+            return
         # All threads' stores come before the count, and the count before the last program's loads.
         tl.debug_barrier()
         done = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel")
@@ -288,6 +297,19 @@ def wna16_kernel(
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def reduce_kernel(sums, bias, out, rows, out_features, splits, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < out_features
+    acc = tl.zeros([BLOCK], dtype=tl.float32)
+    for split in range(splits):
+        acc += tl.load(sums + (split * rows + row) * out_features + n, mask=inside, other=0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_features + n, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
