@@ -8,8 +8,7 @@ The heads that share a KV head are packed into one tile of queries, so that K an
 One loop over tiles of keys serves two grids, because the two kinds of row are short of different things:
 
     few queries (decode)     short of parallel work: a program takes one split of the row's positions, and writes its
-                             softmax-weighted mean and its log-sum-exp in fp32. The program that finishes a row last
-                             merges the splits, always in the same order
+                             softmax-weighted mean and its log-sum-exp in fp32; merge_kernel joins the splits in order
 
         positions   | split 0 | split 1 | split 2 … |         split boundaries are multiples of the split length
 
@@ -28,14 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq.runtime.kernels import MAX_TILES, counters
-
-MIN_SPLIT = 256
-MAX_SPLITS = 32
+SPLITS = (128, 256, 512, 1024)  # positions
+PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
 
 
 class Launch(NamedTuple):
+    """What a grid's programs take; found by measuring on an H200."""
+
     block_m: int  # packed queries in a program's tile
     tile: int  # keys in a tile
     warps: int
@@ -43,6 +42,7 @@ class Launch(NamedTuple):
 
 
 def decode_launch(group: int, head_dim: int, element_size: int) -> Launch:
+    """For the grid of rows with few queries."""
     block_m = max(16, triton.next_power_of_2(group))
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
@@ -50,6 +50,7 @@ def decode_launch(group: int, head_dim: int, element_size: int) -> Launch:
 
 
 def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
+    """For the grid of rows with many queries."""
     if element_size == 4:
         return Launch(max(32, triton.next_power_of_2(group)), 16, 8, 1)
     if head_dim > 128:
@@ -57,12 +58,11 @@ def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
     return Launch(128, 64, 8, 3)
 
 
-def split_length(max_kv_length: int) -> int:
-    """Positions that one program of the decode grid takes.
-
-    It depends on the bound of the context alone, never on the batch, so that neither do the results.
-    """
-    return max(MIN_SPLIT, int(triton.next_power_of_2(triton.cdiv(max_kv_length, MAX_SPLITS))))
+def split_length(tiles: int, max_kv_length: int) -> int:
+    """Positions that one program takes of each of ``tiles`` (rows × KV heads): few for a small batch, to fill the
+    device; at most 1024, so that one long row among short ones does not keep the rest waiting."""
+    wanted = max_kv_length * tiles / PROGRAMS
+    return next((length for length in SPLITS if length >= wanted), SPLITS[-1])
 
 
 def paged_attention_triton(
@@ -76,6 +76,7 @@ def paged_attention_triton(
     window: int | None,
     max_query_length: int,
     max_kv_length: int,
+    split: int | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
     tokens, heads, head_dim = query.shape
@@ -83,8 +84,6 @@ def paged_attention_triton(
     block_size, kv_heads = key_cache.shape[1], key_cache.shape[2]
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
         raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
-    if rows * kv_heads > MAX_TILES:
-        raise ValueError(f"{rows} rows of {kv_heads} KV heads are more than {MAX_TILES} tiles")
     group = heads // kv_heads
     decode = decode_launch(group, head_dim, query.element_size())
     prefill = prefill_launch(group, head_dim, query.element_size())
@@ -92,7 +91,7 @@ def paged_attention_triton(
 
     # Rows of up to few_queries go to the decode grid, the others to the prefill grid.
     few_queries = min(decode.block_m // group, max_query_length)
-    split = split_length(max_kv_length)
+    split = split or split_length(rows * kv_heads, max_kv_length)
     splits = max(1, triton.cdiv(max_kv_length, split))
     if window is not None:
         splits = min(splits, (window + few_queries - 2) // split + 2)
@@ -103,7 +102,7 @@ def paged_attention_triton(
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
             query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
-            counters(query.device), *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
+            *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
             heads, rows, few_queries, splits, window or 0, LOG2_E / math.sqrt(head_dim),
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_SIZE=block_size, WINDOWED=window is not None, SPLIT=split, DECODE=is_decode,
@@ -113,6 +112,12 @@ def paged_attention_triton(
     attend_rows(decode, splits, rows, True)
     if max_query_length > few_queries:
         attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
+    if splits > 1:
+        merge_kernel[rows * few_queries, heads](
+            means, logsums, out, query_starts, kv_lengths, out.stride(0), few_queries, splits, window or 0,
+            HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), WINDOWED=window is not None, SPLIT=split,
+            CHUNK=32, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -128,12 +133,13 @@ def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "few_queries", "splits", "window"])
 def attention_kernel(
-    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums, counters,
+    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
     table_stride, out_token_stride, heads, rows, few_queries, splits, window, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOWED: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """One tile of queries of one KV head, over one split of the row's positions (DECODE) or all of them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
     kv_head = tl.program_id(1)
     if DECODE:
@@ -221,29 +227,10 @@ def attention_kernel(
     if DECODE:
         if row_splits > 1:
             at = ((row * few_queries + query_index).to(tl.int64) * heads + head) * splits
-            at_mean = means + at[:, None] * HEAD_DIM + dim[None, :]
-            tl.store(at_mean + tl.program_id(0) * HEAD_DIM, acc, mask=stored)
-            tl.store(logsums + at + tl.program_id(0), best + tl.log2(total), mask=is_query)
-            # All threads' stores come before the count, and the count before the last program's loads.
-            tl.debug_barrier()
-            counter = counters + row * tl.num_programs(1) + kv_head
-            if tl.atomic_add(counter, 1, sem="acq_rel") < row_splits - 1:
-                return
-            tl.store(counter, 0)
-            acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
-            best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-            total = tl.zeros([BLOCK_M], dtype=tl.float32)
-            for other in tl.range(0, row_splits, num_stages=4):
-                logsum = tl.load(logsums + at + other, mask=is_query, other=float("-inf"))
-                mean = tl.load(at_mean + other * HEAD_DIM, mask=stored, other=0.0)
-                new_best = tl.maximum(best, logsum)
-                # A split may have nothing for a query; any finite number in place of its best keeps NaN out.
-                shift = tl.where(new_best == float("-inf"), 0.0, new_best)
-                weight, fade = tl.exp2(logsum - shift), tl.exp2(best - shift)
-                acc = acc * fade[:, None] + mean * weight[:, None]
-                total = total * fade + weight
-                best = new_best
-            acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+            at += tl.program_id(0)
+            tl.store(means + at[:, None] * HEAD_DIM + dim[None, :], acc, mask=stored)
+            tl.store(logsums + at, best + tl.log2(total), mask=is_query)
+            return
     at_out = query_token * out_token_stride + head * HEAD_DIM
     tl.store(out + at_out[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=stored)
 
@@ -316,3 +303,42 @@ def load_pages(table, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
         position = start + tl.arange(0, TILE)
         pages = tl.load(table + position // BLOCK_SIZE, mask=position < last, other=0)
     return pages
+
+
+@triton.jit(do_not_specialize=["few_queries", "splits", "window"])
+def merge_kernel(
+    means, logsums, out, query_starts, kv_lengths, out_token_stride, few_queries, splits, window,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Mean of the splits' means, weighted by 2^logsum, CHUNK of them at a time, always in the same order."""
+    row = tl.program_id(0) // few_queries
+    query_index = tl.program_id(0) % few_queries
+    head = tl.program_id(1)
+    query_start = tl.load(query_starts + row)
+    queries = tl.load(query_starts + row + 1) - query_start
+    kv_length = tl.load(kv_lengths + row)
+    row_splits = tl.cdiv(kv_length, SPLIT) - first_seen(kv_length, queries, window, WINDOWED) // SPLIT
+    if (queries > few_queries) | (query_index >= queries) | (row_splits <= 1):
+        return
+    dim = tl.arange(0, DIM_PADDED)
+    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head) * splits
+    acc = tl.zeros([DIM_PADDED], dtype=tl.float32)
+    best = float("-inf")
+    total = 0.0
+    for start in range(0, row_splits, CHUNK):
+        split = start + tl.arange(0, CHUNK)
+        logsum = tl.load(logsums + at + split, mask=split < row_splits, other=float("-inf"))
+        mean = tl.load(
+            means + (at + split)[:, None] * HEAD_DIM + dim[None, :],
+            mask=(split < row_splits)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
+        )  # fmt: skip
+        new_best = tl.maximum(best, tl.max(logsum, 0))
+        # A split may have nothing for an early query of the row: its logsum, and the best so far, are then −inf.
+        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weights = tl.exp2(logsum - shift)
+        fade = tl.exp2(best - shift)
+        acc = acc * fade + tl.sum(weights[:, None] * mean, 0)
+        total = total * fade + tl.sum(weights, 0)
+        best = new_best
+    at_out = (query_start + query_index).to(tl.int64) * out_token_stride + head * HEAD_DIM
+    tl.store(out + at_out + dim, (acc / total).to(out.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -3,7 +3,7 @@
 The product is taken as weights · xᵀ, so that the weights, which are unpacked in registers, are the operand that the
 matrix unit reads from registers, and a batch of 8 fills it as well as one of 64:
 
-    program (tile of N, split of K)      acc [BLOCK_N, BLOCK_M], fp32
+    program (tile of N and M, split of K)      acc [BLOCK_N, BLOCK_M], fp32
 
         for each step of 128 channels:   words [BLOCK_N, 32] → planes 0, 1, …
                                          acc += scale · Σ plane_i · x[:, the 32 channels of plane i]ᵀ
@@ -17,6 +17,7 @@ a bigger one by reduce_kernel, which has all multiprocessors to do it.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,39 +26,40 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmq.runtime.kernels import counters
 from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
 
-FUSED_ROWS = 64  # above, widening the weight once and multiplying through the library is faster
+FUSED_ROWS = 256  # above, widening the weight once and multiplying through the library is faster
 REDUCE_ROWS = 16  # above, a kernel of its own adds the splits
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launch(NamedTuple):
+    """What a program takes."""
+
     block_m: int
     block_n: int
     warps: int
     stages: int
-    unroll: int  # steps of K in an iteration
 
 
 # (bits, rows up to) → launch parameters, measured on an H200.
 LAUNCHES = {
-    (4, 8): Launch(8, 64, 2, 4, 1),
-    (4, 16): Launch(16, 128, 4, 4, 1),
-    (4, 32): Launch(32, 128, 4, 4, 1),
-    (4, 64): Launch(64, 128, 4, 4, 1),
-    (8, 8): Launch(8, 64, 2, 4, 1),
-    (8, 16): Launch(16, 128, 4, 4, 1),
-    (8, 32): Launch(32, 128, 4, 4, 1),
-    (8, 64): Launch(64, 256, 8, 4, 1),
+    (4, 8): Launch(8, 64, 2, 4),
+    (4, 16): Launch(16, 128, 4, 4),
+    (4, 32): Launch(32, 128, 4, 4),
+    (4, 64): Launch(64, 128, 4, 4),
+    (8, 8): Launch(8, 64, 2, 4),
+    (8, 16): Launch(16, 128, 4, 4),
+    (8, 32): Launch(32, 128, 4, 4),
+    (8, 64): Launch(64, 256, 8, 4),
 }
 
 
 def launch_for(bits: int, rows: int, element_size: int) -> Launch:
-    block_m = next(most for width, most in LAUNCHES if width == bits and rows <= most)
-    return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2, 1)
+    """Launch parameters for a batch of ``rows``, of elements of so many bytes."""
+    block_m = next((most for width, most in LAUNCHES if width == bits and rows <= most), 64)
+    return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
 
 def splits_for(out_features: int, steps: int) -> int:
@@ -81,11 +83,12 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
     reduced = splits > 1 and rows > REDUCE_ROWS
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
-    wna16_kernel[triton.cdiv(out_features, launch.block_n), splits](
+    tiles_m = triton.cdiv(rows, launch.block_m)
+    wna16_kernel[triton.cdiv(out_features, launch.block_n) * tiles_m, splits](
         x, packed.words, packed.meta, bias, out, sums, counters(x.device), rows, out_features, packed.in_features,
-        x.stride(0), steps, steps_per_split, **_format(packed), HAS_BIAS=bias is not None, SPLIT=splits > 1,
+        x.stride(0), steps, steps_per_split, tiles_m, **_format(packed), HAS_BIAS=bias is not None, SPLIT=splits > 1,
         REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, UNROLL=launch.unroll, STAGES=launch.stages,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         num_warps=launch.warps,
     )  # fmt: skip
     if reduced:
@@ -94,6 +97,17 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
             sums, bias, out, rows, out_features, splits, HAS_BIAS=bias is not None, BLOCK=block, num_warps=4
         )
     return out
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """For each tile of N, how many splits are done: zero before a launch, and put back to zero by its last program.
+
+    There is one set for a device, so products run on one stream at a time.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("run a quantized layer once before capturing it in a CUDA graph")
+    return torch.zeros(2**16, dtype=torch.int32, device=device)
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -162,6 +176,7 @@ def offset_of(meta, BITS: tl.constexpr, ASM: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def scale_of(meta, BF16_SCALE: tl.constexpr):
+    """The scale in fp32."""
     if BF16_SCALE:
         scale = (meta << 16).to(tl.float32, bitcast=True)
     else:
@@ -210,17 +225,20 @@ def unpack8(words, offset0, offset1, ASM: tl.constexpr, TYPE: tl.constexpr):
     return planes
 
 
-@triton.jit(do_not_specialize=["rows", "steps", "steps_per_split"])
+@triton.jit(do_not_specialize=["rows", "steps", "steps_per_split", "tiles_m"])
 def wna16_kernel(
     x, words, meta, bias, out, sums, counters, rows, out_features, in_features, x_stride, steps, steps_per_split,
+    tiles_m,
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, PER_GROUP: tl.constexpr, BF16_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, ASM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One tile of outputs, summed over one split of K."""
     PLANES: tl.constexpr = 16 // BITS
     TYPE: tl.constexpr = x.dtype.element_ty
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    # Programs that share a tile of the weight are neighbours, so that all but one find it in the cache.
+    n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 32)
     is_n = n < out_features
     is_x = (m < rows)[None, :]
@@ -232,38 +250,34 @@ def wna16_kernel(
     tile_size = tl.cast(out_features, tl.int64) * 32  # words may have more than 2^31 elements
     first = tl.program_id(1) * steps_per_split
     # Unlike the launch option, num_stages here stages all loads through shared memory, those of meta too.
-    last = tl.minimum(first + steps_per_split, steps)
-    for start in tl.range(first, last, UNROLL, num_stages=STAGES):
-        for plane in tl.static_range(4 * UNROLL):
-            if plane % 4 == 0:
-                step = start + plane // 4
-                is_n = n < out_features if UNROLL == 1 else (n < out_features) & (step < last)
-                if PER_GROUP > 0:
-                    # The step has 4 // PER_GROUP groups; here one for each of its planes.
-                    at = meta + step * (4 // PER_GROUP) * out_features + n
-                    m0 = tl.load(at, mask=is_n, other=0)
-                    m1, m2, m3 = m0, m0, m0
-                    if PER_GROUP == 1:
-                        m1 = tl.load(at + out_features, mask=is_n, other=0)
-                    if PER_GROUP <= 2:
-                        m2 = tl.load(at + (2 // PER_GROUP) * out_features, mask=is_n, other=0)
-                        m3 = m2
-                    if PER_GROUP == 1:
-                        m3 = tl.load(at + 3 * out_features, mask=is_n, other=0)
-                    metas = (m0, m1, m2, m3)
-                    offsets = (
-                        offset_of(m0, BITS, ASM, TYPE), offset_of(m1, BITS, ASM, TYPE),
-                        offset_of(m2, BITS, ASM, TYPE), offset_of(m3, BITS, ASM, TYPE),
-                    )  # fmt: skip
+    for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
+        if PER_GROUP > 0:
+            # The step has 4 // PER_GROUP groups; here one for each of its planes.
+            at = meta + step * (4 // PER_GROUP) * out_features + n
+            m0 = tl.load(at, mask=is_n, other=0)
+            m1, m2, m3 = m0, m0, m0
+            if PER_GROUP == 1:
+                m1 = tl.load(at + out_features, mask=is_n, other=0)
+            if PER_GROUP <= 2:
+                m2 = tl.load(at + (2 // PER_GROUP) * out_features, mask=is_n, other=0)
+                m3 = m2
+            if PER_GROUP == 1:
+                m3 = tl.load(at + 3 * out_features, mask=is_n, other=0)
+            metas = (m0, m1, m2, m3)
+            offsets = (
+                offset_of(m0, BITS, ASM, TYPE), offset_of(m1, BITS, ASM, TYPE),
+                offset_of(m2, BITS, ASM, TYPE), offset_of(m3, BITS, ASM, TYPE),
+            )  # fmt: skip
+        for plane in tl.static_range(4):
             if plane % PLANES == 0:
-                at_words = words + (step * (4 // PLANES) + plane % 4 // PLANES) * tile_size
+                at_words = words + (step * (4 // PLANES) + plane // PLANES) * tile_size
                 packed = tl.load(at_words + n[:, None] * 32 + j[None, :], mask=is_n[:, None], other=0)
                 if BITS == 4:
                     planes = unpack4(packed, offsets, ASM, TYPE)
                 else:
-                    planes = unpack8(packed, offsets[plane % 4], offsets[plane % 4 + 1], ASM, TYPE)
-            k = start * 128 + plane * 32 + j
-            inside = is_x if WHOLE_STEPS and UNROLL == 1 else is_x & (k < in_features)[:, None]
+                    planes = unpack8(packed, offsets[plane], offsets[plane + 1], ASM, TYPE)
+            k = step * 128 + plane * 32 + j
+            inside = is_x if WHOLE_STEPS else is_x & (k < in_features)[:, None]
             x_plane = tl.load(x + m[None, :] * x_stride + k[:, None], mask=inside, other=0.0)
             if PER_GROUP == 0:
                 acc = tl.dot(planes[plane % PLANES], x_plane, acc, input_precision="ieee")
@@ -273,8 +287,7 @@ def wna16_kernel(
                 else:
                     part = tl.dot(planes[plane % PLANES], x_plane, part, input_precision="ieee")
                 if plane % PER_GROUP == PER_GROUP - 1:
-                    acc += part * scale_of(metas[plane % 4], BF16_SCALE)[:, None]
-    is_n = n < out_features
+                    acc += part * scale_of(metas[plane], BF16_SCALE)[:, None]
     if PER_GROUP == 0:
         acc *= scale_of(of_row, BF16_SCALE)[:, None]
     inside = is_x & is_n[:, None]
@@ -301,6 +314,7 @@ def wna16_kernel(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def reduce_kernel(sums, bias, out, rows, out_features, splits, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of all splits, for BLOCK outputs of one row of the batch."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < out_features
@@ -318,6 +332,7 @@ def dequantize_kernel(
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, PER_GROUP: tl.constexpr, BF16_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One step of K of one tile of rows of the weight."""
     PLANES: tl.constexpr = 16 // BITS
     step = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
