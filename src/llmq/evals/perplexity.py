@@ -143,7 +143,7 @@ def window_losses(
 
     length = len(windows[0])
     together = max(1, BATCH_TOKENS // length)
-    attend = CausalAttention(decoder.config, length)
+    attend = CausalAttention(length)
     losses: list[float] = []
     with torch.inference_mode():
         for first in range(0, len(windows), together):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llmq.plan import SampledToken, StepPlan
-from llmq.runtime.decoder import Decoder
+from llmq.runtime.decoder import Attention, Decoder
 from llmq.runtime.kernels.attention import paged_attention
-from llmq.runtime.kernels.kv_write import write_kv
+from llmq.runtime.kernels.rope import rope_and_write
 from llmq.runtime.kv_cache import KVCache
 from llmq.runtime.sampler import sample
 
@@ -51,9 +51,13 @@ class Runner:
         """Compute the step and draw a token for each row whose tokens are then all in the cache."""
         batch = build_batch(plan, self.cache.block_size, self.device)
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self.cache.layer(layer)
-            write_kv(key, value, keys, values, batch.slots)
+        def attend(
+            attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
+        ) -> Tensor:
+            keys, values = self.cache.layer(attention.layer)
+            query = rope_and_write(
+                query, key, value, rotation, keys, values, batch.slots, norms=attention.norms, eps=attention.eps
+            )
             return paged_attention(
                 query,
                 keys,
@@ -61,7 +65,7 @@ class Runner:
                 batch.block_tables,
                 batch.query_starts,
                 batch.kv_lengths,
-                window=self.decoder.config.windows[layer],
+                window=attention.window,
                 max_query_length=batch.max_query_length,
                 max_kv_length=batch.max_kv_length,
             )

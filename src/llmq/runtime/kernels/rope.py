@@ -59,10 +59,18 @@ def rope_and_write_reference(
     eps: float = 0.0,
 ) -> Tensor:
     """``rope_and_write`` in plain PyTorch."""
+    query, key = norm_and_rotate(query, key, rotation, norms, eps)
+    write_kv_reference(key, value, key_cache, value_cache, slots)
+    return query
+
+
+def norm_and_rotate(
+    query: Tensor, key: Tensor, rotation: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor] | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The first half of ``rope_and_write``, in plain PyTorch, for attention without a cache."""
     if norms is not None:
         query, key = (add_rms_norm_reference(x, None, norm, eps) for x, norm in zip((query, key), norms, strict=True))
-    write_kv_reference(_rotate(key, rotation), value, key_cache, value_cache, slots)
-    return _rotate(query, rotation)
+    return _rotate(query, rotation), _rotate(key, rotation)
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
