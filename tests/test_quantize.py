@@ -61,9 +61,7 @@ def calibration(text: Path) -> Calibration:
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     model = load_decoder(open_source(folder, "cpu", torch.float32))
-    hidden = model(
-        ids.flatten(), torch.arange(ids.shape[1]).repeat(len(ids)), CausalAttention(ids.shape[1])
-    )
+    hidden = model(ids.flatten(), torch.arange(ids.shape[1]).repeat(len(ids)), CausalAttention(ids.shape[1]))
     return model.logits(hidden)
 
 
