@@ -45,6 +45,8 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
+    """The rows of a step: those that were running first, in the order of their arrival."""
+
     rows: tuple[PlanRow, ...]
 
     @property
@@ -66,6 +68,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
+    """What the step drew for one sequence."""
+
     sequence_id: int
     token_id: int
     logprobs: TokenLogprobs | None

@@ -19,6 +19,7 @@ err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(error: LlmqError) -> None:
+    """One sentence on stderr, and the command or flag that mends it."""
     print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)

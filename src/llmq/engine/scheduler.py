@@ -29,6 +29,8 @@ class EngineStats:
 
 
 class Scheduler:
+    """The queue of who waits and the list of who runs, between which sequences move step by step."""
+
     def __init__(self, options: EngineOptions, blocks: BlockManager, eos_token_ids: Iterable[int]) -> None:
         self.options = options
         self.blocks = blocks

@@ -114,6 +114,7 @@ def evaluate_perplexity(
 
 
 def read_text(path: Path) -> str:
+    """The UTF-8 text in ``path``. LlmqError when it cannot be read as such."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

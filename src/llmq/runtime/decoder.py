@@ -21,6 +21,8 @@ from llmq.runtime.kernels.silu import silu_mul
 
 
 class Attend(Protocol):
+    """How tokens of the same sequence see each other: what the caller brings to the decoder."""
+
     def __call__(
         self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> Tensor:
@@ -44,6 +46,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al., 2023): the projections, around what ``attend`` computes."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer

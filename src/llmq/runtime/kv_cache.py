@@ -15,6 +15,8 @@ from llmq.checkpoint.config import ModelConfig
 
 
 class KVCache:
+    """The pool, allocated once for the life of the engine."""
+
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: str) -> None:
         """Allocate the pool. It is zeroed because attention multiplies masked positions by 0, and 0 · NaN is NaN."""
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)

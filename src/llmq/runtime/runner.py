@@ -41,6 +41,8 @@ class Batch:
 
 
 class Runner:
+    """A decoder and its KV cache, to which plans are given one after another."""
+
     def __init__(self, decoder: Decoder, cache: KVCache, device: str) -> None:
         self.decoder = decoder
         self.cache = cache
