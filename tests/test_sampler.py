@@ -78,7 +78,7 @@ def test_noise_is_uncorrelated_across_seeds_positions_and_tokens() -> None:
 def test_logprobs_are_those_of_the_raw_logits_best_first() -> None:
     logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(1))
     hot = RowSampling(temperature=5.0, top_k=3, top_p=0.9, seed=1, logprobs=4)
-    rows = [PlanRow(0, 0, (1,), (1,), hot), PlanRow(1, 0, (1,), (1,), GREEDY)]
+    rows = [PlanRow(0, 0, (1,), ((1,),), hot), PlanRow(1, 0, (1,), ((1,),), GREEDY)]
     first, second = sample(logits, rows)
     assert second.logprobs is None
     assert first.logprobs is not None

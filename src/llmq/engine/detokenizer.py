@@ -17,11 +17,20 @@ class Detokenizer:
                prefix     read
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        prompt_ids: Sequence[int],
+        stop: Sequence[str],
+        *,
+        include_stop: bool = False,
+    ) -> None:
+        """``include_stop``: the stop text is part of the text, which ends behind it."""
         self.text = ""
         self.stopped = False
         self._decode = decode
         self._stop = stop
+        self._include_stop = include_stop
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
         self._prefix = 0
         self._read = len(self._ids)
@@ -43,10 +52,11 @@ class Detokenizer:
 
     def _settle(self, last: bool) -> str:
         """What of the held text can go out: all but the beginning of a possible stop text."""
-        cuts = [cut for cut in map(self._held.find, self._stop) if cut >= 0]
+        cuts = [(cut, len(stop)) for stop in self._stop if (cut := self._held.find(stop)) >= 0]
         if cuts:
             self.stopped = True
-            keep = min(cuts)
+            start, size = min(cuts)
+            keep = start + size if self._include_stop else start
         elif last:
             keep = len(self._held)
         else:

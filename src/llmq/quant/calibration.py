@@ -17,7 +17,7 @@ from llmq.quant.options import Calibration
 
 CHARACTERS_PER_TOKEN = 32
 """Characters read for each token wanted: several times what a token takes, so that there is a choice of windows."""
-DATA_HINT = "--calib-data takes a .txt file, or a .jsonl file with a \"text\" in each line"
+DATA_HINT = '--calib-data takes a .txt file, or a .jsonl file with a "text" in each line'
 
 
 def draw_windows(folder: Path, config: ModelConfig, calibration: Calibration) -> Tensor:
@@ -92,4 +92,4 @@ def _jsonl_texts(path: Path, lines: Iterator[str]) -> Iterator[str]:
         try:
             yield str(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError):
-            raise LlmqError(f"{path.name}, line {number}: not a JSON object with a \"text\"", DATA_HINT) from None
+            raise LlmqError(f'{path.name}, line {number}: not a JSON object with a "text"', DATA_HINT) from None

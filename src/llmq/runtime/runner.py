@@ -1,7 +1,7 @@
 """Runner: a StepPlan in, the drawn tokens out.
 
-The side effects of a step, in order: write the keys and values of its tokens into the cache, layer by layer as the
-forward pass reaches them; draw; return. Nothing else is kept between steps.
+The side effects of a step, in order: swap out, swap in, copy; write the keys and values of its tokens into the cache,
+layer by layer as the forward pass reaches them; draw; return. Nothing else is kept between steps.
 """
 
 from __future__ import annotations
@@ -11,28 +11,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.plan import SampledToken, StepPlan
+from llmq.plan import StepOutput, StepPlan, TokenLogprobs
 from llmq.runtime.decoder import Decoder
 from llmq.runtime.kernels.attention import paged_attention
 from llmq.runtime.kernels.kv_write import write_kv
 from llmq.runtime.kv_cache import KVCache
-from llmq.runtime.sampler import sample
+from llmq.runtime.sampler import sample, score
+
+SCORED_ROWS = 256
+"""Prompt tokens whose logits are held at once, where their log-probabilities are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """A step on the device. T tokens of R rows lie end to end, never padded.
 
-    token_ids, positions, slots   int64 [T]; a slot is where the token's keys and values go
-    block_tables                  int32 [R, most blocks of a row], the rest 0
+    token_ids, positions          int64 [T]
+    slots                         int64 [T] for each group of layers: where the token's keys and values go
+    block_tables                  int32 [R, most blocks of a row] for each group of layers, the rest 0
     query_starts, kv_lengths      int32 [R + 1], [R]; see ``paged_attention``
     sampled                       int64: of the T tokens, the last of each row that draws
     """
 
     token_ids: Tensor
     positions: Tensor
-    slots: Tensor
-    block_tables: Tensor
+    slots: tuple[Tensor, ...]
+    block_tables: tuple[Tensor, ...]
     query_starts: Tensor
     kv_lengths: Tensor
     sampled: Tensor
@@ -47,18 +51,22 @@ class Runner:
         self.device = device
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[SampledToken]:
+    def run(self, plan: StepPlan) -> StepOutput:
         """Compute the step and draw a token for each row whose tokens are then all in the cache."""
+        self.cache.move(plan)
+        if not plan.rows:
+            return StepOutput(())
         batch = build_batch(plan, self.cache.block_size, self.device)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self.cache.layer(layer)
-            write_kv(key, value, keys, values, batch.slots)
+            group = self.cache.group_of(layer)
+            write_kv(key, value, keys, values, batch.slots[group])
             return paged_attention(
                 query,
                 keys,
                 values,
-                batch.block_tables,
+                batch.block_tables[group],
                 batch.query_starts,
                 batch.kv_lengths,
                 window=self.decoder.config.windows[layer],
@@ -67,37 +75,56 @@ class Runner:
             )
 
         hidden = self.decoder(batch.token_ids, batch.positions, attend)
-        if not plan.sampled_rows:
-            return []
-        return sample(self.decoder.logits(hidden[batch.sampled]), plan.sampled_rows)
+        rows = plan.sampled_rows
+        sampled = sample(self.decoder.logits(hidden[batch.sampled]), rows) if rows else []
+        return StepOutput(sampled, self._score_prompts(plan, hidden))
+
+    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[tuple[int, list[TokenLogprobs]]]:
+        found: list[tuple[int, list[TokenLogprobs]]] = []
+        start = 0
+        for row in plan.rows:
+            scores: list[TokenLogprobs] = []
+            for first in range(0, len(row.prompt_targets), SCORED_ROWS):
+                targets = row.prompt_targets[first : first + SCORED_ROWS]
+                logits = self.decoder.logits(hidden[start + first : start + first + len(targets)])
+                scores += score(logits, targets, row.prompt_top)
+            if scores:
+                found.append((row.sequence_id, scores))
+            start += len(row.tokens)
+        return found
 
 
 def build_batch(plan: StepPlan, block_size: int, device: str) -> Batch:
     """Lay the rows of ``plan`` end to end in tensors on ``device``."""
+    groups = range(len(plan.rows[0].block_tables))
     token_ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
+    slots: list[list[int]] = [[] for _ in groups]
     starts = [0]
     sampled: list[int] = []
     for row in plan.rows:
         token_ids.extend(row.tokens)
-        positions.extend(range(row.start, row.end))
-        slots.extend(row.block_table[p // block_size] * block_size + p % block_size for p in range(row.start, row.end))
+        places = range(row.start, row.end)
+        positions.extend(places)
+        for group, table in enumerate(row.block_tables):
+            slots[group].extend(table[place // block_size] * block_size + place % block_size for place in places)
         starts.append(len(token_ids))
         if row.sampling is not None:
             sampled.append(len(token_ids) - 1)
-    most_blocks = max(len(row.block_table) for row in plan.rows)
-    tables = [row.block_table + (0,) * (most_blocks - len(row.block_table)) for row in plan.rows]
+    most_blocks = max(len(row.block_tables[0]) for row in plan.rows)
 
     def to_device(values: object, dtype: torch.dtype) -> Tensor:
         tensor = torch.tensor(values, dtype=dtype)
         return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
+    def padded(table: tuple[int, ...]) -> tuple[int, ...]:
+        return table + (0,) * (most_blocks - len(table))
+
     return Batch(
         to_device(token_ids, torch.int64),
         to_device(positions, torch.int64),
-        to_device(slots, torch.int64),
-        to_device(tables, torch.int32),
+        tuple(to_device(slots[group], torch.int64) for group in groups),
+        tuple(to_device([padded(row.block_tables[group]) for row in plan.rows], torch.int32) for group in groups),
         to_device(starts, torch.int32),
         to_device([row.end for row in plan.rows], torch.int32),
         to_device(sampled, torch.int64),
