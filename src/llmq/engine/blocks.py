@@ -134,13 +134,12 @@ class BlockManager:
 
     def missing(self, request: Request) -> int:
         """Free blocks that the next step of ``request``, which is running, takes."""
-        live = request.live
-        if len(live) == 1 and live[0].tables[0]:
-            # Nobody shares what a lone sequence is going to write.
-            sequence = live[0]
-            lacking = blocks_for(len(sequence.token_ids), self.block_size) - len(sequence.tables[0])
-            return lacking * len(self.windows) if lacking > 0 else 0
-        return self._missing(live)
+        size, refs = self.block_size, self._refs
+        for sequence in request.live:
+            table, total = sequence.tables[0], len(sequence.token_ids)
+            if total > len(table) * size or refs[table[sequence.computed // size]] > 1:
+                return self._missing(request.live)
+        return 0
 
     def grow(self, request: Request) -> Moves:
         """Take what ``missing`` says. Returns the copies to make before anything is written.

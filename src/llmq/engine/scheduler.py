@@ -353,14 +353,17 @@ class Scheduler:
                 table = only.tables[0]
                 if table and len(only.token_ids) <= len(table) * block_size:
                     continue
-            while (missing := blocks.missing(request)) > blocks.available and request in self.running:
-                self._preempt(self.running[-1], draft)
-            if request in self.running:
+            if draft.preempted and request not in self.running:
+                continue
+            while (missing := blocks.missing(request)) > blocks.available:
+                victim = self.running[-1]
+                self._preempt(victim, draft)
+                if victim is request:
+                    break
+            else:
                 if missing:
                     draft.copies += blocks.grow(request)
                     draft.grown.append(request)
-            elif requests is self.running:
-                break  # whoever is behind it was preempted before it
 
     def _decode(self, request: Request, draft: _Draft) -> bool:
         """Plan the next token of each sequence, if all have caught up. Beams go on together or not at all."""
