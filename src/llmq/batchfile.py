@@ -7,6 +7,8 @@ the prompt itself. An output line is a JSON object: the fields of its input line
     sample             of n, where n > 1
     text, token_ids, finish_reason, prompt_tokens, completion_tokens
     logprobs           one object a token: logprob, top: [[token id, logprob], …]; where asked for
+    prompt_logprobs    the same of the prompt's tokens from the second on; where asked for
+    score              of a beam, or of best_of
     error              where the prompt was refused; finish_reason is then "error"
 
 Lines are appended as prompts finish, each whole, so that a run that was killed goes on from there; when all are done
@@ -95,7 +97,7 @@ def output_lines(job: Job, output: RequestOutput) -> list[dict[str, Any]]:
         return [{**start, **nothing, "completion_tokens": 0, "error": output.error.message}]
     numbered = len(output.completions) > 1
     return [
-        {**start, **({"sample": completion.index} if numbered else {}), **_answer(completion, prompt_tokens)}
+        {**start, **({"sample": completion.index} if numbered else {}), **_answer(completion, output)}
         for completion in output.completions
     ]
 
@@ -177,16 +179,19 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     return result
 
 
-def _answer(completion: Completion, prompt_tokens: int) -> dict[str, Any]:
+def _answer(completion: Completion, output: RequestOutput) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": len(output.prompt_token_ids),
         "completion_tokens": len(completion.token_ids),
     }
-    if completion.logprobs:
-        answer["logprobs"] = [{"logprob": token.logprob, "top": token.top} for token in completion.logprobs]
+    if completion.score is not None:
+        answer["score"] = completion.score
+    for name, logprobs in (("logprobs", completion.logprobs), ("prompt_logprobs", output.prompt_logprobs)):
+        if logprobs:
+            answer[name] = [{"logprob": token.logprob, "top": token.top} for token in logprobs]
     return answer
 
 

@@ -231,7 +231,7 @@ class BlockManager:
         """Bring ``request`` back. What the prefix cache still knows is shared instead of moved."""
         live = [sequence for sequence in request.live if sequence.tables[0]]
         homes = self._find_swapped(live)
-        for block in homes.values():
+        for block in set(homes.values()):
             if self._refs[block] == 0:
                 self._revive(block)
         moves: Moves = []

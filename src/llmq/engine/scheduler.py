@@ -583,7 +583,7 @@ class Scheduler:
                 beam.finish_reason = "stop"
                 self.blocks.release(beam)
         request.live = heirs
-        request.sequences = heirs or request.sequences
+        request.sequences = heirs.copy() or request.sequences
         if not heirs:
             del self._requests[request.request_id]
             progress.finished.append(request)
