@@ -269,7 +269,7 @@ def test_more_samples_than_may_run_at_once(tiny: Path) -> None:
 
 
 def test_samples_that_the_pool_can_never_hold_together(tiny: Path) -> None:
-    result = llmq("generate", tiny, "-p", "x", "--n", 4, "--max-tokens", 100, "--kv-cache-memory", "1MiB")
+    result = llmq("generate", tiny, "-p", "x", "--n", 4, "--max-tokens", 100, "--kv-cache-memory", "256KiB")
     assert_refused(result, "the whole KV cache holds", code=3)
     enough = result.err.split("--kv-cache-memory to ")[1].strip()
     run = llmq("generate", tiny, "-p", "x", "--n", 4, "--max-tokens", 100, "--kv-cache-memory", enough, "--seed", 1)

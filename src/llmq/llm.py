@@ -21,6 +21,7 @@ from llmq.checkpoint.folder import resolve
 from llmq.checkpoint.tokenizer import encode_chat, load_tokenizer
 from llmq.engine import request
 from llmq.engine.admission import Limits, format_cache_size
+from llmq.engine.baselines import BATCHINGS, BaselineScheduler, Batching
 from llmq.engine.blocks import BlockManager
 from llmq.engine.detokenizer import Detokenizer
 from llmq.engine.options import EngineOptions
@@ -142,7 +143,7 @@ class LLM:
                 exit_code=CHECK_FAILED,
             )
         path = os.environ.get(TRACE)
-        self._scheduler = Scheduler(options, self._blocks, trace=TraceFile(path) if path else None)
+        self._scheduler: Scheduler = Scheduler(options, self._blocks, trace=TraceFile(path) if path else None)
         self._runner = Runner(self.decoder, self._cache, self.device)
         self._live: dict[Hashable, _Live] = {}
         self._ended: list[_Live] = []
@@ -163,13 +164,18 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         request_ids: Sequence[Hashable] | None = None,
+        batching: Batching = "continuous",
+        kv_cache: bool = True,
     ) -> list[RequestOutput]:
         """Complete all prompts in one continuous batch; the answers come in the order of the prompts.
 
         ``params`` is one for all or one for each. ``request_ids`` name the requests, to ``abort`` them by. A prompt
         that cannot be run is refused alone: see ``RequestOutput.error``.
+
+        ``batching`` and ``kv_cache`` choose older, slower ways, to compare with: see ``engine.baselines``.
         """
-        return sorted(self.as_completed(prompts, params, request_ids=request_ids), key=lambda output: output.index)
+        outputs = self.as_completed(prompts, params, request_ids=request_ids, batching=batching, kv_cache=kv_cache)
+        return sorted(outputs, key=lambda output: output.index)
 
     def as_completed(
         self,
@@ -177,9 +183,25 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         request_ids: Sequence[Hashable] | None = None,
+        batching: Batching = "continuous",
+        kv_cache: bool = True,
     ) -> Iterator[RequestOutput]:
         """``generate``, each answer as soon as it is whole."""
-        yield from self._run(prompts, params, request_ids, streaming=False)
+        if batching not in BATCHINGS:
+            raise LlmqError(f"there is no batching {batching!r}", f"choose {', '.join(BATCHINGS)}", exit_code=USAGE)
+        if batching == "continuous" and kv_cache:
+            yield from self._run(prompts, params, request_ids, streaming=False)
+            return
+        engine = self._scheduler
+        windows, options = self._blocks.windows, self.options
+        blocks = BlockManager(self._blocks.num_blocks, options.block_size, windows=windows, prefix_caching=False)
+        self._scheduler = BaselineScheduler(options, blocks, batching=batching, kv_cache=kv_cache)
+        try:
+            yield from self._run(prompts, params, request_ids, streaming=False)
+        finally:
+            # Both have the same pool under them.
+            self._blocks.forget_prefixes()
+            engine.stats, self._scheduler = self._scheduler.stats, engine
 
     def stream(
         self,

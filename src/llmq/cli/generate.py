@@ -233,7 +233,8 @@ def _print_results(
                 if len(everything) > 1:
                     sample = f" · {line['sample']}" if "sample" in line else ""
                     err.rule(f"{line['index']}{sample}", align="left")
-                print(line["text"])
+                if "error" not in line:
+                    print(line["text"])
     return results
 
 

@@ -190,6 +190,12 @@ class BlockManager:
         if self._has_windows:
             self._free_unseen(sequence)
 
+    def forget_prefixes(self) -> None:
+        """Let nobody find what the free blocks hold: somebody else has written there. Nothing may be in use."""
+        self._free.extend(self._evictable)
+        self._evictable.clear()
+        self._cache = PrefixCache(len(self.windows))
+
     # Swapping
 
     def swap_out(self, request: Request) -> Moves | None:

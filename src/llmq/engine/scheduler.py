@@ -83,7 +83,7 @@ class Progress:
 
 
 @dataclass(slots=True)
-class _Draft:
+class Draft:
     """A StepPlan in the making. ``tokens`` are what is left to hand out."""
 
     tokens: int
@@ -198,29 +198,14 @@ class Scheduler:
 
         Raises RuntimeError when nothing can run although something waits: a defect, never a matter of load.
         """
-        draft = _Draft(self.options.max_num_batched_tokens)
+        draft = Draft(self.options.max_num_batched_tokens)
         if self.pressure is not None and (victim := self.pressure(self.running)) is not None:
             self._preempt(victim, draft)
         if self.options.scheduler == "mixed":
             self._schedule_mixed(draft)
         else:
             self._schedule_prefill_first(draft)
-        self._barren = 0 if draft.rows or self.idle else self._barren + 1
-        moved = draft.preempted or draft.resumed or draft.admitted or draft.grown
-        if self._barren and (not moved or self._barren > BARREN_STEPS):
-            raise RuntimeError(f"{self._barren} steps made no progress\n{self.describe()}")
-
-        self._steps += 1
-        self._in_step = draft.sequences
-        stats = self.stats
-        stats.steps += 1
-        stats.copies += len(draft.copies)
-        stats.peak_blocks = max(stats.peak_blocks, self.blocks.used)
-        if self._trace is not None:
-            self._trace(self._describe_step(draft))
-        # A copy for somebody who was preempted after all may name a block that has a new owner: the last one counts.
-        copies = tuple((source, target) for target, source in {to: from_ for from_, to in draft.copies}.items())
-        return StepPlan(tuple(draft.rows), tuple(draft.swap_out), tuple(draft.swap_in), copies)
+        return self._conclude(draft)
 
     def update(self, plan: StepPlan, output: StepOutput) -> Progress:
         """Book what the step computed and drew. What ends, by a stop token or by length, gives its blocks back."""
@@ -231,7 +216,7 @@ class Scheduler:
         progress = Progress([], [])
         sampled = iter(output.sampled)
         beams: dict[Request, list[tuple[tuple[int, float], ...]]] = {}
-        for row, sequence in zip(plan.rows, self._in_step, strict=True):
+        for row, sequence in zip(plan.rows, self._in_step, strict=False):  # padding has no sequence
             computed = sequence.computed
             if sequence.finish_reason is None:
                 sequence.computed = now = computed + sequence.scheduled
@@ -296,7 +281,7 @@ class Scheduler:
 
     # The two policies
 
-    def _schedule_mixed(self, draft: _Draft) -> None:
+    def _schedule_mixed(self, draft: Draft) -> None:
         self._make_room(self.running, draft)
         behind: list[Request] = []
         for request in self.running:
@@ -309,7 +294,7 @@ class Scheduler:
         self._resume(draft)
         self._admit(draft)
 
-    def _schedule_prefill_first(self, draft: _Draft) -> None:
+    def _schedule_prefill_first(self, draft: Draft) -> None:
         ready = [request for request in self.running if _ready(request)]
         if not ready or self._prefill_steps < self.options.max_prefill_steps:
             behind = [request for request in self.running if not _ready(request)]
@@ -343,7 +328,7 @@ class Scheduler:
 
     # The parts of a step
 
-    def _make_room(self, requests: Iterable[Request], draft: _Draft) -> None:
+    def _make_room(self, requests: Iterable[Request], draft: Draft) -> None:
         """Give ``requests`` the blocks of their next tokens, and preempt the newest of all that run for it."""
         blocks, block_size = self.blocks, self.blocks.block_size
         for request in list(requests) if requests is self.running else requests:
@@ -365,7 +350,7 @@ class Scheduler:
                     draft.copies += blocks.grow(request)
                     draft.grown.append(request)
 
-    def _decode(self, request: Request, draft: _Draft) -> bool:
+    def _decode(self, request: Request, draft: Draft) -> bool:
         """Plan the next token of each sequence, if all have caught up. Beams go on together or not at all."""
         live = request.live
         if len(live) == 1:
@@ -382,7 +367,7 @@ class Scheduler:
                 self._row(sequence, 1, draft)
         return True
 
-    def _prefill(self, request: Request, draft: _Draft) -> None:
+    def _prefill(self, request: Request, draft: Draft) -> None:
         """Plan a chunk of the first sequence that is behind. One of several leaves its last token to ``_decode``."""
         several = len(request.live) > 1
         for sequence in request.live:
@@ -394,7 +379,7 @@ class Scheduler:
                 return
         self._decode(request, draft)
 
-    def _resume(self, draft: _Draft) -> None:
+    def _resume(self, draft: Draft) -> None:
         while self.swapped and draft.tokens and not draft.preempted:
             request = self.swapped[0]
             if self._seats + request.seats > self.options.seats:
@@ -414,7 +399,7 @@ class Scheduler:
             if not self._decode(request, draft):
                 self._prefill(request, draft)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Let in who waits, as far as the checks allow. Who fails one stays where it is, and so do all behind it."""
         if not self.waiting:
             return
@@ -454,14 +439,14 @@ class Scheduler:
         stats.waits_tokens += draft.wait == "tokens"
         stats.waits_sequences += draft.wait == "sequences"
 
-    def _affordable(self, request: Request, draft: _Draft) -> bool:
+    def _affordable(self, request: Request, draft: Draft) -> bool:
         """Whether the step has tokens left for ``request``: one, or under prefill-first the whole prompt, unless it is
         the first of the step (one that starts over may have grown longer than a step)."""
         if self.options.scheduler == "mixed" or not draft.rows:
             return draft.tokens > 0
         return request.live[0].total <= draft.tokens
 
-    def _preempt(self, victim: Request, draft: _Draft) -> None:
+    def _preempt(self, victim: Request, draft: Draft) -> None:
         self.stats.preemptions += 1
         self.running.remove(victim)
         draft.preempted.append(victim)
@@ -481,7 +466,7 @@ class Scheduler:
             victim.prompt_logprobs.clear()
         _enqueue(self.waiting, victim)
 
-    def _row(self, sequence: Sequence, tokens: int, draft: _Draft) -> None:
+    def _row(self, sequence: Sequence, tokens: int, draft: Draft) -> None:
         """Plan the next ``tokens`` of ``sequence``."""
         start = sequence.computed
         token_ids = sequence.token_ids
@@ -510,6 +495,25 @@ class Scheduler:
     def _reserve(self) -> int:
         """Blocks to leave free. With nothing running there is nobody to leave them to."""
         return self._watermark if self.running else 0
+
+    def _conclude(self, draft: Draft, padding: Iterable[PlanRow] = ()) -> StepPlan:
+        """The plan of ``draft``, counted and traced. ``padding``: rows of nobody, behind the others."""
+        self._barren = 0 if draft.rows or self.idle else self._barren + 1
+        moved = draft.preempted or draft.resumed or draft.admitted or draft.grown
+        if self._barren and (not moved or self._barren > BARREN_STEPS):
+            raise RuntimeError(f"{self._barren} steps made no progress\n{self.describe()}")
+
+        self._steps += 1
+        self._in_step = draft.sequences
+        stats = self.stats
+        stats.steps += 1
+        stats.copies += len(draft.copies)
+        stats.peak_blocks = max(stats.peak_blocks, self.blocks.used)
+        if self._trace is not None:
+            self._trace(self._describe_step(draft))
+        # A copy for somebody who was preempted after all may name a block that has a new owner: the last one counts.
+        copies = tuple((source, target) for target, source in {to: from_ for from_, to in draft.copies}.items())
+        return StepPlan((*draft.rows, *padding), tuple(draft.swap_out), tuple(draft.swap_in), copies)
 
     # What a step brought
 
@@ -595,7 +599,7 @@ class Scheduler:
             if sequence.sequence_id == sequence_id:
                 sequence.request.prompt_logprobs.extend(logprobs)
 
-    def _describe_step(self, draft: _Draft) -> StepTrace:
+    def _describe_step(self, draft: Draft) -> StepTrace:
         refused, self._refused = self._refused, 0
         return StepTrace(
             step=self._steps,
