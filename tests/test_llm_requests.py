@@ -128,6 +128,23 @@ def test_layers_behind_a_window_give_the_same_tokens_under_any_pressure(variant:
         assert small.stats.preemptions > 0
 
 
+@pytest.mark.parametrize("variant", ["llama-biases", "llama-rope", "mistral", "qwen2", "qwen3"])
+def test_no_architecture_minds_pressure(variant: str, tmp_path: Path) -> None:
+    folder = save_variant(tmp_path / "model", variant)
+    block = BLOCK * 2 if variant == "qwen3" else BLOCK
+    expected = tokens(LLM(str(folder), device="cpu").generate(prompts()[2:], params()[2:]))
+    small = LLM(
+        str(folder),
+        device="cpu",
+        options=EngineOptions(
+            block_size=16, kv_cache_memory=14 * block, swap_space=60 * block, max_num_batched_tokens=24
+        ),
+    )
+    small._scheduler.pressure = some_of(0.1, seed=3)
+    assert tokens(small.generate(prompts()[2:], params()[2:])) == expected
+    assert small.stats.preemptions > 0
+
+
 def test_full_and_sliding_layers_give_transformers_tokens(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -413,7 +413,7 @@ class Scheduler:
             request = self.waiting[position]
             if self.blocks.admission_cost(request) > self.blocks.available - self._reserve:
                 draft.wait = draft.wait or "blocks"
-                if request.skips >= self.options.max_skips:
+                if request.skips >= self.options.max_skips or position >= self.options.max_skips:
                     break
                 position += 1
                 continue
