@@ -168,6 +168,7 @@ def test_in_a_batch_one_bad_prompt_fails_alone(tiny: Path) -> None:
         ('{"prompt": ""}', "line 2: prompt"),
         ('{"prompt": 7}', "line 2: prompt"),
         ('{"prompt": "x", "messages": []}', "line 2"),
+        ('{"prompt": "x", "priority": "soon"}', "line 2: priority"),
         ('{"messages": [{"content": "no role"}]}', "line 2: messages.0.role"),
     ],
 )
@@ -283,6 +284,11 @@ def test_a_prompt_longer_than_a_step_where_prompts_are_not_cut(tiny: Path) -> No
 
 def test_a_stop_token_outside_the_vocabulary(tiny: Path) -> None:
     assert_refused(llmq("generate", tiny, "-p", "x", "--stop-token-id", 5000), "outside the vocabulary of 258")
+
+
+def test_a_trace_that_cannot_be_written(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMQ_TRACE", "nowhere/trace.jsonl")
+    assert_refused(llmq("generate", tiny, "-p", "x"), "nowhere/trace.jsonl cannot be written")
 
 
 def test_an_unknown_flag_is_a_usage_error(tiny: Path) -> None:

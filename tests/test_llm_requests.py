@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import llmq
 from tiny_models import save_tiny, save_variant
 
 from llmq import LLM, SamplingParams
@@ -239,6 +240,14 @@ def test_a_stop_token_ends_the_completion_after_min_tokens(llm: LLM) -> None:
         [prompt], SamplingParams(max_tokens=12, temperature=0, stop_token_ids=(stop,), min_tokens=10, ignore_eos=True)
     )[0].completions[0]
     assert stop not in later.token_ids[:10]
+
+
+def test_priorities_of_a_file_s_lines_order_the_answers(tiny: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "priority": 2}, {"prompt": "b", "priority": 0}, {"prompt": "c", "priority": 1}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--max-num-seqs", 1, "--queue", "priority", "--max-tokens", 2, "--ignore-eos")
+    result = llmq("generate", tiny, "-i", tmp_path / "in.jsonl", *flags)
+    assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["b", "c", "a"]
 
 
 def test_the_stop_text_is_kept_where_asked() -> None:

@@ -1,7 +1,7 @@
 """Prompts from a file, completions to a file: what ``llmq generate -i … -o …`` reads and writes.
 
-An input line is a JSON object with ``prompt`` or ``messages`` and whatever else the user keeps there; of a .txt file,
-the prompt itself. An output line is a JSON object: the fields of its input line, and
+An input line is a JSON object with ``prompt`` or ``messages``, perhaps a ``priority``, and whatever else the user keeps
+there; of a .txt file, the prompt itself. An output line is a JSON object: the fields of its input line, and
 
     index              of the input line among the prompts, from 0
     sample             of n, where n > 1
@@ -22,12 +22,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from llmq.engine.request import SamplingParams
 from llmq.errors import LlmqError
 from llmq.llm import Completion, Prompt, RequestOutput
 
@@ -46,6 +47,7 @@ class _Line(BaseModel):
 
     prompt: str | None = Field(None, min_length=1)
     messages: list[_Message] | None = Field(None, min_length=1)
+    priority: int = 0
 
     @model_validator(mode="after")
     def _one_of_two(self) -> _Line:
@@ -61,6 +63,10 @@ class Job:
     index: int
     prompt: Prompt
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def params(self, common: SamplingParams) -> SamplingParams:
+        """``common``, with the line's own priority."""
+        return replace(common, priority=int(self.fields["priority"])) if "priority" in self.fields else common
 
 
 def read_jobs(path: str, *, chat: bool) -> list[Job]:

@@ -7,7 +7,6 @@ for output in llm.generate(["def ", "class "], SamplingParams(max_tokens=32)):
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from llmq.engine.detokenizer import Detokenizer
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import FinishReason, SamplingParams
 from llmq.engine.scheduler import EngineStats, Scheduler
-from llmq.engine.trace import TRACE, TraceFile
+from llmq.engine.trace import open_trace
 from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.plan import TokenLogprobs, layer_groups
 from llmq.runtime.device import free_kv_cache_bytes, host_memory_bytes, resolve_device, resolve_dtype
@@ -142,8 +141,7 @@ class LLM:
                 f"lower --max-model-len, or raise --kv-cache-memory to {self._limits.cache_size(blocks)}",
                 exit_code=CHECK_FAILED,
             )
-        path = os.environ.get(TRACE)
-        self._scheduler: Scheduler = Scheduler(options, self._blocks, trace=TraceFile(path) if path else None)
+        self._scheduler: Scheduler = Scheduler(options, self._blocks, trace=open_trace())
         self._runner = Runner(self.decoder, self._cache, self.device)
         self._live: dict[Hashable, _Live] = {}
         self._ended: list[_Live] = []
@@ -309,8 +307,9 @@ class LLM:
         text = ""
         # Without a reader or a stop text there is nothing to look at before the end.
         if streaming or live.request.params.stop:
-            text = detokenizer.push(self._readable(sequence, sequence.token_ids[-1:]))
-            if detokenizer.stopped and sequence.num_output >= live.request.params.min_tokens:
+            may_stop = sequence.num_output >= live.request.params.min_tokens
+            text = detokenizer.push(self._readable(sequence, sequence.token_ids[-1:]), may_stop=may_stop)
+            if detokenizer.stopped:
                 self._scheduler.finish(sequence, "stop")
         if sequence.finish_reason is not None:
             text += self._complete(live, sequence, seen=streaming or bool(live.request.params.stop))
@@ -353,7 +352,9 @@ class LLM:
             completion.score, completion.token_ids, reason, logprobs = one
             completion.logprobs = [] if params.logprobs is None else logprobs
             ended = reason == "stop" and not params.include_stop and completion.token_ids[-1:]
-            text = detokenizer.push(completion.token_ids[: -1 if ended else None], last=True)
+            readable = completion.token_ids[: -1 if ended else None]
+            text = detokenizer.push(readable[: params.min_tokens], may_stop=False)
+            text += detokenizer.push(readable[params.min_tokens :], last=True)
             completion.text = text
             completion.finish_reason = "stop" if detokenizer.stopped else reason
             completion.token_times = live.times[: len(completion.token_ids)]

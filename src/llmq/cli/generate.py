@@ -192,7 +192,7 @@ def _as_completed(llm: LLM, jobs: Sequence[Job], params: SamplingParams) -> Iter
     columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
         task = progress.add_task("prompts", total=len(jobs))
-        for result in llm.as_completed([job.prompt for job in jobs], params):
+        for result in llm.as_completed([job.prompt for job in jobs], [job.params(params) for job in jobs]):
             progress.advance(task)
             yield jobs[result.index], result
 

@@ -36,8 +36,9 @@ class Detokenizer:
         self._read = len(self._ids)
         self._held = ""
 
-    def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
-        """Take in ``token_ids`` and return the text that they settle. ``last``: settle everything."""
+    def push(self, token_ids: Sequence[int], *, last: bool = False, may_stop: bool = True) -> str:
+        """Take in ``token_ids`` and return the text that they settle. ``last``: settle everything. ``may_stop``: no
+        stop text counts that is complete before it may."""
         if self.stopped:
             return ""
         self._ids.extend(token_ids)
@@ -46,13 +47,13 @@ class Detokenizer:
         if last or not after.endswith(INCOMPLETE):
             self._held += after[len(before) :]
             self._prefix, self._read = self._read, len(self._ids)
-        settled = self._settle(last)
+        settled = self._settle(last, self._stop if may_stop else ())
         self.text += settled
         return settled
 
-    def _settle(self, last: bool) -> str:
+    def _settle(self, last: bool, stops: Sequence[str]) -> str:
         """What of the held text can go out: all but the beginning of a possible stop text."""
-        cuts = [(cut, len(stop)) for stop in self._stop if (cut := self._held.find(stop)) >= 0]
+        cuts = [(cut, len(stop)) for stop in stops if (cut := self._held.find(stop)) >= 0]
         if cuts:
             self.stopped = True
             start, size = min(cuts)
@@ -60,7 +61,7 @@ class Detokenizer:
         elif last:
             keep = len(self._held)
         else:
-            keep = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
+            keep = len(self._held) - max((_overlap(self._held, stop) for stop in stops), default=0)
         settled, self._held = self._held[:keep], self._held[keep:]
         return settled
 

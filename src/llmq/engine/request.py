@@ -278,7 +278,7 @@ def alone(sequence: Sequence, index: int) -> RowSampling:
 def _row_sampling(params: SamplingParams, seed: int, *, samples: int = 1, beams: int = 0) -> RowSampling:
     ranked = params.best_of is not None and params.best_of > params.n
     return RowSampling(
-        temperature=params.temperature,
+        temperature=0.0 if params.beam_width else params.temperature,  # what a beam draws is not looked at
         top_k=params.top_k,
         top_p=params.top_p,
         seed=seed,

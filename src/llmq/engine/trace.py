@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from llmq.errors import LlmqError
 
 TRACE = "LLMQ_TRACE"
 """The environment variable that names the file."""
@@ -45,8 +48,17 @@ class TraceFile:
     """Appends a JSON line for each step."""
 
     def __init__(self, path: str) -> None:
-        self._stream = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (open as long as the engine is)
+        try:
+            self._stream = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (open as long as the engine is)
+        except OSError as error:
+            raise LlmqError(f"{path} cannot be written: {error.strerror}", f"check {TRACE}") from None
 
     def __call__(self, step: StepTrace) -> None:
         self._stream.write(json.dumps(asdict(step), default=str) + "\n")
         self._stream.flush()
+
+
+def open_trace() -> TraceFile | None:
+    """The file that the environment asks for."""
+    path = os.environ.get(TRACE)
+    return TraceFile(path) if path else None
