@@ -24,7 +24,8 @@ def measure(running: int, context: int, steps: int, block_size: int, samples: in
     """Seconds of schedule and update together, for each of ``steps`` steps."""
     requests = running // samples
     per_sequence = (context + steps + 2 * block_size) // block_size
-    options = EngineOptions(max_num_seqs=running, max_num_batched_tokens=max(running, 8192), block_size=block_size)
+    # All prompts in the first step, so that the sequences stand at the same place when the clock starts.
+    options = EngineOptions(max_num_seqs=running, max_num_batched_tokens=running * context, block_size=block_size)
     manager = BlockManager(2 * running * (per_sequence + 2), block_size)
     scheduler = Scheduler(options, manager)
     for number in range(requests):

@@ -59,7 +59,7 @@ def expected(llm: LLM) -> list[list[list[int]]]:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "smallest pool": {"kv_cache_memory": 11 * BLOCK},
+    "smallest pool": {"kv_cache_memory": 10 * BLOCK},
     "recompute": {"kv_cache_memory": 14 * BLOCK, "preemption": "recompute"},
     "recompute, no prefix cache": {
         "kv_cache_memory": 14 * BLOCK, "preemption": "recompute", "prefix_caching": False
@@ -73,7 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "blocks of 32": {"block_size": 32},
     "blocks of 64": {"block_size": 64},
     "prefill first": {"scheduler": "prefill-first", "max_num_batched_tokens": 64},
-    "prefill first, smallest pool": {"scheduler": "prefill-first", "kv_cache_memory": 11 * BLOCK},
+    "prefill first, smallest pool": {"scheduler": "prefill-first", "kv_cache_memory": 10 * BLOCK},
     "skips": {"kv_cache_memory": 14 * BLOCK, "max_skips": 4},
 }  # fmt: skip
 
