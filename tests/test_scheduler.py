@@ -141,6 +141,14 @@ def test_blocks_freed_in_an_update_are_used_in_the_next_step() -> None:
     assert [step(scheduler), step(scheduler)] == [{0: 31}, {1: 31}]
 
 
+def test_a_table_is_copied_into_plans_only_when_it_has_changed() -> None:
+    scheduler = make_scheduler(8)
+    add(scheduler, make_request(0, 10, 20))
+    tables = [run(scheduler).rows[0].block_tables for _ in range(20)]
+    assert len({id(table) for table in tables}) == 2
+    assert all(tables[place] is tables[0] for place in range(7))
+
+
 # Ends
 
 
