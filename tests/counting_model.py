@@ -7,6 +7,7 @@ wrong block, of a stale copy, or of a slot never written breaks the count at onc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +47,16 @@ def counting_config(windows: tuple[int | None, ...] = (None,)) -> ModelConfig:
     )
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """What the cache and attention want to know of a layer."""
+
+    layer: int
+    window: int | None
+    norms: None = None
+    eps: float = 0.0
+
+
 class CountingDecoder:
     """Each layer reads on its own, within its window; they must agree, or there is no next number."""
 
@@ -54,12 +65,14 @@ class CountingDecoder:
 
     def __call__(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         values = token_ids.float()[:, None, None].expand(-1, 1, HEAD_DIM).contiguous()
+        half = (len(token_ids), 1, HEAD_DIM // 2)
+        unturned = (torch.ones(half), torch.zeros(half))
         nexts = []
         for layer, window in enumerate(self.config.windows):
             reach = (positions + 1) if window is None else torch.minimum(positions + 1, torch.tensor(window))
             back = (positions * 7919 + 13 * layer) % reach
             query, key = _code(positions - back) * SHARPNESS, _code(positions)
-            found = attend(layer, query, key, values)[:, 0, 0]
+            found = attend(_Layer(layer, window), query, key, values, unturned)[:, 0, 0]  # type: ignore[arg-type]
             nexts.append(found.round() + back + 1)
         agreed = torch.stack(nexts)
         return torch.where((agreed == agreed[0]).all(0), agreed[0], torch.zeros(()))[:, None]

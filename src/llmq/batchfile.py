@@ -89,6 +89,7 @@ def read_jobs(path: str, *, chat: bool) -> list[Job]:
 
 
 def to_prompt(fields: Mapping[str, Any], *, chat: bool) -> Prompt:
+    """What the model is given of an input line: its messages, or its prompt, which ``chat`` makes a message."""
     if "messages" in fields:
         return list(fields["messages"])
     return [{"role": "user", "content": fields["prompt"]}] if chat else str(fields["prompt"])

@@ -104,7 +104,9 @@ class PlanRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """``swap_out`` (pool, main memory), ``swap_in`` (main memory, pool) and ``copies`` (from, to) are pairs of blocks.
+    """The rows of a step, and the moves of blocks before it.
+
+    ``swap_out`` (pool, main memory), ``swap_in`` (main memory, pool) and ``copies`` (from, to) are pairs of blocks.
 
     All copies read what the blocks held before any of them; no block is written twice.
     """

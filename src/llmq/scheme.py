@@ -40,12 +40,12 @@ class Scheme:
 
     @property
     def max_code(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle_code(self) -> int:
         """The zero point of a symmetric scheme."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     def group_length(self, in_features: int) -> int:
         """Input channels in one group of a layer with ``in_features`` inputs."""

@@ -90,6 +90,7 @@ def device_name(device: str) -> str:
 
 
 def cpu_name() -> str:
+    """The processor's model, as the system names it."""
     for line in _lines(CPUINFO):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -98,12 +98,13 @@ def bench_throughput(
     workload.check_context(read_config(resolve(model, revision)).context_length)
 
     from llmq.llm import LLM
+    from llmq.runtime.linear import resident_bytes
 
     llm = LLM(model, revision=revision, dtype=dtype, device=device, options=options)
     metrics, stats, errors = measure(llm, workload)
     setup = Setup(
         model=model,
-        weights_bytes=_weights_bytes(llm),
+        weights_bytes=resident_bytes(llm.decoder),
         dtype=str(llm.dtype).removeprefix("torch."),
         device=llm.device,
         device_name=device_name(llm.device),
@@ -148,8 +149,3 @@ def _params(max_tokens: int) -> SamplingParams:
 
 def _special_tokens(config: ModelConfig) -> set[int]:
     return {*config.eos_token_ids, *(() if config.bos_token_id is None else (config.bos_token_id,))}
-
-
-def _weights_bytes(llm: LLM) -> int:
-    tensors = (*llm.decoder.parameters(), *llm.decoder.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -11,7 +11,7 @@ import typer
 from llmq import __version__
 from llmq.cli import bench, env, eval_, generate, memplan, quantize
 from llmq.cli.console import print_error
-from llmq.errors import LlmqError
+from llmq.errors import FAILED, LlmqError
 
 app = typer.Typer(
     help="Quantize a language model, plan its memory, generate with it, and measure what was won and lost.",
@@ -58,6 +58,17 @@ def main() -> None:
         print_error(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # The reader of our stdout left (head, less): nothing more to say, and nothing left to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()  # its reader left (head, less): nothing more to say
         sys.exit(0)
+    except OSError as error:
+        if os.environ.get(DEBUG):
+            raise
+        _abandon_stdout()
+        what = f"{error.filename}:" if error.filename else "stdout cannot be written:"
+        print_error(LlmqError(f"{what} {error.strerror}", "check the path, and the space on the disk"))
+        sys.exit(FAILED)
+
+
+def _abandon_stdout() -> None:
+    """Let what stdout still holds go nowhere, or Python would fail again when it flushes at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,11 +11,15 @@ from rich.table import Table
 
 from llmq.errors import LlmqError
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+PIPE_WIDTH = 160
+
+# Brackets in a text are brackets, not markup. In a pipe there is no edge to cut a table at.
+out = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(error: LlmqError) -> None:
+    """One sentence on stderr, and the command or flag that mends it."""
     print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)

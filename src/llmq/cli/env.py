@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.text import Text
-
 from llmq.cli import options
 from llmq.cli.console import out, print_json, table
 from llmq.memory import format_bytes
@@ -44,5 +42,5 @@ def env(json: options.Json = False) -> None:
         for column in missing.columns:
             column.justify, column.no_wrap = "left", False
         for entry in facts["missing"]:
-            missing.add_row(entry["package"], entry["purpose"], Text(entry["install"]))  # its [extra] is no markup
+            missing.add_row(entry["package"], entry["purpose"], entry["install"])
         out.print(missing)

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.progress import Progress
-from rich.text import Text
 
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
@@ -46,7 +45,7 @@ def evaluate(
     out.print(f"perplexity {result.perplexity:.4f}")
     out.print()
     grid = table("", "")
-    grid.add_row("text", Text(result.data))
+    grid.add_row("text", result.data)
     grid.add_row("scored", f"{result.tokens:,} tokens in {result.windows:,} windows of {result.window:,}")
     grid.add_row("time", f"{result.seconds:.1f} s on {result.device} in {result.dtype}")
     out.print(grid)

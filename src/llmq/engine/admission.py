@@ -71,5 +71,6 @@ class Limits:
 
 
 def format_cache_size(blocks: int, block_bytes: int) -> str:
+    """A size for --kv-cache-memory of so many blocks and the reserved one, in whole MiB."""
     size = (blocks + memory.RESERVED_BLOCKS) * block_bytes
     return f"{-(-size // 2**20)}MiB"

@@ -43,6 +43,8 @@ class PrefixStats:
 
 
 class BlockManager:
+    """The pool, its blocks in main memory, and the tables of the sequences that it is asked about."""
+
     def __init__(
         self,
         num_blocks: int,

@@ -33,6 +33,8 @@ class Entry:
 
 
 class PrefixCache:
+    """Which blocks hold what, and where to look for them. Who owns them is the BlockManager's business."""
+
     def __init__(self, num_groups: int) -> None:
         self._num_groups = num_groups
         self._entries: dict[Key, Entry] = {}

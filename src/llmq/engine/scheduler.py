@@ -100,7 +100,8 @@ class Draft:
 
 
 class Scheduler:
-    """``clock`` gives seconds; ``trace`` is told of every step."""
+    """The three queues, between which requests move step by step. ``clock`` gives seconds; ``trace`` is told of every
+    step."""
 
     def __init__(
         self,

@@ -114,6 +114,7 @@ def evaluate_perplexity(
 
 
 def read_text(path: Path) -> str:
+    """The UTF-8 text in ``path``. LlmqError when it cannot be read as such."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -143,7 +144,7 @@ def window_losses(
 
     length = len(windows[0])
     together = max(1, BATCH_TOKENS // length)
-    attend = CausalAttention(decoder.config, length)
+    attend = CausalAttention(length)
     losses: list[float] = []
     with torch.inference_mode():
         for first in range(0, len(windows), together):

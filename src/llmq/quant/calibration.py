@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmq.checkpoint.config import ModelConfig
 from llmq.checkpoint.folder import demo_folder
+from llmq.checkpoint.tokenizer import load_tokenizer
 from llmq.errors import LlmqError
 from llmq.quant.options import Calibration
 
@@ -31,15 +31,15 @@ def draw_windows(folder: Path, config: ModelConfig, calibration: Calibration) ->
     length = min(calibration.seqlen, config.context_length)
     text = _read_text(path, calibration.samples * length * CHARACTERS_PER_TOKEN)
     tokenizer = load_tokenizer(folder)
-    ids: list[int] = tokenizer(text, verbose=False).input_ids
+    ids = tokenizer.encode(text)
     prefix = [ids.pop(0)] if ids[:1] == [tokenizer.bos_token_id] else []
     if ids and max(ids) >= config.vocab_size:
         raise LlmqError(
             f"{folder}: the tokenizer gives the token {max(ids)}, and the model has {config.vocab_size}",
             "the folder's tokenizer is another model's",
         )
-    body = length - len(prefix)
-    available = len(ids) // body if body else 0
+    body = max(length - len(prefix), 1)
+    available = len(ids) // body
     if not available:
         raise LlmqError(
             f"{path.name} has {len(ids)} tokens, fewer than one window of {body}",
@@ -50,19 +50,6 @@ def draw_windows(folder: Path, config: ModelConfig, calibration: Calibration) ->
     chosen = torch.randperm(available, generator=generator)[: calibration.samples]
     bodies = torch.tensor(ids)[first : first + available * body].view(available, body)[chosen]
     return torch.cat((torch.tensor(prefix, dtype=torch.int64).expand(len(chosen), -1), bodies), dim=1)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, from local files only and without running its code. LlmqError if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise LlmqError(
-            f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}",
-            "the folder should hold tokenizer.json, or tokenizer.model",
-        ) from None
 
 
 def _read_text(path: Path, max_characters: int) -> str:

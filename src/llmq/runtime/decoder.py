@@ -15,48 +15,65 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmq.checkpoint.config import ModelConfig, Rope
+from llmq.runtime.kernels.norm import add_rms_norm
+from llmq.runtime.kernels.rope import norm_and_rotate
+from llmq.runtime.kernels.silu import silu_mul
 
 
 class Attend(Protocol):
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of ``query`` [tokens, heads, head_dim] over ``key``, ``value`` [tokens, kv_heads, head_dim] and
-        whatever the sequences have cached → [tokens, heads, head_dim]."""
+    """How tokens of the same sequence see each other: what the caller brings to the decoder."""
+
+    def __call__(
+        self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Attention of one layer. ``query`` [tokens, heads, head_dim], and ``key`` and ``value`` [tokens, kv_heads,
+        head_dim] of the same tokens, come as they are projected: neither normed nor rotated.
+        → [tokens, heads, head_dim]"""
         ...
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalization (Zhang & Sennrich, 2019) over the last dimension, computed in fp32."""
+    """The weight of a norm; ``add_rms_norm`` computes it."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normal.to(x.dtype)
+    def forward(self, residual: Tensor, x: Tensor | None = None) -> Tensor:
+        """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension."""
+        return add_rms_norm(residual, x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al., 2023): the projections, around what ``attend`` computes."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.window = config.windows[layer]
         self.head_dim = config.head_dim
+        self.eps = config.rms_norm_eps
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    @property
+    def norms(self) -> tuple[Tensor, Tensor] | None:
+        """The weights of the norms of queries and keys, where the architecture has them."""
+        return (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else None
 
     def mix(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """What the heads gather from all tokens, [tokens, heads · head_dim]: the input of ``o_proj``."""
         heads = (x.shape[0], -1, self.head_dim)
-        query = rotate(self.q_norm(self.q_proj(x).view(heads)), rotation)
-        key = rotate(self.k_norm(self.k_proj(x).view(heads)), rotation)
-        return attend(self.layer, query, key, self.v_proj(x).view(heads)).reshape(x.shape[0], -1)
+        query, key, value = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        return attend(self, query, key, value, rotation).reshape(x.shape[0], -1)
 
 
 class MLP(nn.Module):
@@ -69,11 +86,16 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
         return out
 
 
 class DecoderLayer(nn.Module):
+    """One block, in the two halves that calibration runs apart: tokens see each other only in the first.
+
+    The hidden state travels as ``residual`` and the last sublayer's output, which the next norm adds in the same pass.
+    """
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -81,17 +103,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        return self.finish(x, self.mix(x, rotation, attend))
+    def mix(self, residual: Tensor, x: Tensor | None, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Add ``x`` to ``residual`` in place; return what the heads make of the sum: the input of ``finish``."""
+        normed = self.input_layernorm(residual, x)
+        return self.self_attn.mix(normed, rotation, attend)
 
-    def mix(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """The part of the block in which tokens see each other."""
-        return self.self_attn.mix(self.input_layernorm(x), rotation, attend)
-
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The rest, each token for itself. Apart from ``mix`` so that calibration need not repeat the costly half."""
-        x = x + self.self_attn.o_proj(mixed)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+    def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
+        """Add the attention's output to ``residual`` in place; return the MLP's, which is still to be added."""
+        normed = self.post_attention_layernorm(residual, self.self_attn.o_proj(mixed))
+        out: Tensor = self.mlp(normed)
         return out
 
 
@@ -108,11 +128,12 @@ class Decoder(nn.Module):
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [tokens, hidden] of ``token_ids`` [tokens] at ``positions`` [tokens], after the last norm."""
-        x = self.embed_tokens(token_ids)
+        residual, x = self.embed_tokens(token_ids), None
         rotation = rotary_angles(self.config, positions)
         for layer in self.layers:
-            x = layer(x, rotation, attend)
-        out: Tensor = self.norm(x)
+            assert isinstance(layer, DecoderLayer)
+            x = layer.finish(residual, layer.mix(residual, x, rotation, attend))
+        out: Tensor = self.norm(residual, x)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -147,23 +168,18 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
     return torch.where(wavelengths < rope.original_context / high, frequencies, scaled)
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (i, i + head_dim / 2) of ``x`` [tokens, heads, head_dim], in fp32."""
-    cos, sin = rotation
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
 class CausalAttention:
     """``attend`` over whole sequences of one length, laid end to end: for calibration and scoring, without a cache."""
 
-    def __init__(self, config: ModelConfig, length: int) -> None:
-        self.windows = config.windows
+    def __init__(self, length: int) -> None:
         self.length = length
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(
+        self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        query, key = norm_and_rotate(query, key, rotation, attention.norms, attention.eps)
         query, key, value = (x.view(-1, self.length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
-        window = self.windows[layer]
+        window = attention.window
         mask = None
         if window is not None and window < self.length:
             position = torch.arange(self.length, device=query.device)

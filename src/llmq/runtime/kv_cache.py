@@ -21,6 +21,8 @@ from llmq.plan import StepPlan, layer_groups
 
 
 class KVCache:
+    """The pool and the swap space, allocated once for the life of the engine."""
+
     def __init__(
         self,
         config: ModelConfig,

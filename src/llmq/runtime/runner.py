@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llmq.plan import StepOutput, StepPlan, TokenLogprobs
-from llmq.runtime.decoder import Decoder
+from llmq.runtime.decoder import Attention, Decoder
 from llmq.runtime.kernels.attention import paged_attention
-from llmq.runtime.kernels.kv_write import write_kv
+from llmq.runtime.kernels.rope import rope_and_write
 from llmq.runtime.kv_cache import KVCache
 from llmq.runtime.sampler import sample, score
 
@@ -45,6 +45,8 @@ class Batch:
 
 
 class Runner:
+    """A decoder and its KV cache, to which plans are given one after another."""
+
     def __init__(self, decoder: Decoder, cache: KVCache, device: str) -> None:
         self.decoder = decoder
         self.cache = cache
@@ -58,10 +60,14 @@ class Runner:
             return StepOutput(())
         batch = build_batch(plan, self.cache.block_size, self.device)
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self.cache.layer(layer)
-            group = self.cache.group_of(layer)
-            write_kv(key, value, keys, values, batch.slots[group])
+        def attend(
+            attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
+        ) -> Tensor:
+            keys, values = self.cache.layer(attention.layer)
+            group = self.cache.group_of(attention.layer)
+            query = rope_and_write(
+                query, key, value, rotation, keys, values, batch.slots[group], norms=attention.norms, eps=attention.eps
+            )
             return paged_attention(
                 query,
                 keys,
@@ -69,7 +75,7 @@ class Runner:
                 batch.block_tables[group],
                 batch.query_starts,
                 batch.kv_lengths,
-                window=self.decoder.config.windows[layer],
+                window=attention.window,
                 max_query_length=batch.max_query_length,
                 max_kv_length=batch.max_kv_length,
             )

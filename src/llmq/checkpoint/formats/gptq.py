@@ -18,7 +18,8 @@ fastest kernel for; asymmetric ones as version 2 (``gptq_v2``), which stores the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,25 +68,43 @@ def read_gptq_config(quantization: Mapping[str, Any]) -> GptqConfig:
     return GptqConfig(Scheme(bits, group_size, symmetric), checkpoint_format)
 
 
-def gptq_config_dict(config: GptqConfig, *, damp_percent: float, desc_act: bool, writer: str) -> dict[str, Any]:
+def gptq_config_dict(
+    config: GptqConfig, *, quantized: Sequence[str], ignored: Sequence[str], damp_percent: float | None, writer: str
+) -> dict[str, Any]:
     """``quantization_config`` for config.json and quantize_config.json.
 
-    ``desc_act`` says whether groups are scattered by activation order, as some loaders have it. Static act-order
-    leaves them in place, so llmq writes False.
+    ``quantized`` and ``ignored`` are the names of the decoder blocks' linear layers, ``damp_percent`` is None where the
+    method has no such thing. ``desc_act`` tells loaders that groups are scattered by activation order; llmq leaves them
+    in place.
+
+    The format marks ignored layers in two ways, neither of which all loaders know: GPTQModel reads ``dynamic``,
+    transformers ``modules_in_block_to_quantize``, vLLM both.
     """
-    return {
+    fields: dict[str, Any] = {
         "quant_method": METHOD,
         "bits": config.scheme.bits,
         "group_size": config.scheme.group_size,
         "sym": config.scheme.symmetric,
-        "desc_act": desc_act,
-        "damp_percent": damp_percent,
-        "true_sequential": True,
+        "desc_act": False,
         "lm_head": False,
         "checkpoint_format": config.checkpoint_format,
         "pack_dtype": "int32",
         "meta": {"quantizer": [writer]},
     }
+    if damp_percent is not None:
+        fields |= {"damp_percent": damp_percent, "true_sequential": True}
+    if ignored:
+        left_out, prefix = _within_block(ignored), r".*\."
+        if not left_out.isdisjoint(_within_block(quantized)):  # not the same in all blocks: whole names
+            left_out, prefix = set(ignored), ""
+        fields["dynamic"] = {f"-:{prefix}{re.escape(name)}$": {} for name in sorted(left_out)}
+        fields["modules_in_block_to_quantize"] = [sorted(quantized if not prefix else _within_block(quantized))]
+    return fields
+
+
+def _within_block(names: Iterable[str]) -> set[str]:
+    """``model.layers.7.mlp.up_proj`` → ``mlp.up_proj``, each once"""
+    return {re.sub(r"^.*\.layers\.\d+\.", "", name) for name in names}
 
 
 def pack_weight(name: str, weight: QuantizedWeight, config: GptqConfig) -> Iterator[tuple[str, Tensor]]:

@@ -1,9 +1,9 @@
 """GPTQ: round the columns of a weight one after another, each error made good by the columns not yet rounded.
 
 Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", ICLR 2023, with static act-order: every group's grid is fitted to the original weights, then columns are
-rounded in descending order of their inputs' energy. Codes stay where their columns are, so the order costs nothing
-when the model runs.
+Transformers", ICLR 2023, with static act-order: every group's grid is fitted to the original weights, with clipping
+weighed by the inputs' energy; then columns are rounded in descending order of that energy. Codes stay where their
+columns are, so the order costs nothing when the model runs.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ def quantize_weight(weight: Tensor, scheme: Scheme, hessian: Tensor) -> Quantize
     Raises NotPositiveDefinite when the Hessian cannot be used.
     """
     in_features = weight.shape[1]
-    scales, zeros = fit_grid(weight, scheme)
+    scales, zeros = fit_grid(weight, scheme, hessian.diagonal())
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     compensation = _compensation(hessian[order][:, order])
-    left = weight[:, order]
-    all_scales = per_channel(scales, in_features)[:, order]
-    all_zeros = per_channel(zeros, in_features)[:, order]
+    # Transposed, so that what is rounded together lies together: [in, out].
+    left = weight.t()[order]
+    all_scales = per_channel(scales, in_features).t()[order]
+    all_zeros = per_channel(zeros, in_features).t()[order]
     codes = torch.empty_like(left)
 
     for start in range(0, in_features, BLOCK):
         block = slice(start, min(start + BLOCK, in_features))
         inner = compensation[block, block]
-        columns = left[:, block].clone()
+        columns = left[block].clone()
         errors = torch.empty_like(columns)
-        for i in range(columns.shape[1]):
-            column, k = columns[:, i], start + i
-            scale, zero = all_scales[:, k], all_zeros[:, k]
-            codes[:, k] = encode(column, scale, zero, scheme.max_code)
-            errors[:, i] = (column - decode(codes[:, k], scale, zero)) / inner[i, i]
-            columns[:, i + 1 :].addr_(errors[:, i], inner[i, i + 1 :], alpha=-1)
-        left[:, block.stop :].addmm_(errors, compensation[block, block.stop :], alpha=-1)
+        for i, column in enumerate(columns):
+            scale, zero = all_scales[start + i], all_zeros[start + i]
+            code = codes[start + i] = encode(column, scale, zero, scheme.max_code)
+            errors[i] = (column - decode(code, scale, zero)) / inner[i, i]
+            columns[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+        left[block.stop :].addmm_(compensation[block, block.stop :].t(), errors, alpha=-1)
 
-    natural = torch.empty_like(codes, dtype=torch.uint8)
-    natural[:, order] = codes.to(torch.uint8)
+    natural = torch.empty_like(weight, dtype=torch.uint8)
+    natural[:, order] = codes.t().to(torch.uint8)
     return QuantizedWeight(scheme, natural, scales, zeros)
 
 
@@ -77,5 +77,6 @@ def _compensation(hessian: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed and lower.isfinite().all():
             identity = torch.eye(len(lower), device=lower.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return upper
     raise NotPositiveDefinite

@@ -33,6 +33,7 @@ def paged_attention(
     window: int | None,
     max_query_length: int,
     max_kv_length: int,
+    split: int | None = None,
 ) -> Tensor:
     """Causal attention of each row's queries over the row's pages, scaled by 1/√head_dim → [tokens, heads, head_dim].
 
@@ -46,16 +47,20 @@ def paged_attention(
     window        a query at position p sees the keys at (p − window, p]; None: all up to p
     max_query_length, max_kv_length
                   bounds over all rows, known to the host: they set the grid, so that a CUDA graph can replay it
+    split         on a GPU a row's positions are divided among programs, this many to each (128, 256, 512 or 1024), and
+                  the parts joined in order. None: what is fastest for this many rows and these bounds, so that the
+                  last bits of a row's result depend on its batch. With a number they do not
     """
-    if runs_triton(query):
-        from llmq.runtime.kernels.attention_triton import paged_attention_triton as attention
-    else:
-        attention = paged_attention_reference
-    out: Tensor = attention(
-        query, key_cache, value_cache, block_tables, query_starts, kv_lengths,
-        window=window, max_query_length=max_query_length, max_kv_length=max_kv_length,
-    )  # fmt: skip
-    return out
+    inputs = (query, key_cache, value_cache, block_tables, query_starts, kv_lengths)
+    if not runs_triton(query):
+        return paged_attention_reference(
+            *inputs, window=window, max_query_length=max_query_length, max_kv_length=max_kv_length
+        )
+    from llmq.runtime.kernels.attention_triton import paged_attention_triton
+
+    return paged_attention_triton(
+        *inputs, window=window, max_query_length=max_query_length, max_kv_length=max_kv_length, split=split
+    )
 
 
 def paged_attention_reference(

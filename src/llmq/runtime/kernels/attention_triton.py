@@ -7,8 +7,8 @@ The heads that share a KV head are packed into one tile of queries, so that K an
 
 One loop over tiles of keys serves two grids, because the two kinds of row are short of different things:
 
-    few queries (decode)     short of parallel work: a program takes one split of the row's positions, writes its
-                             softmax-weighted mean and its log-sum-exp in fp32; merge_kernel adds the splits in order
+    few queries (decode)     short of parallel work: a program takes one split of the row's positions, and writes its
+                             softmax-weighted mean and its log-sum-exp in fp32; merge_kernel joins the splits in order
 
         positions   | split 0 | split 1 | split 2 … |         split boundaries are multiples of the split length
 
@@ -27,12 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MIN_SPLIT = 256
-MAX_SPLITS = 64
+SPLITS = (128, 256, 512, 1024)  # positions
+PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
 
 
 class Launch(NamedTuple):
+    """What a grid's programs take; found by measuring on an H200."""
+
     block_m: int  # packed queries in a program's tile
     tile: int  # keys in a tile
     warps: int
@@ -40,13 +42,15 @@ class Launch(NamedTuple):
 
 
 def decode_launch(group: int, head_dim: int, element_size: int) -> Launch:
+    """For the grid of rows with few queries."""
     block_m = max(16, triton.next_power_of_2(group))
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
-    return Launch(block_m, 64, 4, 5 if head_dim <= 128 else 3)
+    return Launch(block_m, 64, 4, 3 if head_dim <= 128 else 2)
 
 
 def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
+    """For the grid of rows with many queries."""
     if element_size == 4:
         return Launch(max(32, triton.next_power_of_2(group)), 16, 8, 1)
     if head_dim > 128:
@@ -54,12 +58,11 @@ def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
     return Launch(128, 64, 8, 3)
 
 
-def split_length(max_kv_length: int) -> int:
-    """Positions that one program of the decode grid takes.
-
-    It depends on the bound of the context alone, never on the batch, so that neither do the results.
-    """
-    return max(MIN_SPLIT, int(triton.next_power_of_2(triton.cdiv(max_kv_length, MAX_SPLITS))))
+def split_length(tiles: int, max_kv_length: int) -> int:
+    """Positions that one program takes of each of ``tiles`` (rows × KV heads): few for a small batch, to fill the
+    device; at most 1024, so that one long row among short ones does not keep the rest waiting."""
+    wanted = max_kv_length * tiles / PROGRAMS
+    return next((length for length in SPLITS if length >= wanted), SPLITS[-1])
 
 
 def paged_attention_triton(
@@ -73,6 +76,7 @@ def paged_attention_triton(
     window: int | None,
     max_query_length: int,
     max_kv_length: int,
+    split: int | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
     tokens, heads, head_dim = query.shape
@@ -87,7 +91,7 @@ def paged_attention_triton(
 
     # Rows of up to few_queries go to the decode grid, the others to the prefill grid.
     few_queries = min(decode.block_m // group, max_query_length)
-    split = split_length(max_kv_length)
+    split = split or split_length(rows * kv_heads, max_kv_length)
     splits = max(1, triton.cdiv(max_kv_length, split))
     if window is not None:
         splits = min(splits, (window + few_queries - 2) // split + 2)
@@ -135,6 +139,7 @@ def attention_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOWED: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """One tile of queries of one KV head, over one split of the row's positions (DECODE) or all of them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
     kv_head = tl.program_id(1)
     if DECODE:
@@ -201,19 +206,19 @@ def attention_kernel(
             seen_by_last = tl.maximum(kv_length - queries + last_query - window + 1, 0)
             first_full = tl.minimum(tl.cdiv(seen_by_last, TILE) * TILE, tl.cdiv(last, TILE) * TILE)
             acc, best, total = attend(
-                acc, best, total, q, first, first_full, keys, values, table, position, kv_length, window, scale,
+                acc, best, total, q, first, tl.minimum(first_full, last), keys, values, table, position, window, scale,
                 cache_block_stride, cache_token_stride,
                 HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, True,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
         acc, best, total = attend(
-            acc, best, total, q, first_full, last_full, keys, values, table, position, kv_length, window, scale,
+            acc, best, total, q, first_full, last_full, keys, values, table, position, window, scale,
             cache_block_stride, cache_token_stride,
             HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, False,
         )  # fmt: skip
         first = last_full
     acc, best, total = attend(
-        acc, best, total, q, first, last, keys, values, table, position, kv_length, window, scale,
+        acc, best, total, q, first, last, keys, values, table, position, window, scale,
         cache_block_stride, cache_token_stride,
         HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, True,
     )  # fmt: skip
@@ -221,17 +226,18 @@ def attention_kernel(
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if DECODE:
         if row_splits > 1:
-            at = ((row * few_queries + query_index).to(tl.int64) * heads + head) * splits + tl.program_id(0)
+            at = ((row * few_queries + query_index).to(tl.int64) * heads + head) * splits
+            at += tl.program_id(0)
             tl.store(means + at[:, None] * HEAD_DIM + dim[None, :], acc, mask=stored)
             tl.store(logsums + at, best + tl.log2(total), mask=is_query)
             return
-    at = query_token * out_token_stride + head * HEAD_DIM
-    tl.store(out + at[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=stored)
+    at_out = query_token * out_token_stride + head * HEAD_DIM
+    tl.store(out + at_out[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def attend(
-    acc, best, total, q, first, last, keys, values, table, position, kv_length, window, scale,
+    acc, best, total, q, first, last, keys, values, table, position, window, scale,
     cache_block_stride, cache_token_stride,
     HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
     TILE: tl.constexpr, MASKED: tl.constexpr,
@@ -247,7 +253,7 @@ def attend(
     pages = load_pages(table, first, last, BLOCK_SIZE, TILE)
     for start in range(first, last, TILE):
         key_position = start + step
-        inside = (key_position < kv_length)[:, None]
+        inside = (key_position < last)[:, None]
         if BLOCK_SIZE % TILE == 0:
             base = pages.to(tl.int64) * cache_block_stride + start % BLOCK_SIZE * cache_token_stride
             at = base + step[:, None] * cache_token_stride + dim

@@ -30,6 +30,7 @@ def write_kv_kernel(
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEADS_PADDED: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
+    """One token: all its KV heads."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     head = tl.arange(0, HEADS_PADDED)[:, None]

@@ -3,13 +3,14 @@
 The product is taken as weights · xᵀ, so that the weights, which are unpacked in registers, are the operand that the
 matrix unit reads from registers, and a batch of 8 fills it as well as one of 64:
 
-    program (tile of N, split of K)      acc [BLOCK_N, BLOCK_M], fp32
+    program (tile of N and M, split of K)      acc [BLOCK_N, BLOCK_M], fp32
 
         for each step of 128 channels:   words [BLOCK_N, 32] → planes 0, 1, …
                                          acc += scale · Σ plane_i · x[:, the 32 channels of plane i]ᵀ
 
 The scale multiplies the fp32 sum of its group, not the weights: that costs less and rounds nothing. With more than one
-split the fp32 sums go to memory, and the program that finishes a tile last adds them, always in the same order.
+split the fp32 sums go to memory, and are added in order: in a small batch by the program that finishes a tile last, in
+a bigger one by reduce_kernel, which has all multiprocessors to do it.
 """
 
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
@@ -27,30 +28,38 @@ from torch.nn import functional as F
 
 from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
 
-FUSED_ROWS = 64  # above, widening the weight once and multiplying through the library is faster
+FUSED_ROWS = 256  # above, widening the weight once and multiplying through the library is faster
+REDUCE_ROWS = 16  # above, a kernel of its own adds the splits
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
-MAX_TILES = 2**16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launch(NamedTuple):
+    """What a program takes."""
+
     block_m: int
     block_n: int
     warps: int
     stages: int
 
 
-LAUNCHES = (
-    Launch(8, 128, 4, 4),
-    Launch(16, 128, 4, 4),
-    Launch(32, 128, 4, 4),
-    Launch(64, 128, 4, 4),
-)
+# (bits, rows up to) → launch parameters, measured on an H200.
+LAUNCHES = {
+    (4, 8): Launch(8, 64, 2, 4),
+    (4, 16): Launch(16, 128, 4, 4),
+    (4, 32): Launch(32, 128, 4, 4),
+    (4, 64): Launch(64, 128, 4, 4),
+    (8, 8): Launch(8, 64, 2, 4),
+    (8, 16): Launch(16, 128, 4, 4),
+    (8, 32): Launch(32, 128, 4, 4),
+    (8, 64): Launch(64, 256, 8, 4),
+}
 
 
-def launch_for(rows: int) -> Launch:
-    """Launch parameters for a batch of ``rows``."""
-    return next((launch for launch in LAUNCHES if rows <= launch.block_m), LAUNCHES[-1])
+def launch_for(bits: int, rows: int, element_size: int) -> Launch:
+    """Launch parameters for a batch of ``rows``, of elements of so many bytes."""
+    block_m = next((most for width, most in LAUNCHES if width == bits and rows <= most), 64)
+    return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
 
 def splits_for(out_features: int, steps: int) -> int:
@@ -66,32 +75,39 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         return F.linear(x, dequantize(packed, x.dtype), bias)
     if x.stride(1) != 1:
         x = x.contiguous()
-    launch = launch_for(rows)
+    launch = launch_for(packed.bits, rows, x.element_size())
     steps = triton.cdiv(packed.in_features, STEP)
     splits = splits_for(out_features, steps)
     steps_per_split = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, steps_per_split)
-    tiles = triton.cdiv(out_features, launch.block_n)
+    reduced = splits > 1 and rows > REDUCE_ROWS
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
-    wna16_kernel[tiles, splits](
-        x, packed.words, packed.meta, bias, out, sums, _counters(x.device), rows, out_features, packed.in_features,
-        x.stride(0), steps, steps_per_split, **_format(packed), HAS_BIAS=bias is not None, SPLIT=splits > 1,
-        ASM=not INTERPRETED and x.element_size() == 2,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, num_warps=launch.warps,
+    tiles_m = triton.cdiv(rows, launch.block_m)
+    wna16_kernel[triton.cdiv(out_features, launch.block_n) * tiles_m, splits](
+        x, packed.words, packed.meta, bias, out, sums, counters(x.device), rows, out_features, packed.in_features,
+        x.stride(0), steps, steps_per_split, tiles_m, **_format(packed), HAS_BIAS=bias is not None, SPLIT=splits > 1,
+        REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
+        num_warps=launch.warps,
     )  # fmt: skip
+    if reduced:
+        block = 512
+        reduce_kernel[rows, triton.cdiv(out_features, block)](
+            sums, bias, out, rows, out_features, splits, HAS_BIAS=bias is not None, BLOCK=block, num_warps=4
+        )
     return out
 
 
 @cache
-def _counters(device: torch.device) -> Tensor:
-    """For each tile of a product under way, how many splits are done: zero before a launch and again after it.
+def counters(device: torch.device) -> Tensor:
+    """For each tile of N, how many splits are done: zero before a launch, and put back to zero by its last program.
 
-    There is one set for a device, so products with splits run on one stream at a time.
+    There is one set for a device, so products run on one stream at a time.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("run a quantized layer once before capturing it in a CUDA graph")
-    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+    return torch.zeros(2**16, dtype=torch.int32, device=device)
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -160,6 +176,7 @@ def offset_of(meta, BITS: tl.constexpr, ASM: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def scale_of(meta, BF16_SCALE: tl.constexpr):
+    """The scale in fp32."""
     if BF16_SCALE:
         scale = (meta << 16).to(tl.float32, bitcast=True)
     else:
@@ -208,17 +225,20 @@ def unpack8(words, offset0, offset1, ASM: tl.constexpr, TYPE: tl.constexpr):
     return planes
 
 
-@triton.jit(do_not_specialize=["rows", "steps", "steps_per_split"])
+@triton.jit(do_not_specialize=["rows", "steps", "steps_per_split", "tiles_m"])
 def wna16_kernel(
     x, words, meta, bias, out, sums, counters, rows, out_features, in_features, x_stride, steps, steps_per_split,
+    tiles_m,
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, PER_GROUP: tl.constexpr, BF16_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, ASM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One tile of outputs, summed over one split of K."""
     PLANES: tl.constexpr = 16 // BITS
     TYPE: tl.constexpr = x.dtype.element_ty
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    # Programs that share a tile of the weight are neighbours, so that all but one find it in the cache.
+    n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 32)
     is_n = n < out_features
     is_x = (m < rows)[None, :]
@@ -232,7 +252,7 @@ def wna16_kernel(
     # Unlike the launch option, num_stages here stages all loads through shared memory, those of meta too.
     for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
         if PER_GROUP > 0:
-            # The step has 4 // PER_GROUP groups; short names for those of its four planes.
+            # The step has 4 // PER_GROUP groups; here one for each of its planes.
             at = meta + step * (4 // PER_GROUP) * out_features + n
             m0 = tl.load(at, mask=is_n, other=0)
             m1, m2, m3 = m0, m0, m0
@@ -250,8 +270,8 @@ def wna16_kernel(
             )  # fmt: skip
         for plane in tl.static_range(4):
             if plane % PLANES == 0:
-                tile = step * (4 // PLANES) + plane // PLANES
-                packed = tl.load(words + tile * tile_size + n[:, None] * 32 + j[None, :], mask=is_n[:, None], other=0)
+                at_words = words + (step * (4 // PLANES) + plane // PLANES) * tile_size
+                packed = tl.load(at_words + n[:, None] * 32 + j[None, :], mask=is_n[:, None], other=0)
                 if BITS == 4:
                     planes = unpack4(packed, offsets, ASM, TYPE)
                 else:
@@ -276,6 +296,8 @@ def wna16_kernel(
         splits = tl.num_programs(1)
         size = tl.cast(rows, tl.int64) * out_features
         tl.store(sums + tl.program_id(1) * size + at_out, acc, mask=inside)
+        if REDUCED:
+            return
         # All threads' stores come before the count, and the count before the last program's loads.
         tl.debug_barrier()
         done = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel")
@@ -290,12 +312,27 @@ def wna16_kernel(
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows", "splits"])
+def reduce_kernel(sums, bias, out, rows, out_features, splits, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of all splits, for BLOCK outputs of one row of the batch."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < out_features
+    acc = tl.zeros([BLOCK], dtype=tl.float32)
+    for split in range(splits):
+        acc += tl.load(sums + (split * rows + row) * out_features + n, mask=inside, other=0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_features + n, acc.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit
 def dequantize_kernel(
     words, meta, weight, out_features, in_features,
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, PER_GROUP: tl.constexpr, BF16_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One step of K of one tile of rows of the weight."""
     PLANES: tl.constexpr = 16 // BITS
     step = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

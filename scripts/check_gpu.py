@@ -1,0 +1,600 @@
+"""Check every kernel on a GPU against float64, then time it against what the device can do.
+
+    PYTHONPATH=src python scripts/check_gpu.py            both parts; exit code 1 if a check fails
+    PYTHONPATH=src python scripts/check_gpu.py --checks   the checks alone
+    PYTHONPATH=src python scripts/check_gpu.py --speed    the timings alone
+
+A check draws fresh random inputs from a fixed seed, fills what the kernel must not read and what it has to write with
+NaN, compares by ‖out − exact‖ / ‖exact‖, and runs the kernel twice for the same bits. A timing is the median over
+replays of a CUDA graph that goes round several sets of inputs, together several times the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from llmq.checkpoint.quantized_weight import QuantizedWeight
+from llmq.runtime.kernels.attention import paged_attention
+from llmq.runtime.kernels.kv_write import write_kv
+from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_reference
+from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
+from llmq.runtime.kernels.silu import silu_mul, silu_mul_reference
+from llmq.runtime.kernels.wna16 import PackedWeight, pack_wna16, wna16_matmul
+from llmq.scheme import Scheme
+
+TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAN = float("nan")
+Rows = Sequence[tuple[int, int]]  # (queries, tokens in the cache) of each row
+
+
+@dataclass
+class Outcome:
+    error: float
+    tolerance: float
+    repeats: bool  # a second run gave the same bits
+
+    @property
+    def ok(self) -> bool:
+        return self.repeats and self.error <= self.tolerance  # False for NaN
+
+
+class Case(Protocol):
+    def check(self) -> Outcome: ...
+
+
+def compare(run: Callable[[], Tensor], exact: Tensor, slack: float = 1.0) -> Outcome:
+    # Under this switch torch.empty fills its memory with NaN, so that whatever is not written shows.
+    torch.use_deterministic_algorithms(True)
+    first, second = run(), run()
+    torch.use_deterministic_algorithms(False)
+    error = ((first.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+    return Outcome(error, slack * TOLERANCE[first.dtype], torch.equal(first, second))
+
+
+@dataclass
+class Paged:
+    """A paged cache with random keys and values, NaN wherever no row has a token."""
+
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    block_tables: Tensor
+    query_starts: Tensor
+    kv_lengths: Tensor
+    rows: Rows
+
+    @staticmethod
+    def draw(
+        rows: Rows, heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype,
+        num_blocks: int = 0, interleaved: bool = False, poisoned: bool = True,
+    ) -> Paged:  # fmt: skip
+        counts = [-(-kv // block_size) for _, kv in rows]
+        num_blocks = max(num_blocks, sum(counts) + 1)
+        used = sum(counts)
+        # From the end of the pool, so that a big pool is addressed where offsets are big.
+        ids = (num_blocks - 1 - torch.randperm(used)).int()
+        tables = torch.zeros(len(rows), max(max(counts), 1), dtype=torch.int32)
+        taken = 0
+        for row, count in enumerate(counts):
+            tables[row, :count] = ids[taken : taken + count]
+            taken += count
+        shape = (block_size, kv_heads, head_dim)
+        if interleaved:
+            pool = torch.empty(num_blocks, 2, *shape, dtype=dtype, device="cuda")
+            key_cache, value_cache = pool[:, 0], pool[:, 1]
+        else:
+            key_cache, value_cache = (torch.empty(num_blocks, *shape, dtype=dtype, device="cuda") for _ in range(2))
+        for cache in (key_cache, value_cache):
+            low = num_blocks - used - 1
+            cache[low:] = torch.randn(used + 1, *shape, dtype=dtype, device="cuda")
+            cache[:low] = NAN
+            if poisoned:
+                cache[low] = NAN
+        if poisoned:
+            for row, (_, kv) in enumerate(rows):
+                if kv % block_size:
+                    page = int(tables[row, kv // block_size])
+                    key_cache[page, kv % block_size :] = NAN
+                    value_cache[page, kv % block_size :] = NAN
+        starts = torch.tensor([0] + [queries for queries, _ in rows]).cumsum(0).int()
+        return Paged(
+            torch.randn(int(starts[-1]), heads, head_dim, dtype=dtype, device="cuda"), key_cache, value_cache,
+            tables.cuda(), starts.cuda(), torch.tensor([kv for _, kv in rows], dtype=torch.int32).cuda(), rows,
+        )  # fmt: skip
+
+    def run(self, window: int | None = None, split: int | None = None) -> Tensor:
+        return paged_attention(
+            self.query, self.key_cache, self.value_cache, self.block_tables, self.query_starts, self.kv_lengths,
+            window=window, max_query_length=max(queries for queries, _ in self.rows),
+            max_kv_length=max(kv for _, kv in self.rows), split=split,
+        )  # fmt: skip
+
+    def exact(self, window: int | None) -> Tensor:
+        out = torch.zeros(self.query.shape, dtype=torch.float64, device="cuda")
+        block_size, kv_heads, head_dim = self.key_cache.shape[1:]
+        start = 0
+        for row, (queries, kv) in enumerate(self.rows):
+            if kv:
+                blocks = self.block_tables[row, : -(-kv // block_size)].long()
+                key, value = (
+                    cache[blocks].flatten(0, 1)[:kv].double().transpose(0, 1)
+                    for cache in (self.key_cache, self.value_cache)
+                )
+                query = self.query[start : start + queries].double().view(queries, kv_heads, -1, head_dim)
+                scores = torch.einsum("qhgd,hkd->hgqk", query, key) / math.sqrt(head_dim)
+                distance = torch.arange(kv - queries, kv, device="cuda")[:, None] - torch.arange(kv, device="cuda")
+                seen = distance >= 0
+                if window is not None:
+                    seen &= distance < window
+                weights = scores.masked_fill_(~seen, -math.inf).softmax(-1)
+                mixed = torch.einsum("hgqk,hkd->qhgd", weights, value)
+                out[start : start + queries] = mixed.reshape(queries, -1, head_dim)
+            start += queries
+        return out
+
+
+@dataclass
+class AttentionCase:
+    rows: Rows
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    window: int | None = None
+    num_blocks: int = 0
+    interleaved: bool = False
+    split: int | None = None
+
+    def check(self) -> Outcome:
+        paged = Paged.draw(
+            self.rows, self.heads, self.kv_heads, self.head_dim, self.block_size, self.dtype,
+            self.num_blocks, self.interleaved,
+        )  # fmt: skip
+        return compare(lambda: paged.run(self.window, self.split), paged.exact(self.window))
+
+
+@dataclass
+class WriteCase:
+    tokens: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    num_blocks: int
+    interleaved: bool = False
+
+    def check(self) -> Outcome:
+        pool = torch.full((self.num_blocks, 2, self.block_size, self.kv_heads, self.head_dim), NAN, dtype=self.dtype)
+        pool = pool.cuda()
+        caches = (pool[:, 0], pool[:, 1]) if self.interleaved else (pool[:, 0].clone(), pool[:, 1].clone())
+        # Slices of a wider tensor, as the key and value of a fused projection are.
+        wide = torch.randn(self.tokens, 3 * self.kv_heads, self.head_dim, device="cuda").to(self.dtype)
+        key, value = wide[:, self.kv_heads : 2 * self.kv_heads], wide[:, 2 * self.kv_heads :]
+        slots = self.num_blocks * self.block_size - 1 - torch.randperm(self.tokens, device="cuda")
+        write_kv(key, value, *caches, slots)
+        wrong = 0
+        for cache, source in zip(caches, (key, value), strict=True):
+            wrong += int((cache[slots // self.block_size, slots % self.block_size] != source).sum())
+            wrong += int(cache.isfinite().sum()) - source.numel()
+        return Outcome(float(wrong), 0.0, True)
+
+
+@dataclass
+class SmallCase:
+    """The kernels between the products, one after the other; the residual and the caches are outputs too."""
+
+    tokens: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    normed: bool
+
+    def check(self) -> Outcome:
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, device="cuda").to(self.dtype)
+
+        residual, x, weight = draw(self.tokens, self.hidden), draw(self.tokens, self.hidden), draw(self.hidden)
+        gate, up = draw(self.tokens, 2 * self.hidden).chunk(2, dim=1)
+        fused = draw(self.tokens, self.heads + 2 * self.kv_heads, self.head_dim)
+        angles = torch.randn(self.tokens, 1, self.head_dim // 2, device="cuda")
+        norms = (draw(self.head_dim), draw(self.head_dim)) if self.normed else None
+        slots = torch.randperm(self.tokens + 64, device="cuda")[: self.tokens]
+        query, key, value = fused.tensor_split([self.heads, self.heads + self.kv_heads], dim=1)
+
+        def kernels() -> Tensor:
+            total, pool = residual.clone(), self.pool(self.dtype)
+            normal = add_rms_norm(total, x, weight, 1e-5)
+            rotation = (angles.cos(), angles.sin())
+            turned = rope_and_write(query, key, value, rotation, pool[0], pool[1], slots, norms=norms, eps=1e-5)
+            return torch.cat([y.flatten() for y in (normal, total, silu_mul(gate, up), turned, pool)])
+
+        total, pool = residual.double(), self.pool(torch.float64)
+        normal = add_rms_norm_reference(total, x.double(), weight.double(), 1e-5)
+        rotation = (angles.double().cos(), angles.double().sin())
+        wide_norms = None if norms is None else (norms[0].double(), norms[1].double())
+        turned = rope_and_write_reference(
+            query.double(), key.double(), value.double(), rotation, pool[0], pool[1], slots, norms=wide_norms, eps=1e-5
+        )  # fmt: skip
+        gated = silu_mul_reference(gate.double(), up.double())
+        return compare(kernels, torch.cat([y.flatten() for y in (normal, total, gated, turned, pool)]), 1.2)
+
+    def pool(self, dtype: torch.dtype) -> Tensor:
+        blocks = -(-(self.tokens + 64) // 64)
+        return torch.zeros(2, blocks, 64, self.kv_heads, self.head_dim, dtype=dtype, device="cuda")
+
+
+def draw_weight(
+    out_features: int, in_features: int, bits: int, group: int, symmetric: bool, act_order: bool = False
+) -> QuantizedWeight:
+    scheme = Scheme(bits, group, symmetric)
+    groups = scheme.num_groups(in_features)
+    codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8, device="cuda")
+    scales = (torch.rand(out_features, groups, device="cuda") * 0.02 + 0.005).half()
+    zeros = torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8, device="cuda")
+    if symmetric:
+        zeros.fill_(scheme.middle_code)
+    index = None
+    if act_order:
+        index = (torch.arange(in_features, device="cuda") // scheme.group_length(in_features))[
+            torch.randperm(in_features, device="cuda")
+        ]
+    return QuantizedWeight(scheme, codes, scales, zeros, index)
+
+
+@dataclass
+class LinearCase:
+    batch: int
+    out_features: int
+    in_features: int
+    bits: int
+    group: int
+    symmetric: bool
+    dtype: torch.dtype
+    act_order: bool = False
+    bias: bool = False
+
+    def check(self) -> Outcome:
+        weight = draw_weight(
+            self.out_features, self.in_features, self.bits, self.group, self.symmetric, self.act_order
+        )  # fmt: skip
+        packed = pack_wna16(weight, self.dtype)
+        # A slice of a wider tensor: rows apart, columns together.
+        x = torch.randn(self.batch, 2 * self.in_features, device="cuda").to(self.dtype)[:, : self.in_features]
+        bias = torch.randn(self.out_features, device="cuda").to(self.dtype) if self.bias else None
+        exact = F.linear(x.double(), weight.dequantize().double(), None if bias is None else bias.double())
+        # A long batch multiplies by the weight in the type of x: the weight is rounded too, not the output alone.
+        return compare(lambda: wna16_matmul(x, packed, bias), exact, 1.2 if self.batch > 256 else 1.0)
+
+
+@dataclass
+class AloneCase:
+    """With a fixed split, a row's result does not depend on the rest of the batch."""
+
+    def check(self) -> Outcome:
+        wrong = 0
+        paged = Paged.draw([(1, 3000), (1, 17), (1, 8192), (1, 300)], 32, 8, 128, 64, BF16)
+        together = paged.run(split=256)
+        for row in range(4):
+            alone = paged_attention(
+                paged.query[row : row + 1], paged.key_cache, paged.value_cache, paged.block_tables[row : row + 1],
+                paged.query_starts[:2], paged.kv_lengths[row : row + 1],
+                window=None, max_query_length=1, max_kv_length=8192, split=256,
+            )  # fmt: skip
+            wrong += int((alone[0] != together[row]).sum())
+        packed = pack_wna16(draw_weight(4096, 4096, 4, 128, True), BF16)
+        x = torch.randn(200, 4096, device="cuda", dtype=BF16)
+        together = wna16_matmul(x, packed)
+        for batch in (1, 8, 9, 16, 17, 33, 100):
+            wrong += int((wna16_matmul(x[:batch], packed) != together[:batch]).sum())
+        return Outcome(float(wrong), 0.0, True)
+
+
+@dataclass
+class GraphCase:
+    """One CUDA graph, captured with the bucket's bounds, serves steps of other lengths, padding rows among them."""
+
+    def check(self) -> Outcome:
+        paged = Paged.draw([(1, 2000), (1, 900), (1, 64), (1, 1)], 32, 8, 128, 64, BF16)
+        key, value = torch.randn(2, 4, 8, 128, device="cuda", dtype=BF16)
+        slots = torch.zeros(4, dtype=torch.int64, device="cuda")
+        paged.key_cache[0], paged.value_cache[0] = 0.0, 0.0
+
+        def step() -> Tensor:
+            write_kv(key, value, paged.key_cache, paged.value_cache, slots)
+            return paged_attention(
+                paged.query, paged.key_cache, paged.value_cache, paged.block_tables, paged.query_starts,
+                paged.kv_lengths, window=None, max_query_length=1, max_kv_length=4096,
+            )  # fmt: skip
+
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        worst = 0.0
+        for lengths in ([2000, 900, 64, 1], [5, 900, 0, 0], [1999, 257, 63, 1]):
+            paged.rows = [(1, kv) for kv in lengths]
+            paged.kv_lengths.copy_(torch.tensor(lengths))
+            last = torch.tensor(lengths) - 1
+            block = paged.block_tables.cpu()[torch.arange(4), last.clamp(min=0) // 64]
+            slots.copy_(torch.where(last < 0, 0, block.long() * 64 + last % 64))
+            out.fill_(NAN)
+            graph.replay()
+            exact = paged.exact(None)
+            worst = max(worst, ((out.double() - exact).norm() / exact.norm()).item())
+        return Outcome(worst, TOLERANCE[BF16], True)
+
+
+def all_cases() -> list[Case]:
+    cases: list[Case] = []
+    mixed = [(1, 1328), (5, 18), (129, 463)]
+    decode = [(1, 523), (1, 37), (1, 2011)]
+    # The grid of vLLM's unified-attention test.
+    for heads, kv_heads in ((4, 4), (8, 2), (5, 1)):
+        for head_dim in (128, 256):
+            for rows in (mixed, decode):
+                for window in (None, 64, 128, 256):
+                    cases.append(AttentionCase(rows, heads, kv_heads, head_dim, 16, BF16, window))
+    # FlashInfer's batch-decode shapes.
+    for batch, lengths in ((12, (54, 97, 512, 16384)), (17, (54, 2048)), (128, (97, 512))):
+        for kv in lengths:
+            for heads, kv_heads in ((4, 4), (32, 4)):
+                cases.append(AttentionCase([(1, kv)] * batch, heads, kv_heads, 128, 16, FP16))
+    edges = [(1, kv) for kv in (1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1024, 1025)] + [(1, 0)]
+    chunks = [(1, 1000), (300, 300), (77, 1024), (1, 1), (2, 500), (1, 0), (128, 4096), (64, 64), (33, 97)]
+    for block_size in (16, 32, 48, 64, 128):
+        for rows in (edges, chunks):
+            cases.append(AttentionCase(rows, 8, 2, 128, block_size, BF16))
+            cases.append(AttentionCase(rows, 8, 2, 128, block_size, BF16, window=100))
+    for head_dim in (32, 64, 80, 96, 128, 256):
+        cases.append(AttentionCase(chunks, 14, 2, head_dim, 64, BF16))
+        for dtype in (BF16, FP16, FP32):
+            cases.append(AttentionCase(chunks, 32, 8, head_dim, 64, dtype))
+    for dtype in (BF16, FP16):
+        cases.append(AttentionCase(chunks + edges, 32, 1, 128, 64, dtype))
+        cases.append(AttentionCase([(1, 32768), (1, 32767), (1, 31000), (1, 5)], 32, 8, 128, 64, dtype))
+        cases.append(AttentionCase([(256, 32768)], 32, 8, 128, 64, dtype))
+        cases.append(AttentionCase([(1, 32768), (200, 20000)], 32, 8, 128, 64, dtype, window=4096))
+        cases.append(AttentionCase(chunks, 32, 8, 128, 64, dtype, interleaved=True))
+    for split in (128, 256, 512, 1024):
+        cases.append(AttentionCase(chunks + edges, 32, 8, 128, 64, BF16, split=split))
+        cases.append(AttentionCase(chunks + edges, 32, 8, 128, 64, BF16, window=300, split=split))
+    cases.append(AttentionCase([(1, 131072)], 32, 8, 128, 64, BF16))
+    cases.append(AttentionCase(chunks, 32, 8, 128, 64, BF16, num_blocks=40000))  # 2.6e9 elements
+    for block_size, head_dim, kv_heads, interleaved in ((16, 128, 8, True), (64, 64, 3, False), (48, 80, 2, True)):
+        for tokens in (1, 7, 300):
+            cases.append(WriteCase(tokens, kv_heads, head_dim, block_size, BF16, 100, interleaved))
+    cases.append(WriteCase(33, 8, 128, 64, BF16, 20000, True))  # 2.6e9 elements
+
+    for dtype in (BF16, FP16, FP32):
+        cases.append(SmallCase(1, 4096, 32, 8, 128, dtype, False))
+        cases.append(SmallCase(67, 2048, 32, 8, 64, dtype, True))
+        cases.append(SmallCase(5, 3000, 9, 3, 80, dtype, True))
+        cases.append(SmallCase(300, 8192, 64, 8, 128, dtype, True))
+    # Marlin's batches, then vLLM's Marlin factors, then odd sizes.
+    for batch in (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 118, 128, 152, 256, 257, 1024):
+        for bits in (4, 8):
+            for dtype in (BF16, FP16):
+                cases.append(LinearCase(batch, 512, 1024, bits, 128, True, dtype))
+    for m, n, k in ((1, 1, 1), (1, 4, 8), (26, 37, 13), (257, 13, 11)):
+        for bits in (4, 8):
+            for group in (32, 64, 128, -1):
+                for width in (64, 256):
+                    cases.append(LinearCase(m, n * width, k * 128, bits, group, group == 64, BF16, bias=True))
+    for out_features, in_features, group in ((7, 32, 32), (33, 96, 32), (100, 192, 64), (65, 320, 64), (63, 130, -1)):
+        for bits in (4, 8):
+            for symmetric in (True, False):
+                for dtype in (BF16, FP16, FP32):
+                    for batch in (1, 20, 70, 300):
+                        cases.append(LinearCase(batch, out_features, in_features, bits, group, symmetric, dtype))
+    cases.append(LinearCase(64, 1, 256, 4, 128, True, FP32))
+    for bits in (4, 8):
+        for dtype in (BF16, FP16):
+            cases.append(LinearCase(5, 256, 1024, bits, 128, True, dtype, act_order=True))
+            cases.append(LinearCase(300, 256, 1024, bits, 64, False, dtype, act_order=True, bias=True))
+            for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+                for batch in (1, 16, 64, 130):
+                    cases.append(LinearCase(batch, out_features, in_features, bits, 128, True, dtype))
+    return [*cases, AloneCase(), GraphCase()]
+
+
+def run_case(index: int) -> tuple[int, Outcome | str]:
+    torch.manual_seed(index)
+    try:
+        return index, all_cases()[index].check()
+    except Exception:
+        return index, traceback.format_exc(limit=-3)
+
+
+def check() -> bool:
+    """Run all cases, in several processes, for most of the time goes into compiling. True if all are well."""
+    cases, begun = all_cases(), time.perf_counter()
+    worst: dict[tuple[str, str], float] = {}
+    failed = 0
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
+        for index, outcome in pool.map(run_case, range(len(cases)), chunksize=4):
+            case = cases[index]
+            key = (type(case).__name__, str(getattr(case, "dtype", "")).removeprefix("torch."))
+            if isinstance(outcome, str) or not outcome.ok:
+                failed += 1
+                print(f"FAILED {case}\n    {outcome}", flush=True)
+            else:
+                worst[key] = max(worst.get(key, 0.0), outcome.error)
+    print(f"{len(cases) - failed} of {len(cases)} checks passed in {time.perf_counter() - begun:.0f} s; worst errors:")
+    for (name, dtype), error in sorted(worst.items()):
+        print(f"    {name:15} {dtype:9} {error:.2e}")
+    return failed == 0
+
+
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
+    times: list[float] = []
+    for _ in range(repeats + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times[3:])
+
+
+def seconds(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
+    """Seconds a call, of several over different inputs, in a CUDA graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return median_seconds(graph.replay, repeats) / len(calls)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy by a kernel: in a graph a copy may go to a slower engine."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 10)
+
+
+def decode_calls(batch: int, context: int, heads: int, kv_heads: int, head_dim: int, block: int) -> list[Paged]:
+    size = batch * context * kv_heads * head_dim * 4
+    copies = max(1, min(40, 2**30 // size))
+    return [
+        Paged.draw([(1, context)] * batch, heads, kv_heads, head_dim, block, BF16, poisoned=False)
+        for _ in range(copies)
+    ]
+
+
+def time_decode(bandwidth: float) -> None:
+    print("\nattention, decode, bf16        batch  context      µs    GB/s   share of copy bandwidth")
+    shapes = {
+        "32/8 heads of 128": (32, 8, 128, 64),
+        "block 16": (32, 8, 128, 16),
+        "28/4 heads of 128": (28, 4, 128, 64),
+    }
+    shapes["32/8 heads of 64"] = (32, 8, 64, 64)
+    for name, (heads, kv_heads, head_dim, block) in shapes.items():
+        points: Sequence[tuple[int, int]] = ((1, 32768), (32, 1024), (64, 4096))
+        if name == "32/8 heads of 128":
+            points = ((1, 1024), (1, 8192), (1, 32768), (1, 131072), (8, 1024), (8, 4096), (32, 1024), (32, 4096),
+                      (128, 1024), (128, 4096), (256, 1024))  # fmt: skip
+        for batch, context in points:
+            inputs = decode_calls(batch, context, heads, kv_heads, head_dim, block)
+            spent = seconds([paged.run for paged in inputs])
+            rate = batch * context * kv_heads * head_dim * 4 / spent
+            print(f"  {name:27} {batch:6} {context:8} {spent * 1e6:7.1f} {rate / 1e9:7.0f} {rate / bandwidth:8.0%}",
+                  flush=True)  # fmt: skip
+
+
+def visible(queries: int, kv: int) -> int:
+    return sum(range(kv - queries + 1, kv + 1))
+
+
+def time_prefill() -> None:
+    print("\nattention, prefill, bf16, 32/8 heads of 128        ms   TFLOP/s   PyTorch's flash on contiguous keys")
+    for rows in ([(4096, 4096)], [(2048, 2048)] * 4, [(512, 8192)], [(2048, 32768)], [(16384, 16384)]):
+        paged = Paged.draw(rows, 32, 8, 128, 64, BF16, poisoned=False)
+        operations = 4 * 128 * 32 * sum(visible(*row) for row in rows)
+        spent = seconds([paged.run] * 2)
+        other = ""
+        if rows[0][0] == rows[0][1]:
+            q, k, v = (torch.randn(len(rows), h, rows[0][0], 128, device="cuda", dtype=BF16) for h in (32, 8, 8))
+            flash = seconds([partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)] * 2)
+            other = f"{operations / flash / 1e12:9.0f}"
+        name = f"{len(rows)} × {rows[0][0]} queries, {rows[0][1]} keys"
+        print(f"  {name:44} {spent * 1e3:7.2f} {operations / spent / 1e12:9.0f} {other}", flush=True)
+
+
+def time_linear(bandwidth: float) -> None:
+    print(
+        "\nlinear, g128, bf16    shape      M  cuBLAS µs      W4 µs    GB/s  share speed-up      W8 µs    GB/s  share"
+    )
+    for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+        copies = max(4, 2**29 // (out_features * in_features))
+        packed: dict[int, list[PackedWeight]] = {
+            bits: [pack_wna16(draw_weight(out_features, in_features, bits, 128, True), BF16) for _ in range(copies)]
+            for bits in (4, 8)
+        }
+        dense = [torch.randn(out_features, in_features, device="cuda", dtype=BF16) for _ in range(copies)]
+        for batch in (1, 8, 16, 32, 64):
+            x = torch.randn(batch, in_features, device="cuda", dtype=BF16)
+            base = seconds([partial(F.linear, x, weight) for weight in dense])
+            line = f"  {out_features:20} × {in_features:5} {batch:4} {base * 1e6:10.1f}"
+            for bits in (4, 8):
+                spent = seconds([partial(wna16_matmul, x, weight) for weight in packed[bits]])
+                rate = (packed[bits][0].words.nbytes + packed[bits][0].meta.nbytes) / spent
+                line += f" {spent * 1e6:10.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%}"
+                line += f" {base / spent:8.2f}×" if bits == 4 else ""
+            print(line, flush=True)
+        for batch in (128, 256, 512, 2048):
+            x = torch.randn(batch, in_features, device="cuda", dtype=BF16)
+            base = seconds([partial(F.linear, x, dense[0])] * 4)
+            spent = seconds([partial(wna16_matmul, x, packed[4][0])] * 4)
+            print(f"  {out_features:20} × {in_features:5} {batch:4} {base * 1e6:10.1f} {spent * 1e6:10.1f}"
+                  f" {'':14} {base / spent:8.2f}×", flush=True)  # fmt: skip
+
+
+def time_small() -> None:
+    print("\nbetween the products, bf16, 8B shapes       tokens   kernel µs   plain PyTorch µs")
+    for tokens in (1, 64, 2048):
+        residual, x = torch.randn(2, tokens, 4096, device="cuda", dtype=BF16)
+        weight = torch.randn(4096, device="cuda", dtype=BF16)
+        gate, up = torch.randn(tokens, 28672, device="cuda", dtype=BF16).chunk(2, dim=1)
+        parts = torch.randn(tokens, 48, 128, device="cuda", dtype=BF16).tensor_split([32, 40], dim=1)
+        rotation = tuple(torch.randn(2, tokens, 1, 64, device="cuda"))
+        pool = torch.zeros(2, 64, 64, 8, 128, device="cuda", dtype=BF16)
+        rope = (*parts, rotation, pool[0], pool[1], torch.arange(tokens, device="cuda"))
+        pairs: dict[str, tuple[Callable[..., object], Callable[..., object], tuple[object, ...]]] = {
+            "add_rms_norm": (add_rms_norm, add_rms_norm_reference, (residual, x, weight, 1e-5)),
+            "silu_mul": (silu_mul, silu_mul_reference, (gate, up)),
+            "rope_and_write": (rope_and_write, rope_and_write_reference, rope),
+        }
+        for name, (kernel, plain, arguments) in pairs.items():
+            ours, theirs = (seconds([partial(run, *arguments)] * 20) for run in (kernel, plain))
+            print(f"  {name:41} {tokens:6} {ours * 1e6:11.1f} {theirs * 1e6:18.1f}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checks", action="store_true", help="the checks alone")
+    parser.add_argument("--speed", action="store_true", help="the timings alone")
+    options = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    well = options.speed or check()
+    if not options.checks:
+        torch.manual_seed(0)
+        bandwidth = copy_bandwidth()
+        print(f"\ncopy bandwidth {bandwidth / 1e9:.0f} GB/s, read and written")
+        time_decode(bandwidth)
+        time_prefill()
+        time_linear(bandwidth)
+        time_small()
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""What happened to each layer, in numbers; and the model card that says so to others. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from llmq.memory import format_bytes
+from llmq.quant.options import GPTQ, QuantizeOptions
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One linear layer.
+
+    method     the method really used: a layer falls back to rtn where gptq cannot do better
+    error      of the layer's output on the calibration inputs, tr(E H Eᵀ) / tr(W H Wᵀ); without calibration, of its
+               weights, ‖E‖² / ‖W‖²
+    rtn_error  the same of plain rounding to nearest
+    """
+
+    name: str
+    method: str
+    bits: int
+    group_size: int
+    error: float
+    rtn_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationReport:
+    """A whole run. ``bytes_before`` and ``bytes_after`` count tensors; ``effective_bits`` is what a quantized weight
+    takes with its share of scales and zero points; ``peak_memory_bytes`` is the device's, or on a CPU the process's."""
+
+    model: str
+    output: str
+    method: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    device: str
+    calibration_samples: int
+    calibration_seqlen: int
+    layers: tuple[LayerReport, ...]
+    bytes_before: int
+    bytes_after: int
+    effective_bits: float
+    seconds: float
+    peak_memory_bytes: int
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def errors_by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
+    """The layers by the last part of their names (``q_proj``, …), in the order in which the kinds first appear."""
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    return kinds
+
+
+def model_card(
+    report: QuantizationReport, options: QuantizeOptions, source_card: Path, *, from_hub: bool, writer: str
+) -> str:
+    """README.md of the written folder. It names no path of this machine, and is the same for the same run."""
+    front: dict[str, Any] = _licence(source_card)
+    if from_hub:
+        front |= {"base_model": report.model, "base_model_relation": "quantized"}
+    front |= {"library_name": "transformers", "tags": ["llmq", report.method, "gptq", f"{report.bits}-bit"]}
+    front["tags"] = list(dict.fromkeys(front["tags"]))
+    calibrated = f"{report.calibration_samples} windows of {report.calibration_seqlen} tokens"
+    data = options.calibration.data
+    text = "the text shipped with llmq" if data is None else Path(data).name
+    of_what = "layer outputs on the calibration text" if report.method == GPTQ else "weights"
+    rows = "\n".join(
+        f"| {kind} | {len(layers)} | {fmean(x.error for x in layers):.2e} | {max(x.error for x in layers):.2e} "
+        f"| {fmean(x.rtn_error for x in layers):.2e} |"
+        for kind, layers in errors_by_kind(report.layers).items()
+    )
+    return (
+        f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {report.model}, quantized to {report.bits} bits
+
+| | |
+|---|---|
+| base model | {report.model} |
+| method | {report.method} |
+| scheme | {options.scheme} |
+| format | GPTQ |
+| not quantized | {", ".join(("embeddings", "lm_head", *options.ignore))} |
+| calibration | {"none" if report.method != GPTQ else f"{calibrated} of {text}, seed {options.calibration.seed}"} |
+| size | {format_bytes(report.bytes_before)} → {format_bytes(report.bytes_after)} |
+| bits a quantized weight | {report.effective_bits:.2f} |
+| made by | {writer} |
+
+```
+{_command(report, options)}
+```
+
+Relative squared error of the {of_what}:
+
+| layers | number | mean | worst | mean if rounded to nearest |
+|---|---|---|---|---|
+{rows}
+{"".join(f"{chr(10)}- {warning}" for warning in report.warnings)}
+""".rstrip()
+        + "\n"
+    )
+
+
+def _command(report: QuantizationReport, options: QuantizeOptions) -> str:
+    scheme, calibration = options.scheme, options.calibration
+    words = ["llmq quantize", report.model, "-o", Path(report.output).name, "--method", report.method]
+    words += ["--bits", str(scheme.bits), "--group-size", str(scheme.group_size)]
+    words += ["--sym" if scheme.symmetric else "--asym"]
+    if report.method == GPTQ:
+        if calibration.data is not None:
+            words += ["--calib-data", Path(calibration.data).name]
+        words += ["--calib-samples", str(calibration.samples), "--calib-seqlen", str(calibration.seqlen)]
+    for pattern in options.ignore:
+        words += ["--ignore", f"'{pattern}'"]
+    return " ".join(words)
+
+
+def _licence(card: Path) -> dict[str, Any]:
+    """The licence that the base model's card states: it binds what is made from the model."""
+    if not card.exists():
+        return {}
+    _, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    front, end, _ = rest.partition("\n---")
+    try:
+        fields = yaml.safe_load(front) if end else None
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(fields, dict):
+        return {}
+    return {key: fields[key] for key in ("license", "license_name", "license_link") if key in fields}

@@ -1,0 +1,63 @@
+"""``llmq … --help`` answers for every command, and needs neither torch nor transformers for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer.main
+
+from llmq import __version__
+from llmq.cli import app
+
+HEAVY = {"torch", "transformers", "triton"}
+
+RUN = f"""
+import sys
+from llmq.cli import main
+sys.argv[0] = "llmq"
+try:
+    main()
+finally:
+    print("loaded:", *sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def commands(command: Any, *path: str) -> Iterator[tuple[str, ...]]:
+    """``()``, ``("quantize",)``, ``("bench",)``, ``("bench", "throughput")``, …"""
+    yield path
+    for name, child in getattr(command, "commands", {}).items():
+        yield from commands(child, *path, name)
+
+
+COMMANDS = list(commands(typer.main.get_command(app)))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_commands_are_found() -> None:
+    assert {("quantize",), ("memplan",), ("generate",), ("bench", "throughput"), ("eval",), ("env",)} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(("llmq", *command)))
+def test_help(command: tuple[str, ...]) -> None:
+    result = run(*command, "--help")
+    assert result.returncode == 0, result.stderr
+    assert " ".join(("Usage: llmq", *command)) in " ".join(result.stdout.split())
+    assert result.stderr.split() == ["loaded:"]
+
+
+def test_the_version_alone_is_printed() -> None:
+    result = run("--version")
+    assert (result.returncode, result.stdout, result.stderr.split()) == (0, f"{__version__}\n", ["loaded:"])
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    result = run("quantise")
+    assert result.returncode == 2
+    assert "quantise" in result.stderr

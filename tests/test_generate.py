@@ -1,0 +1,207 @@
+"""``llmq generate`` as a user has it: files in and out, streams, chat, and runs that were killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import llmq
+from tiny_models import save_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", "llama")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def read_lines(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write_prompts(count: int, path: str = "in.jsonl") -> None:
+    lines = [json.dumps({"prompt": f"prompt {number} " + "x" * (number % 7), "id": number}) for number in range(count)]
+    Path(path).write_text("\n".join(lines))
+
+
+SEEDED = ("--seed", 1, "--max-tokens", 6, "--ignore-eos")
+
+
+def test_an_output_line_holds_the_input_line_and_the_answer(tiny: Path) -> None:
+    Path("in.jsonl").write_text('{"prompt": "héllo", "id": "a7", "tags": [1]}\n')
+    assert llmq("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", *SEEDED).code == 0
+    (line,) = read_lines("out.jsonl")
+    assert (line["prompt"], line["id"], line["tags"], line["index"]) == ("héllo", "a7", [1], 0)
+    assert (line["finish_reason"], line["prompt_tokens"], line["completion_tokens"]) == ("length", 7, 6)
+    assert len(line["token_ids"]) == 6
+    assert isinstance(line["text"], str)
+    assert "error" not in line
+
+
+def test_lines_come_in_the_order_of_the_prompts(tiny: Path) -> None:
+    write_prompts(20)
+    llmq("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", "--max-num-seqs", 3, *SEEDED)
+    assert [line["index"] for line in read_lines("out.jsonl")] == list(range(20))
+
+
+def test_a_text_file_is_a_prompt_a_line(tiny: Path) -> None:
+    Path("in.txt").write_text("one\n\ntwo\n")
+    llmq("generate", tiny, "-i", "in.txt", "-o", "out.jsonl", *SEEDED)
+    assert [line["prompt"] for line in read_lines("out.jsonl")] == ["one", "two"]
+
+
+@pytest.mark.parametrize("stdin", ["one\ntwo\n", '{"prompt": "one"}\n{"prompt": "two"}\n'])
+def test_stdin_and_stdout_are_files_too(tiny: Path, stdin: str) -> None:
+    result = llmq("generate", tiny, "-i", "-", "-o", "-", *SEEDED, stdin=stdin)
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    assert sorted(line["prompt"] for line in lines) == ["one", "two"]
+
+
+def test_json_prints_one_object_with_a_schema(tiny: Path) -> None:
+    result = llmq("generate", tiny, "-p", "one", "-p", "two", "--json", *SEEDED)
+    answer = json.loads(result.out)
+    assert answer["schema"] == "llmq.generate/1"
+    assert [line["index"] for line in answer["outputs"]] == [0, 1]
+
+
+def test_a_lone_prompt_prints_its_text_and_nothing_else(tiny: Path) -> None:
+    text = json.loads(llmq("generate", tiny, "-p", "one", "--json", *SEEDED).out)["outputs"][0]["text"]
+    for mode in ("--stream", "--no-stream"):
+        assert llmq("generate", tiny, "-p", "one", mode, *SEEDED).out == text + "\n"
+
+
+def test_n_samples_are_n_lines(tiny: Path) -> None:
+    llmq("generate", tiny, "-p", "one", "--n", 3, "-o", "out.jsonl", *SEEDED)
+    lines = read_lines("out.jsonl")
+    assert [(line["index"], line["sample"]) for line in lines] == [(0, 0), (0, 1), (0, 2)]
+    assert len({tuple(line["token_ids"]) for line in lines}) == 3
+
+
+def test_logprobs_are_given_for_every_token(tiny: Path) -> None:
+    llmq("generate", tiny, "-p", "one", "--logprobs", 3, "-o", "out.jsonl", *SEEDED)
+    (line,) = read_lines("out.jsonl")
+    assert [len(token["top"]) for token in line["logprobs"]] == [3] * 6
+    assert all(token["logprob"] <= token["top"][0][1] for token in line["logprobs"])
+
+
+def test_messages_use_the_chat_template_and_chat_makes_a_message_of_a_prompt(tiny: Path) -> None:
+    Path("in.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    llmq("generate", tiny, "-i", "in.jsonl", "-o", "messages.jsonl", *SEEDED)
+    llmq("generate", tiny, "-p", "hi", "--chat", "-o", "chat.jsonl", *SEEDED)
+    (by_message,), (by_flag,) = read_lines("messages.jsonl"), read_lines("chat.jsonl")
+    assert by_message["token_ids"] == by_flag["token_ids"]
+    assert by_message["prompt_tokens"] == len("user: hi\nassistant:")
+
+
+def test_resume_answers_just_what_is_missing(tiny: Path) -> None:
+    write_prompts(12)
+    llmq("generate", tiny, "-i", "in.jsonl", "-o", "whole.jsonl", *SEEDED)
+    lines = Path("whole.jsonl").read_text().splitlines(keepends=True)
+    Path("part.jsonl").write_text("".join([lines[7], lines[2], lines[9], lines[4][:20]]))
+    result = llmq("generate", tiny, "-i", "in.jsonl", "-o", "part.jsonl", "--resume", *SEEDED)
+    assert "3 of 12 prompts are answered already" in result.err
+    assert Path("part.jsonl").read_text() == Path("whole.jsonl").read_text()
+
+
+def test_resume_tries_again_what_failed(tiny: Path) -> None:
+    Path("in.txt").write_text("good\n" + "x" * 600)
+    assert llmq("generate", tiny, "-i", "in.txt", "-o", "out.jsonl", *SEEDED).code == 1
+    again = llmq("generate", tiny, "-i", "in.txt", "-o", "out.jsonl", "--resume", *SEEDED)
+    assert "1 of 2 prompts are answered already" in again.err
+    assert ["error" in line for line in read_lines("out.jsonl")] == [False, True]
+
+
+def test_resume_refuses_the_answers_to_other_prompts(tiny: Path) -> None:
+    llmq("generate", tiny, "-p", "one", "-o", "out.jsonl", *SEEDED)
+    before = Path("out.jsonl").read_text()
+    result = llmq("generate", tiny, "-p", "other", "-o", "out.jsonl", "--resume", *SEEDED)
+    assert (result.code, Path("out.jsonl").read_text()) == (1, before)
+    assert "holds answers to other prompts" in result.err
+
+
+def test_resume_with_nothing_left_changes_nothing(tiny: Path) -> None:
+    write_prompts(3)
+    llmq("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", *SEEDED)
+    before = Path("out.jsonl").read_text()
+    assert llmq("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", "--resume", *SEEDED).code == 0
+    assert Path("out.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_where_it_was(tiny: Path) -> None:
+    write_prompts(40)
+    flags = ["--seed", "1", "--max-tokens", "40", "--ignore-eos", "--max-num-seqs", "2"]
+    llmq("generate", tiny, "-i", "in.jsonl", "-o", "whole.jsonl", *flags)
+    command = [sys.executable, "-m", "llmq", "generate", str(tiny), "-i", "in.jsonl", "-o", "out.jsonl", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (Path("out.jsonl").exists() and len(read_whole_lines("out.jsonl")) >= 4):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 4 <= len(read_whole_lines("out.jsonl")) < 40
+    assert llmq("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", "--resume", *flags).code == 0
+    assert Path("out.jsonl").read_text() == Path("whole.jsonl").read_text()
+
+
+def read_whole_lines(path: str) -> list[str]:
+    return [line for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_a_full_disk_is_said_and_what_was_written_stays(tiny: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    command = [sys.executable, "-m", "llmq", "generate", str(tiny), "-p", "x", "-o", "-", *map(str, SEEDED)]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert "error: stdout cannot be written: No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly(tiny: Path) -> None:
+    write_prompts(30)
+    command = [sys.executable, "-m", "llmq", "generate", str(tiny), "-i", "in.jsonl", *map(str, SEEDED)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_ctrl_c_ends_with_130_and_keeps_what_is_done(tiny: Path) -> None:
+    import signal
+
+    write_prompts(400)
+    command = [
+        sys.executable,
+        "-m",
+        "llmq",
+        "generate",
+        str(tiny),
+        "-i",
+        "in.jsonl",
+        "-o",
+        "out.jsonl",
+        "--max-num-seqs",
+        "1",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (Path("out.jsonl").exists() and read_whole_lines("out.jsonl")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, talk = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in talk
+    assert 0 < len(read_lines("out.jsonl")) < 400

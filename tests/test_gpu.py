@@ -1,0 +1,118 @@
+"""On a GPU, through its own kernels: the tokens and logits of a CPU, and of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import VARIANTS, save_tiny, save_variant
+
+from llmq import LLM, SamplingParams, Scheme, quantize
+from llmq.checkpoint.folder import demo_folder
+from llmq.engine.options import EngineOptions
+from llmq.runtime.decoder import CausalAttention
+from llmq.runtime.loader import load_decoder, open_source
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [1, 2, 15, 16, 17, 31, 33, 64, 100, 200, 450]
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+
+
+def random_prompts(vocabulary: int = 250) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def greedy(folder: Path | str, device: str, dtype: str = "float32", **options: int) -> list[list[int]]:
+    llm = LLM(str(folder), device=device, dtype=dtype, options=EngineOptions(**options))
+    return [output.completions[0].token_ids for output in llm.generate(random_prompts(), GREEDY)]
+
+
+def logits(folder: Path, device: str, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
+    model = load_decoder(open_source(folder, device, dtype))
+    with torch.inference_mode():
+        hidden = model(ids.to(device), torch.arange(len(ids), device=device), CausalAttention(len(ids)))
+        return model.logits(hidden).double().cpu()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fp32_greedy_tokens_are_those_of_a_cpu(variant: str, tmp_path: Path) -> None:
+    """Which are those of transformers, by ``test_llm``; here in chunks of 100 and a pool for a few at a time."""
+    folder = save_variant(tmp_path / variant, variant)
+    pressed = greedy(folder, "cuda", max_num_batched_tokens=100, block_size=16, kv_cache_memory=2 * 2**20)
+    assert greedy(folder, "cuda") == pressed == greedy(folder, "cpu")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_logits_err_no_more_than_those_of_transformers(variant: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = save_variant(tmp_path / variant, variant)
+    ids = torch.tensor(random_prompts()[-1])
+    exact = logits(folder, "cpu", torch.float32, ids)
+    ours = logits(folder, "cuda", torch.bfloat16, ids)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
+    with torch.inference_mode():
+        theirs = model(ids[None].cuda()).logits[0].double().cpu()
+    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(4, 128), Scheme(4, 32), Scheme(4, -1), Scheme(4, 64, False), Scheme(8, 128), Scheme(8, 32, False)],
+    ids=str,
+)
+def test_quantized_logits_are_those_of_a_cpu(scheme: Scheme, tmp_path: Path) -> None:
+    quantize("demo", tmp_path / "out", method="rtn", scheme=scheme, device="cpu")
+    ids = torch.tensor(random_prompts(4000)[-1])
+    exact = logits(tmp_path / "out", "cpu", torch.float32, ids)
+    for rows in (ids[:7], ids):  # the fused kernel, and the one that widens the weight first
+        ours = logits(tmp_path / "out", "cuda", torch.float32, rows)
+        assert (ours - exact[: len(rows)]).norm() < 1e-5 * exact.norm()
+        halves = logits(tmp_path / "out", "cuda", torch.bfloat16, rows)
+        dense = logits(demo_folder() / "model", "cuda", torch.bfloat16, rows)
+        dense_exact = logits(demo_folder() / "model", "cpu", torch.float32, rows)
+        assert (halves - exact[: len(rows)]).norm() < 1.5 * (dense - dense_exact).norm()
+
+
+def test_demo_generates_the_same_on_a_gpu_and_a_cpu() -> None:
+    prompts = ["def ", "import os\n", "class Stack:\n    def push(self, item):\n        "]
+    params = SamplingParams(max_tokens=48, temperature=0)
+    texts = [
+        [output.completions[0].text for output in LLM("demo", device=device, dtype="float32").generate(prompts, params)]
+        for device in ("cpu", "cuda")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_seed_draws_the_same_tokens_on_a_gpu_and_a_cpu(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama")
+    params = SamplingParams(max_tokens=16, seed=7, top_k=20, top_p=0.9)
+    drawn = [
+        [
+            out.completions[0].token_ids
+            for out in LLM(str(folder), device=device, dtype="float32").generate(["one", "two"], params)
+        ]
+        for device in ("cpu", "cuda")
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_gptq_on_a_gpu_is_gptq_on_a_cpu(tmp_path: Path) -> None:
+    """The same layers, as well approximated: the order of sums differs, so codes may."""
+    folder = save_tiny(tmp_path / "model", "llama")
+    text = tmp_path / "text.txt"
+    text.write_text((demo_folder() / "calibration.txt").read_text()[:20_000])
+    from llmq.quant.options import Calibration
+
+    calibration = Calibration(str(text), samples=16, seqlen=128)
+    errors = [
+        [
+            layer.error
+            for layer in quantize(str(folder), tmp_path / device, calibration=calibration, device=device).layers
+        ]
+        for device in ("cpu", "cuda")
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)

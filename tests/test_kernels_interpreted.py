@@ -1,0 +1,137 @@
+"""The Triton kernels against their references, on a CPU, through Triton's interpreter.
+
+The interpreter is chosen by an environment variable that Triton reads when it is imported. So, without it, this module
+has one test, which runs the module again in a process that has it. The interpreter computes no bf16.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_the_kernels_agree_with_their_references() -> None:
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+else:
+    from test_kernels_reference import Rows, draw_paged, draw_weight
+
+    from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
+    from llmq.runtime.kernels.kv_write import write_kv, write_kv_reference
+    from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_reference
+    from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
+    from llmq.runtime.kernels.silu import silu_mul, silu_mul_reference
+    from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference
+    from llmq.scheme import Scheme
+
+    TOLERANCE = {torch.float16: 4e-4, torch.float32: 1e-6}
+    EDGES: Rows = [(1, kv) for kv in (1, 15, 16, 17, 33, 0)]
+    MIXED: Rows = [(1, 17), (5, 18), (1, 0), (3, 3), (40, 70)]
+    LONG: Rows = [(1, 300), (1, 128), (1, 129), (2, 200)]
+    CHUNKS: Rows = [(100, 170), (1, 70), (66, 66)]  # more queries than one tile holds, before and after a page's end
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("window", [None, 5, 40])
+    @pytest.mark.parametrize(
+        ("rows", "heads", "head_dim", "block_size"),
+        [
+            (EDGES, (4, 2), 16, 16),
+            (MIXED, (4, 4), 32, 16),
+            (MIXED, (7, 1), 80, 64),
+            (LONG, (4, 2), 16, 64),
+            (CHUNKS, (4, 1), 16, 48),
+            (CHUNKS, (4, 2), 16, 64),
+        ],
+    )
+    def test_attention(
+        rows: Rows, heads: tuple[int, int], head_dim: int, block_size: int, window: int | None, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(0)
+        query, keys, values, *tables = draw_paged(rows, *heads, head_dim, block_size)
+        narrow = [x.to(dtype) for x in (query, keys, values)]
+        bounds = {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
+        out = paged_attention(*narrow, *tables, window=window, **bounds, split=128)
+        exact = paged_attention_reference(*(x.double() for x in narrow), *tables, window=window, **bounds)
+        assert (out - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+    @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])
+    def test_write_kv(kv_heads: int, head_dim: int) -> None:
+        wide = torch.randn(5, 3 * kv_heads, head_dim)
+        key, value = wide[:, kv_heads : 2 * kv_heads], wide[:, 2 * kv_heads :]
+        slots = torch.tensor([3, 17, 4, 47, 16])
+        ours, theirs = torch.zeros(2, 3, 2, 16, kv_heads, head_dim)
+        write_kv(key, value, ours[:, 0], ours[:, 1], slots)
+        write_kv_reference(key, value, theirs[:, 0], theirs[:, 1], slots)
+        assert ours.equal(theirs)
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize(
+        ("batch", "shape", "group", "symmetric", "act_order"),
+        [
+            (1, (64, 256), 128, True, False),
+            (3, (96, 1024), 128, False, False),  # splits, summed by the last program
+            (17, (40, 1024), 128, True, True),  # splits, summed by a kernel of their own
+            (5, (72, 160), 32, False, False),
+            (9, (33, 192), 64, True, False),
+            (40, (33, 200), -1, False, False),
+            (70, (65, 1024), 64, False, False),  # two tiles of rows
+            (260, (65, 130), -1, True, False),  # too many rows to fuse: widened, then multiplied
+            (260, (64, 256), 64, False, True),
+        ],
+    )
+    def test_wna16(
+        batch: int, shape: tuple[int, int], group: int, symmetric: bool, act_order: bool, bits: int, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(0)
+        weight = draw_weight(shape, Scheme(bits, group, symmetric), act_order=act_order)
+        packed = pack_wna16(weight, dtype)
+        x, bias = torch.randn(batch, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+        exact = wna16_matmul_reference(x.double(), packed, bias.double())
+        assert (wna16_matmul(x, packed, bias) - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("added", [True, False])
+    @pytest.mark.parametrize("hidden", [64, 100])
+    def test_add_rms_norm(hidden: int, added: bool, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        residual, x, weight = (torch.randn(3, hidden).to(dtype), torch.randn(3, 2 * hidden).to(dtype)[:, :hidden],
+                               torch.randn(hidden).to(dtype))  # fmt: skip
+        ours, theirs = residual.clone(), residual.clone()
+        out = add_rms_norm(ours, x if added else None, weight, 1e-5)
+        expected = add_rms_norm_reference(theirs, x if added else None, weight, 1e-5)
+        assert ours.equal(theirs)
+        assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_silu_mul(dtype: torch.dtype) -> None:
+        gate, up = torch.randn(3, 2 * 1100).to(dtype).chunk(2, dim=1)
+        expected = silu_mul_reference(gate, up)
+        assert (silu_mul(gate, up) - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("normed", [True, False])
+    @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (9, 3, 20)])
+    def test_rope_and_write(heads: int, kv_heads: int, head_dim: int, normed: bool, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        fused = torch.randn(4, heads + 2 * kv_heads, head_dim).to(dtype)
+        parts = fused.split([heads, kv_heads, kv_heads], dim=1)
+        angles = torch.randn(4, 1, head_dim // 2)
+        norms = tuple(torch.randn(2, head_dim).to(dtype)) if normed else None
+        slots = torch.tensor([3, 17, 4, 47])
+        ours, theirs = torch.zeros(2, 3, 2, 16, kv_heads, head_dim, dtype=dtype)
+        rotation = (angles.cos(), angles.sin())
+        out = rope_and_write(*parts, rotation, ours[:, 0], ours[:, 1], slots, norms=norms, eps=1e-5)
+        expected = rope_and_write_reference(*parts, rotation, theirs[:, 0], theirs[:, 1], slots, norms=norms, eps=1e-5)
+        assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+        assert (ours - theirs).norm() <= TOLERANCE[dtype] * theirs.norm()
