@@ -301,10 +301,36 @@ def test_an_aborted_request_hands_out_what_it_has_and_the_others_go_on(llm: LLM,
             finished[event.index] = event
         elif isinstance(event, TextDelta) and event.request_index == 1:
             llm.abort("gone")
+            llm.abort("gone")
     assert {one.finish_reason for one in finished[0].completions} == {"abort"}
     assert all(len(one.token_ids) < 10 for one in finished[0].completions)
     assert len(finished[1].completions[0].token_ids) == 10
     assert llm._blocks.used == 0
+
+
+def test_the_command_line_has_a_flag_for_everything(tiny: Path) -> None:
+    flags = (
+        *("--min-p", 0.01, "--repetition-penalty", 1.1, "--presence-penalty", 0.1, "--frequency-penalty", 0.1),
+        *("--min-tokens", 2, "--stop-token-id", 3, "--include-stop", "--n", 2, "--best-of", 3, "--seed", 1),
+        *("--prompt-logprobs", 1, "--truncate", "left", "--max-model-len", 64, "--no-prefix-caching"),
+        *("--swap-space", 0.001, "--scheduler", "prefill-first", "--delay-factor", 0.5, "--max-prefill-steps", 2),
+        *("--max-skips", 1, "--preemption", "swap", "--queue", "priority", "--max-tokens", 4, "--json"),
+    )
+    result = llmq("generate", tiny, "-p", "x" * 100, *flags)
+    assert result.code == 0, result.err
+    outputs = json.loads(result.out)["outputs"]
+    assert len(outputs) == 2
+    assert outputs[0]["prompt_tokens"] == 60
+    assert len(outputs[0]["prompt_logprobs"]) == 59
+    assert outputs[0]["score"] >= outputs[1]["score"]
+
+
+def test_beams_on_the_command_line_come_best_first_with_their_scores(tiny: Path) -> None:
+    flags = ("--beam-width", 3, "--n", 3, "--length-penalty", 0.5, "--early-stopping", "never", "--max-tokens", 4)
+    outputs = json.loads(llmq("generate", tiny, "-p", "x", *flags, "--json").out)["outputs"]
+    scores = [output["score"] for output in outputs]
+    assert scores == sorted(scores, reverse=True)
+    assert len({tuple(output["token_ids"]) for output in outputs}) == 3
 
 
 def test_a_trace_has_a_line_for_each_step(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

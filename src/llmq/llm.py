@@ -292,10 +292,11 @@ class LLM:
             self._ended += [live for done in progress.finished if (live := self._live[done.request_id]).ranked]
         while self._ended:
             live = self._ended.pop(0)
+            if self._live.pop(live.request.request_id, None) is None:
+                continue  # aborted twice
             if not live.output.finished:
                 yield from self._rank(live, streaming) if live.ranked else self._cut_short(live, streaming)
             live.output.prompt_logprobs = live.request.prompt_logprobs
-            del self._live[live.request.request_id]
             yield live.output
 
     def _extend(

@@ -33,8 +33,8 @@ PADDING = -1
 
 
 class BaselineScheduler(Scheduler):
-    """``blocks`` without prefix cache. ``close`` says that no more requests are to come: static batching then starts
-    with what is there."""
+    """``blocks`` without prefix cache. ``schedule`` is called when no more requests are to come, or a batch is full:
+    static batching takes what is there; dynamic batching sleeps out its window first."""
 
     def __init__(
         self,
@@ -51,7 +51,6 @@ class BaselineScheduler(Scheduler):
         self.batching = batching
         self.kv_cache = kv_cache
         self.window = window
-        self.closed = False
         self._sleep = sleep
         self._served: dict[int, int] = {}
         self._batch: list[Request] = []
@@ -60,9 +59,6 @@ class BaselineScheduler(Scheduler):
         self._columns = 0
         """Tokens of each row that the rectangle has computed."""
         self._longest_prompt = 0
-
-    def close(self) -> None:
-        self.closed = True
 
     def add(self, request: Request) -> None:
         most = request.params.width * request.max_total
