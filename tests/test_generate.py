@@ -169,14 +169,15 @@ def test_a_full_disk_is_said_and_what_was_written_stays(tiny: Path) -> None:
 
 
 def test_a_reader_that_leaves_ends_the_run_quietly(tiny: Path) -> None:
-    write_prompts(30)
-    command = [sys.executable, "-m", "llmq", "generate", str(tiny), "-i", "in.jsonl", *map(str, SEEDED)]
+    write_prompts(100)
+    flags = ["--max-num-seqs", "1", *map(str, SEEDED)]
+    command = [sys.executable, "-m", "llmq", "generate", str(tiny), "-i", "in.jsonl", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait() == 0
+    assert process.wait() == 1
     assert "Traceback" not in process.stderr.read()
 
 

@@ -86,8 +86,8 @@ class ModelConfig:
         }
 
 
-_Size = Annotated[int, Field(gt=0, lt=2**31)]
-_Layers = Annotated[int, Field(gt=0, le=10_000)]
+_Size = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
+_Layers = Annotated[int, Field(strict=True, gt=0, le=10_000)]
 
 
 class _Raw(BaseModel):
@@ -162,6 +162,9 @@ def read_config(folder: Path) -> ModelConfig:
     if dtype not in DTYPE_BYTES:
         raise LlmqError(f"{folder}: the dtype {dtype!r} is not supported", f"use {', '.join(DTYPE_BYTES)}")
     kv_heads = raw.num_key_value_heads or raw.num_attention_heads
+    head_dim = raw.head_dim or raw.hidden_size // raw.num_attention_heads
+    if head_dim < 2 or head_dim % 2:
+        raise LlmqError(f"{folder}: heads of {head_dim} channels cannot be rotated in pairs")
     if raw.num_attention_heads % kv_heads:
         raise LlmqError(f"{folder}: {raw.num_attention_heads} attention heads cannot share {kv_heads} key-value heads")
 
@@ -172,7 +175,7 @@ def read_config(folder: Path) -> ModelConfig:
         num_layers=raw.num_hidden_layers,
         num_heads=raw.num_attention_heads,
         num_kv_heads=kv_heads,
-        head_dim=raw.head_dim or raw.hidden_size // raw.num_attention_heads,
+        head_dim=head_dim,
         vocab_size=raw.vocab_size,
         context_length=raw.max_position_embeddings,
         rms_norm_eps=raw.rms_norm_eps,

@@ -57,13 +57,11 @@ def main() -> None:
             raise
         print_error(error)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        _abandon_stdout()  # its reader left (head, less): nothing more to say
-        sys.exit(0)
     except OSError as error:
         if os.environ.get(DEBUG):
             raise
         _abandon_stdout()
+        # A reader of stdout that left (head, less) is not here: click ends that run, quietly.
         what = f"{error.filename}:" if error.filename else "stdout cannot be written:"
         print_error(LlmqError(f"{what} {error.strerror}", "check the path, and the space on the disk"))
         sys.exit(FAILED)
