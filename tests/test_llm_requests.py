@@ -14,6 +14,7 @@ from command_line import llmq
 from tiny_models import save_tiny, save_variant
 
 from llmq import LLM, SamplingParams
+from llmq.checkpoint.folder import demo_folder
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import Request
 from llmq.llm import RequestOutput, TextDelta
@@ -160,6 +161,34 @@ def test_full_and_sliding_layers_give_transformers_tokens(tmp_path: Path) -> Non
         prompt.tolist(), SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
     )
     assert ours[0].completions[0].token_ids == full[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.slow
+def test_demo_says_the_same_under_any_pressure_and_in_any_batch() -> None:
+    text = (demo_folder() / "evaluation.txt").read_text()
+    lengths = [1, 40, 64, 200, 500, 900]
+    starts = [text[1000 * number : 1000 * number + length] for number, length in enumerate(lengths)]
+    asked = [*starts, starts[4][:400], starts[5]]
+    greedy = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    kinds = [greedy, SamplingParams(max_tokens=24, seed=1, n=3), greedy, SamplingParams(max_tokens=24, beam_width=3)]
+    large = LLM("demo", device="cpu")
+    expected = tokens(large.generate(asked, kinds * 2))
+    block = large._block_bytes // 4
+    for options in (
+        {"preemption": "recompute", "prefix_caching": False},
+        {"preemption": "swap", "swap_space": 200 * block},
+        {"scheduler": "prefill-first", "max_num_batched_tokens": 512, "swap_space": 200 * block},
+    ):
+        small = LLM(
+            "demo",
+            device="cpu",
+            options=EngineOptions(**{"block_size": 16, "kv_cache_memory": 40 * block} | options),  # type: ignore[arg-type]
+        )
+        small._scheduler.pressure = some_of(0.1, seed=4)
+        assert tokens(small.generate(asked, kinds * 2)) == expected
+        assert small.stats.preemptions > 0
+    for batching in ("static", "dynamic"):
+        assert tokens(large.generate(asked, kinds * 2, batching=batching)) == expected  # type: ignore[arg-type]
 
 
 # Sharing
