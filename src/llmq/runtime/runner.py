@@ -1,11 +1,13 @@
 """Runner: a StepPlan in, the drawn tokens out.
 
 The side effects of a step, in order: swap out, swap in, copy; write the keys and values of its tokens into the cache,
-layer by layer as the forward pass reaches them; draw; return. Nothing else is kept between steps.
+layer by layer as the forward pass reaches them; draw; return. Nothing else is kept between steps but block tables that
+have not changed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +46,33 @@ class Batch:
     max_kv_length: int
 
 
+class TableBuffer:
+    """The block tables of a step as a matrix on the host, of which only the rows that have changed are written anew.
+
+    A row of a plan names the very same tuple as in the step before unless its table has changed.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[tuple[int, ...]] = []
+        self._matrix = torch.zeros((0, 0), dtype=torch.int32)
+
+    def fill(self, tables: list[tuple[int, ...]]) -> Tensor:
+        """int32 [rows, longest], each row padded with 0; a copy: the next call changes nothing in it."""
+        rows, columns = len(tables), max(map(len, tables))
+        if rows > self._matrix.shape[0] or columns > self._matrix.shape[1]:
+            # Twice what is needed: a table that grows by a block now and then must not mean a new matrix each time.
+            self._matrix = torch.zeros((2 * rows, 2 * columns), dtype=torch.int32)
+            self._tables = []
+        self._tables += [()] * (rows - len(self._tables))
+        for row, table in enumerate(tables):
+            last = self._tables[row]
+            if table is not last:
+                self._matrix[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+                self._matrix[row, len(table) : len(last)] = 0
+                self._tables[row] = table
+        return self._matrix[:rows, :columns].clone()
+
+
 class Runner:
     """A decoder and its KV cache, to which plans are given one after another."""
 
@@ -51,6 +80,7 @@ class Runner:
         self.decoder = decoder
         self.cache = cache
         self.device = device
+        self._tables = [TableBuffer() for _ in cache.groups]
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
@@ -58,7 +88,7 @@ class Runner:
         self.cache.move(plan)
         if not plan.rows:
             return StepOutput(())
-        batch = build_batch(plan, self.cache.block_size, self.device)
+        batch = build_batch(plan, self.cache.block_size, self.device, self._tables)
 
         def attend(
             attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
@@ -100,8 +130,8 @@ class Runner:
         return found
 
 
-def build_batch(plan: StepPlan, block_size: int, device: str) -> Batch:
-    """Lay the rows of ``plan`` end to end in tensors on ``device``."""
+def build_batch(plan: StepPlan, block_size: int, device: str, buffers: Sequence[TableBuffer]) -> Batch:
+    """Lay the rows of ``plan`` end to end in tensors on ``device``. ``buffers``: for each group, its tables so far."""
     groups = range(len(plan.rows[0].block_tables))
     token_ids: list[int] = []
     positions: list[int] = []
@@ -117,20 +147,18 @@ def build_batch(plan: StepPlan, block_size: int, device: str) -> Batch:
         starts.append(len(token_ids))
         if row.sampling is not None:
             sampled.append(len(token_ids) - 1)
-    most_blocks = max(len(row.block_tables[0]) for row in plan.rows)
 
     def to_device(values: object, dtype: torch.dtype) -> Tensor:
-        tensor = torch.tensor(values, dtype=dtype)
-        return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+        return move(torch.tensor(values, dtype=dtype))
 
-    def padded(table: tuple[int, ...]) -> tuple[int, ...]:
-        return table + (0,) * (most_blocks - len(table))
+    def move(tensor: Tensor) -> Tensor:
+        return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
     return Batch(
         to_device(token_ids, torch.int64),
         to_device(positions, torch.int64),
         tuple(to_device(slots[group], torch.int64) for group in groups),
-        tuple(to_device([padded(row.block_tables[group]) for row in plan.rows], torch.int32) for group in groups),
+        tuple(move(buffers[group].fill([row.block_tables[group] for row in plan.rows])) for group in groups),
         to_device(starts, torch.int32),
         to_device([row.end for row in plan.rows], torch.int32),
         to_device(sampled, torch.int64),
