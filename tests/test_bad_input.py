@@ -168,6 +168,7 @@ def test_in_a_batch_one_bad_prompt_fails_alone(tiny: Path) -> None:
         ('{"prompt": ""}', "line 2: prompt"),
         ('{"prompt": 7}', "line 2: prompt"),
         ('{"prompt": "x", "messages": []}', "line 2"),
+        ('{"prompt": "x", "priority": "soon"}', "line 2: priority"),
         ('{"messages": [{"content": "no role"}]}', "line 2: messages.0.role"),
     ],
 )
@@ -212,6 +213,29 @@ def test_a_pool_that_cannot_hold_the_answer_says_what_would(tiny: Path) -> None:
         ("--stop", ""),
         ("--seed", -1),
         ("--logprobs", 1000),
+        ("--prompt-logprobs", -1),
+        ("--best-of", 0),
+        ("--beam-width", -1),
+        ("--beam-width", 5000),
+        ("--early-stopping", "maybe"),
+        ("--length-penalty", "nan"),
+        ("--min-p", 1.5),
+        ("--repetition-penalty", 0),
+        ("--presence-penalty", "inf"),
+        ("--frequency-penalty", "nan"),
+        ("--min-tokens", 1000),
+        ("--stop-token-id", -1),
+        ("--truncate", "middle"),
+        ("--max-model-len", 1),
+        ("--max-model-len", 100000),
+        ("--swap-space", -1),
+        ("--swap-space", "nan"),
+        ("--scheduler", "magic"),
+        ("--delay-factor", -1),
+        ("--max-prefill-steps", 0),
+        ("--max-skips", -1),
+        ("--preemption", "never"),
+        ("--queue", "lifo"),
         ("--block-size", 17),
         ("--max-num-seqs", 0),
         ("--max-num-batched-tokens", 0),
@@ -224,6 +248,47 @@ def test_a_pool_that_cannot_hold_the_answer_says_what_would(tiny: Path) -> None:
 )
 def test_a_value_out_of_range_is_a_usage_error(tiny: Path, option: tuple[object, ...]) -> None:
     assert_refused(llmq("generate", tiny, "-p", "x", *option), "", code=2)
+
+
+@pytest.mark.parametrize("option", [("--best-of", 2), ("--beam-width", 2)], ids=str)
+def test_fewer_samples_or_beams_than_answers_is_a_usage_error(tiny: Path, option: tuple[object, ...]) -> None:
+    assert_refused(llmq("generate", tiny, "-p", "x", "--n", 3, *option), "n (3) or more, not 2", code=2)
+
+
+def test_a_swap_space_larger_than_main_memory(tiny: Path) -> None:
+    assert_refused(llmq("generate", tiny, "-p", "x", "--swap-space", 10_000_000), "more than this machine's", code=3)
+
+
+def test_a_pool_that_cannot_hold_one_sequence_of_the_length_asked_for(tiny: Path) -> None:
+    result = llmq("generate", tiny, "-p", "x", "--max-model-len", 300, "--kv-cache-memory", "256KiB")
+    assert_refused(result, "a sequence of --max-model-len 300 does not fit", code=3)
+
+
+def test_more_samples_than_may_run_at_once(tiny: Path) -> None:
+    result = llmq("generate", tiny, "-p", "x", "--n", 9, "--max-num-seqs", 8)
+    assert_refused(result, "the request is 9 sequences and 8 may run at once")
+
+
+def test_samples_that_the_pool_can_never_hold_together(tiny: Path) -> None:
+    result = llmq("generate", tiny, "-p", "x", "--n", 4, "--max-tokens", 100, "--kv-cache-memory", "256KiB")
+    assert_refused(result, "the whole KV cache holds", code=3)
+    enough = result.err.split("--kv-cache-memory to ")[1].strip()
+    run = llmq("generate", tiny, "-p", "x", "--n", 4, "--max-tokens", 100, "--kv-cache-memory", enough, "--seed", 1)
+    assert run.code == 0, run.err
+
+
+def test_a_prompt_longer_than_a_step_where_prompts_are_not_cut(tiny: Path) -> None:
+    flags = ("--scheduler", "prefill-first", "--max-num-batched-tokens", 50)
+    assert_refused(llmq("generate", tiny, "-p", "x" * 60, *flags), "the prompt has 61 tokens and a step computes 50")
+
+
+def test_a_stop_token_outside_the_vocabulary(tiny: Path) -> None:
+    assert_refused(llmq("generate", tiny, "-p", "x", "--stop-token-id", 5000), "outside the vocabulary of 258")
+
+
+def test_a_trace_that_cannot_be_written(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMQ_TRACE", "nowhere/trace.jsonl")
+    assert_refused(llmq("generate", tiny, "-p", "x"), "nowhere/trace.jsonl cannot be written")
 
 
 def test_an_unknown_flag_is_a_usage_error(tiny: Path) -> None:

@@ -58,3 +58,15 @@ def test_no_part_of_a_stop_text_is_ever_let_out(text: str, stop: list[str]) -> N
 
 def test_what_might_begin_a_stop_text_is_held_back_until_it_does_not() -> None:
     assert stream("a\n\nb", stop=["\n\n\n"]) == ["a", "", "", "\n\nb", ""]
+
+
+def test_a_stop_text_that_is_kept_ends_the_text() -> None:
+    detokenizer = Detokenizer(decode_bytes, b"", ["two", "tw"], include_stop=True)
+    assert detokenizer.push(b"one two three", last=True) == "one tw"
+
+
+def test_a_stop_text_that_comes_too_soon_does_not_count() -> None:
+    detokenizer = Detokenizer(decode_bytes, b"", ["b"])
+    assert detokenizer.push(b"ab", may_stop=False) == "ab"
+    assert detokenizer.push(b"cb", last=True) == "c"
+    assert detokenizer.stopped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,7 @@ def test_a_stop_text_ends_the_completion_and_is_no_part_of_it() -> None:
 def test_eos_ends_the_completion_and_is_no_part_of_the_text(tiny: Path) -> None:
     llm = LLM(str(tiny), device="cpu")
     first = tokens(llm.generate(["x"], GREEDY))[0]
-    object.__setattr__(llm._scheduler, "eos_token_ids", frozenset([first[3]]))
+    llm.config = replace(llm.config, eos_token_ids=(first[3],))
     ended = llm.generate(["x"], SamplingParams(max_tokens=24, temperature=0))[0].completions[0]
     assert ended.finish_reason == "stop"
     assert ended.token_ids == first[: first.index(first[3]) + 1]

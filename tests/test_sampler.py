@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmq.plan import PlanRow, RowSampling
-from llmq.runtime.sampler import draw, exponential_noise, sample
+from llmq.plan import History, PlanRow, RowSampling
+from llmq.runtime.sampler import draw, exponential_noise, restrict, sample
 
 GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0, logprobs=None)
 
@@ -78,7 +78,7 @@ def test_noise_is_uncorrelated_across_seeds_positions_and_tokens() -> None:
 def test_logprobs_are_those_of_the_raw_logits_best_first() -> None:
     logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(1))
     hot = RowSampling(temperature=5.0, top_k=3, top_p=0.9, seed=1, logprobs=4)
-    rows = [PlanRow(0, 0, (1,), (1,), hot), PlanRow(1, 0, (1,), (1,), GREEDY)]
+    rows = [PlanRow(0, 0, (1,), ((1,),), hot), PlanRow(1, 0, (1,), ((1,),), GREEDY)]
     first, second = sample(logits, rows)
     assert second.logprobs is None
     assert first.logprobs is not None
@@ -87,3 +87,59 @@ def test_logprobs_are_those_of_the_raw_logits_best_first() -> None:
     best = expected.topk(4)
     assert [token for token, _ in first.logprobs.top] == best.indices.tolist()
     assert [value for _, value in first.logprobs.top] == pytest.approx(best.values.tolist())
+
+
+def test_min_p_draws_only_among_what_is_likely_enough() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert set(draw_many(logits, RowSampling(1.0, 0, 1.0, 0, None, min_p=0.5)).tolist()) == {0, 1}
+    assert set(draw_many(logits, RowSampling(1.0, 0, 1.0, 0, None, min_p=1.0)).tolist()) == {0}
+
+
+def row(sampling: RowSampling, prompt: list[int], output: list[int], banned: tuple[int, ...] = ()) -> PlanRow:
+    return PlanRow(0, 0, (1,), ((1,),), sampling, banned, History(prompt, output) if sampling.penalized else None)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(1))
+    prompt, output = [3, 4, 4], [9, 3]
+    plain = RowSampling(1.0, 0, 1.0, 0, None)
+    found = restrict(
+        logits, [row(RowSampling(1.0, 0, 1.0, 0, None, repetition_penalty=penalty), prompt, output), row(plain, [], [])]
+    )
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + output]), logits[:1].clone())
+    assert torch.equal(found[:1], expected)
+    assert torch.equal(found[1], logits[1])
+
+
+def test_presence_and_frequency_count_what_was_generated_and_nothing_of_the_prompt() -> None:
+    logits = torch.zeros(1, 6)
+    sampling = RowSampling(1.0, 0, 1.0, 0, None, presence_penalty=0.5, frequency_penalty=0.25)
+    found = restrict(logits, [row(sampling, [1, 1, 2], [2, 3, 3])])
+    assert found[0].tolist() == [0, 0, -0.75, -1.0, 0, 0]
+
+
+def test_a_banned_token_is_never_drawn() -> None:
+    logits = torch.tensor([[9.0, 0.0, 0.0]]).expand(200, -1)
+    rows = [PlanRow(0, place, (1,), ((1,),), sampling(), (0,)) for place in range(200)]
+    assert {token.token_id for token in sample(logits, rows)} == {1, 2}
+
+
+def test_logprobs_are_those_before_penalties() -> None:
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1))
+    penalized = RowSampling(0.0, 0, 1.0, 0, 0, repetition_penalty=50.0)
+    (token,) = sample(logits, [row(penalized, [int(logits.argmax())], [])])
+    assert token.token_id != logits.argmax()
+    assert token.logprobs is not None
+    assert token.logprobs.logprob == pytest.approx(logits[0].log_softmax(-1)[token.token_id].item())
+
+
+def test_samples_of_one_row_are_what_their_seeds_draw_alone() -> None:
+    logits = torch.randn(2, 40, generator=torch.Generator().manual_seed(2))
+    several = RowSampling(1.0, 0, 1.0, 7, None, samples=3)
+    found = sample(logits, [PlanRow(0, 0, (1,), ((1,),), several), PlanRow(1, 0, (1,), ((1,),), GREEDY)])
+    assert [(token.sequence_id, token.sample) for token in found] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    alone = [draw(logits[:1], [sampling(seed=7 + index)], [1]).item() for index in range(3)]
+    assert [token.token_id for token in found[:3]] == alone

@@ -1,12 +1,14 @@
 """Prompts from a file, completions to a file: what ``llmq generate -i … -o …`` reads and writes.
 
-An input line is a JSON object with ``prompt`` or ``messages`` and whatever else the user keeps there; of a .txt file,
-the prompt itself. An output line is a JSON object: the fields of its input line, and
+An input line is a JSON object with ``prompt`` or ``messages``, perhaps a ``priority``, and whatever else the user keeps
+there; of a .txt file, the prompt itself. An output line is a JSON object: the fields of its input line, and
 
     index              of the input line among the prompts, from 0
     sample             of n, where n > 1
     text, token_ids, finish_reason, prompt_tokens, completion_tokens
     logprobs           one object a token: logprob, top: [[token id, logprob], …]; where asked for
+    prompt_logprobs    the same of the prompt's tokens from the second on; where asked for
+    score              of a beam, or of best_of
     error              where the prompt was refused; finish_reason is then "error"
 
 Lines are appended as prompts finish, each whole, so that a run that was killed goes on from there; when all are done
@@ -20,12 +22,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from llmq.engine.request import SamplingParams
 from llmq.errors import LlmqError
 from llmq.llm import Completion, Prompt, RequestOutput
 
@@ -44,6 +47,7 @@ class _Line(BaseModel):
 
     prompt: str | None = Field(None, min_length=1)
     messages: list[_Message] | None = Field(None, min_length=1)
+    priority: int = 0
 
     @model_validator(mode="after")
     def _one_of_two(self) -> _Line:
@@ -59,6 +63,10 @@ class Job:
     index: int
     prompt: Prompt
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def params(self, common: SamplingParams) -> SamplingParams:
+        """``common``, with the line's own priority."""
+        return replace(common, priority=int(self.fields["priority"])) if "priority" in self.fields else common
 
 
 def read_jobs(path: str, *, chat: bool) -> list[Job]:
@@ -96,7 +104,7 @@ def output_lines(job: Job, output: RequestOutput) -> list[dict[str, Any]]:
         return [{**start, **nothing, "completion_tokens": 0, "error": output.error.message}]
     numbered = len(output.completions) > 1
     return [
-        {**start, **({"sample": completion.index} if numbered else {}), **_answer(completion, prompt_tokens)}
+        {**start, **({"sample": completion.index} if numbered else {}), **_answer(completion, output)}
         for completion in output.completions
     ]
 
@@ -178,16 +186,19 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     return result
 
 
-def _answer(completion: Completion, prompt_tokens: int) -> dict[str, Any]:
+def _answer(completion: Completion, output: RequestOutput) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": len(output.prompt_token_ids),
         "completion_tokens": len(completion.token_ids),
     }
-    if completion.logprobs:
-        answer["logprobs"] = [{"logprob": token.logprob, "top": token.top} for token in completion.logprobs]
+    if completion.score is not None:
+        answer["score"] = completion.score
+    for name, logprobs in (("logprobs", completion.logprobs), ("prompt_logprobs", output.prompt_logprobs)):
+        if logprobs:
+            answer[name] = [{"logprob": token.logprob, "top": token.top} for token in logprobs]
     return answer
 
 

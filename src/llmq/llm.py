@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from llmq import memory
@@ -18,14 +19,17 @@ from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import resolve
 from llmq.checkpoint.tokenizer import encode_chat, load_tokenizer
 from llmq.engine import request
+from llmq.engine.admission import Limits, format_cache_size
+from llmq.engine.baselines import BATCHINGS, BaselineScheduler, Batching
 from llmq.engine.blocks import BlockManager
 from llmq.engine.detokenizer import Detokenizer
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import FinishReason, SamplingParams
 from llmq.engine.scheduler import EngineStats, Scheduler
-from llmq.errors import CHECK_FAILED, LlmqError
-from llmq.plan import TokenLogprobs
-from llmq.runtime.device import free_kv_cache_bytes, resolve_device, resolve_dtype
+from llmq.engine.trace import open_trace
+from llmq.errors import CHECK_FAILED, USAGE, LlmqError
+from llmq.plan import TokenLogprobs, layer_groups
+from llmq.runtime.device import free_kv_cache_bytes, host_memory_bytes, resolve_device, resolve_dtype
 from llmq.runtime.kv_cache import KVCache
 from llmq.runtime.loader import load_decoder, open_source
 from llmq.runtime.runner import Runner
@@ -36,7 +40,10 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 @dataclass(slots=True)
 class Completion:
-    """One answer. ``token_times`` are ``time.perf_counter()`` seconds at which each token left its step."""
+    """One answer. ``token_times`` are ``time.perf_counter()`` seconds at which each token left its step.
+
+    ``score`` is, of a beam, log-probability / generated length ^ length_penalty; of best_of, the log-probability.
+    """
 
     index: int
     text: str = ""
@@ -44,6 +51,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
+    score: float | None = None
 
 
 @dataclass(slots=True)
@@ -56,6 +64,8 @@ class RequestOutput:
     arrival_time: float
     completions: list[Completion] = field(default_factory=list)
     error: LlmqError | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, where asked for."""
 
     @property
     def finished(self) -> bool:
@@ -74,12 +84,18 @@ class TextDelta:
 
 @dataclass(slots=True)
 class _Live:
-    """A sequence in the engine, and the answer it fills."""
+    """A request in the engine, and the answers it fills. Samples that are to be ranked are only looked at when all
+    are done; ``times`` are then those of the request's steps."""
 
-    sequence: request.Sequence
+    request: request.Request
     output: RequestOutput
-    completion: Completion
-    detokenizer: Detokenizer
+    detokenizers: list[Detokenizer]
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def ranked(self) -> bool:
+        params = self.request.params
+        return bool(params.beam_width) or params.width > params.n
 
 
 class LLM:
@@ -104,13 +120,33 @@ class LLM:
         self.dtype = resolve_dtype(dtype, self.config, self.device)
         self.tokenizer = load_tokenizer(self.folder)
         self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype))
+        self.max_model_len = self._max_model_len()
+        cpu_blocks = self._cpu_blocks()
         num_blocks = self._num_blocks()
-        self._cache = KVCache(self.config, num_blocks, self.options.block_size, self.dtype, self.device)
-        self._blocks = BlockManager(num_blocks, self.options.block_size)
-        self._scheduler = Scheduler(self.options, self._blocks, self.config.eos_token_ids)
+        options = self.options
+        self._cache = KVCache(self.config, num_blocks, options.block_size, self.dtype, self.device, cpu_blocks)
+        self._blocks = BlockManager(
+            num_blocks,
+            options.block_size,
+            windows=[group.window for group in self._cache.groups],
+            cpu_blocks=cpu_blocks,
+            prefix_caching=options.prefix_caching,
+        )
+        self._limits = Limits(self.max_model_len, self._block_bytes, options, self._blocks)
+        if options.max_model_len is not None and options.max_model_len > self._blocks.longest(1, 1):
+            blocks = self._blocks.worst_case(1, options.max_model_len, 1)
+            raise LlmqError(
+                f"the KV cache holds {self._blocks.longest(1, 1)} tokens, and a sequence of --max-model-len "
+                f"{options.max_model_len} does not fit",
+                f"lower --max-model-len, or raise --kv-cache-memory to {self._limits.cache_size(blocks)}",
+                exit_code=CHECK_FAILED,
+            )
+        self._scheduler: Scheduler = Scheduler(options, self._blocks, trace=open_trace())
         self._runner = Runner(self.decoder, self._cache, self.device)
-        self._live: dict[int, _Live] = {}
-        self._next_id = 0
+        self._live: dict[Hashable, _Live] = {}
+        self._ended: list[_Live] = []
+        """Requests of which no more is to come, and the answers have not been handed out."""
+        self._request_numbers = count()
 
     @property
     def stats(self) -> EngineStats:
@@ -118,104 +154,221 @@ class LLM:
         return self._scheduler.stats
 
     def reset_stats(self) -> None:
-        self._scheduler.stats = EngineStats(self._blocks.total)
+        self._scheduler.reset_stats()
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_ids: Sequence[Hashable] | None = None,
+        batching: Batching = "continuous",
+        kv_cache: bool = True,
     ) -> list[RequestOutput]:
         """Complete all prompts in one continuous batch; the answers come in the order of the prompts.
 
-        ``params`` is one for all or one for each. A prompt that cannot be run is refused alone: see
-        ``RequestOutput.error``.
+        ``params`` is one for all or one for each. ``request_ids`` name the requests, to ``abort`` them by. A prompt
+        that cannot be run is refused alone: see ``RequestOutput.error``.
+
+        ``batching`` and ``kv_cache`` choose older, slower ways, to compare with: see ``engine.baselines``.
         """
-        return sorted(self.as_completed(prompts, params), key=lambda output: output.index)
+        outputs = self.as_completed(prompts, params, request_ids=request_ids, batching=batching, kv_cache=kv_cache)
+        return sorted(outputs, key=lambda output: output.index)
 
     def as_completed(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_ids: Sequence[Hashable] | None = None,
+        batching: Batching = "continuous",
+        kv_cache: bool = True,
     ) -> Iterator[RequestOutput]:
         """``generate``, each answer as soon as it is whole."""
-        yield from self._run(prompts, params, streaming=False)
+        if batching not in BATCHINGS:
+            raise LlmqError(f"there is no batching {batching!r}", f"choose {', '.join(BATCHINGS)}", exit_code=USAGE)
+        if batching == "continuous" and kv_cache:
+            yield from self._run(prompts, params, request_ids, streaming=False)
+            return
+        engine = self._scheduler
+        windows, options = self._blocks.windows, self.options
+        blocks = BlockManager(self._blocks.num_blocks, options.block_size, windows=windows, prefix_caching=False)
+        self._scheduler = BaselineScheduler(options, blocks, batching=batching, kv_cache=kv_cache)
+        try:
+            yield from self._run(prompts, params, request_ids, streaming=False)
+        finally:
+            # Both have the same pool under them.
+            self._blocks.forget_prefixes()
+            engine.stats, self._scheduler = self._scheduler.stats, engine
 
     def stream(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_ids: Sequence[Hashable] | None = None,
     ) -> Iterator[TextDelta | RequestOutput]:
-        """``as_completed``, with the pieces of text as they settle before each whole answer."""
-        return self._run(prompts, params, streaming=True)
+        """``as_completed``, with the pieces of text as they settle before each whole answer.
+
+        The text of beams, and of samples that are ranked, comes in one piece when all are done.
+        """
+        return self._run(prompts, params, request_ids, streaming=True)
+
+    def abort(self, request_id: Hashable) -> None:
+        """End a request that a running ``stream`` or ``as_completed`` works on. Its answers so far come next."""
+        if request_id in self._live:
+            self._ended.append(self._live[request_id])
+            self._scheduler.abort(request_id)
 
     def _run(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, *, streaming: bool
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        request_ids: Sequence[Hashable] | None,
+        *,
+        streaming: bool,
     ) -> Iterator[Any]:
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of prompts, not one text")
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts and {len(each)} params")
+        ids = [("", next(self._request_numbers)) for _ in prompts] if request_ids is None else list(request_ids)
+        if len(each) != len(prompts) or len(ids) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, {len(each)} params and {len(ids)} request ids")
         try:
-            for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-                output = self._submit(index, prompt, own)
+            for index, (prompt, own, request_id) in enumerate(zip(prompts, each, ids, strict=True)):
+                output = self._submit(index, prompt, own, request_id)
                 if output.error is not None:
+                    self._scheduler.reject()
                     yield output
-            while not self._scheduler.idle:
+            while self._live:
                 yield from self._step(streaming)
             self._scheduler.check_integrity()
         finally:
             # The caller may leave early, or a step may fail: the next call starts from an empty engine.
-            for live in self._live.values():
-                self._scheduler.finish(live.sequence, "abort")
+            for request_id in self._live:
+                self._scheduler.abort(request_id)
             self._live.clear()
+            self._ended.clear()
 
-    def _submit(self, index: int, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+    def _submit(self, index: int, prompt: Prompt, params: SamplingParams, request_id: Hashable) -> RequestOutput:
         output = RequestOutput(index, prompt, [], time.perf_counter())
         try:
-            output.prompt_token_ids = self._encode(prompt)
-            max_total = self._max_total(len(output.prompt_token_ids), params)
+            output.prompt_token_ids = self._limits.truncated(self._encode(prompt), params)
+            self._check_stop_ids(params)
+            new = request.Request(
+                request_id,
+                output.prompt_token_ids,
+                params,
+                secrets.randbits(62) if params.seed is None else params.seed,
+                self._limits.max_total(len(output.prompt_token_ids), params),
+                frozenset(self.config.eos_token_ids),
+            )
+            self._scheduler.add(new)
         except LlmqError as error:
             output.error = error
             return output
-        seed = secrets.randbits(62) if params.seed is None else params.seed
-        for sample in range(params.n):
-            sequence = request.Sequence(self._next_id, output.prompt_token_ids, params, seed + sample, max_total)
-            completion = Completion(sample)
-            output.completions.append(completion)
-            detokenizer = Detokenizer(self._decode, output.prompt_token_ids, params.stop)
-            self._live[self._next_id] = _Live(sequence, output, completion, detokenizer)
-            self._scheduler.add(sequence)
-            self._next_id += 1
+        output.completions = [Completion(sample) for sample in range(params.n)]
+        detokenizers = [
+            Detokenizer(self._decode, output.prompt_token_ids, params.stop, include_stop=params.include_stop)
+            for _ in output.completions
+        ]
+        self._live[request_id] = _Live(new, output, detokenizers)
         return output
 
     def _step(self, streaming: bool) -> Iterator[TextDelta | RequestOutput]:
-        plan = self._scheduler.schedule()
-        extended = self._scheduler.update(plan, self._runner.run(plan))
-        now = time.perf_counter()
-        for sequence in extended:
-            live = self._live[sequence.sequence_id]
-            completion = live.completion
-            completion.token_times.append(now)
-            text = ""
-            # Without a reader or a stop text there is nothing to look at before the end.
-            if streaming or sequence.params.stop:
-                text = live.detokenizer.push(self._readable(sequence, sequence.output_ids[-1:]))
-                if live.detokenizer.stopped:
-                    self._scheduler.finish(sequence, "stop")
-            if sequence.finish_reason is not None:
-                unread = [] if streaming or sequence.params.stop else sequence.output_ids
-                text += live.detokenizer.push(self._readable(sequence, unread), last=True)
-                if live.detokenizer.stopped:
-                    sequence.finish_reason = "stop"
-                completion.text = live.detokenizer.text
-                completion.token_ids = sequence.output_ids
-                completion.logprobs = sequence.output_logprobs
-                completion.finish_reason = sequence.finish_reason
-                del self._live[sequence.sequence_id]
-            if streaming and (text or completion.finish_reason is not None):
+        if not self._scheduler.idle:
+            plan = self._scheduler.schedule()
+            progress = self._scheduler.update(plan, self._runner.run(plan))
+            now = time.perf_counter()
+            for sequence in progress.extended:
+                live = self._live[sequence.request.request_id]
+                if live.ranked:
+                    if sequence is live.request.sequences[0]:
+                        live.times.append(now)
+                else:
+                    yield from self._extend(live, sequence, now, streaming)
+                    if live.output.finished:
+                        self._ended.append(live)
+            self._ended += [live for done in progress.finished if (live := self._live[done.request_id]).ranked]
+        while self._ended:
+            live = self._ended.pop(0)
+            if self._live.pop(live.request.request_id, None) is None:
+                continue  # aborted twice
+            if not live.output.finished:
+                yield from self._rank(live, streaming) if live.ranked else self._cut_short(live, streaming)
+            live.output.prompt_logprobs = live.request.prompt_logprobs
+            yield live.output
+
+    def _extend(
+        self, live: _Live, sequence: request.Sequence, now: float, streaming: bool
+    ) -> Iterator[TextDelta | RequestOutput]:
+        """Take in the token that ``sequence`` has just got."""
+        completion, detokenizer = live.output.completions[sequence.index], live.detokenizers[sequence.index]
+        completion.token_times.append(now)
+        text = ""
+        # Without a reader or a stop text there is nothing to look at before the end.
+        if streaming or live.request.params.stop:
+            may_stop = sequence.num_output >= live.request.params.min_tokens
+            text = detokenizer.push(self._readable(sequence, sequence.token_ids[-1:]), may_stop=may_stop)
+            if detokenizer.stopped:
+                self._scheduler.finish(sequence, "stop")
+        if sequence.finish_reason is not None:
+            text += self._complete(live, sequence, seen=streaming or bool(live.request.params.stop))
+        if streaming and (text or completion.finish_reason is not None):
+            yield TextDelta(live.output.index, completion.index, text, completion.finish_reason)
+
+    def _complete(self, live: _Live, sequence: request.Sequence, *, seen: bool) -> str:
+        """Fill the answer of a sequence that has ended; returns the text that its end settles. ``seen``: whether the
+        detokenizer has had its tokens already."""
+        completion, detokenizer = live.output.completions[sequence.index], live.detokenizers[sequence.index]
+        text = detokenizer.push([] if seen else self._readable(sequence, sequence.output_ids), last=True)
+        completion.text = detokenizer.text
+        completion.token_ids = sequence.output_ids
+        completion.logprobs = sequence.logprobs
+        completion.finish_reason = "stop" if detokenizer.stopped else sequence.finish_reason
+        return text
+
+    def _cut_short(self, live: _Live, streaming: bool) -> Iterator[TextDelta]:
+        """What an aborted request has so far."""
+        for sequence in live.request.sequences:
+            if live.output.completions[sequence.index].finish_reason is None:
+                text = self._complete(live, sequence, seen=streaming or bool(live.request.params.stop))
+                if streaming:
+                    yield TextDelta(live.output.index, sequence.index, text, "abort")
+        for completion in live.output.completions:
+            completion.finish_reason = completion.finish_reason or "abort"
+
+    def _rank(self, live: _Live, streaming: bool) -> Iterator[TextDelta]:
+        """Fill the answers with the n best beams, or samples."""
+        done, params = live.request, live.request.params
+        found: list[tuple[float, list[int], FinishReason, list[TokenLogprobs]]]
+        if done.beams is not None and not done.aborted:
+            found = [(one.score, one.token_ids, one.reason, []) for one in done.beams.answers]
+        else:
+            found = [
+                (one.cumulative, one.output_ids, one.finish_reason or "abort", one.logprobs) for one in done.sequences
+            ]
+        found.sort(key=lambda one: -one[0])
+        for completion, detokenizer, one in zip(live.output.completions, live.detokenizers, found, strict=False):
+            completion.score, completion.token_ids, reason, logprobs = one
+            completion.logprobs = [] if params.logprobs is None else logprobs
+            ended = reason == "stop" and not params.include_stop and completion.token_ids[-1:]
+            readable = completion.token_ids[: -1 if ended else None]
+            text = detokenizer.push(readable[: params.min_tokens], may_stop=False)
+            text += detokenizer.push(readable[params.min_tokens :], last=True)
+            completion.text = text
+            completion.finish_reason = "stop" if detokenizer.stopped else reason
+            completion.token_times = live.times[: len(completion.token_ids)]
+            if streaming:
                 yield TextDelta(live.output.index, completion.index, text, completion.finish_reason)
-            if completion.finish_reason is not None and live.output.finished:
-                yield live.output
+        for completion in live.output.completions:
+            completion.finish_reason = completion.finish_reason or "abort"
 
     def _readable(self, sequence: request.Sequence, token_ids: Sequence[int]) -> Sequence[int]:
-        """``token_ids`` without the end-of-text token that ended the sequence: it is no part of the text."""
-        ended = sequence.finish_reason == "stop" and token_ids and token_ids[-1] in self.config.eos_token_ids
-        return token_ids[:-1] if ended else token_ids
+        """``token_ids`` without the token that ended the sequence: it is no part of the text."""
+        own = sequence.request
+        ended = sequence.finish_reason == "stop" and token_ids and token_ids[-1] in own.stop_ids
+        return token_ids[:-1] if ended and not own.params.include_stop else token_ids
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -232,31 +385,38 @@ class LLM:
             raise LlmqError(f"a token id is outside the vocabulary of {self.config.vocab_size}")
         return token_ids
 
-    def _max_total(self, prompt_tokens: int, params: SamplingParams) -> int:
-        """How long the sequence may get, prompt included. LlmqError when that is nothing, or more than the pool."""
-        context, capacity = self.config.context_length, self._blocks.capacity
-        if prompt_tokens >= context:
+    def _check_stop_ids(self, params: SamplingParams) -> None:
+        for token in params.stop_token_ids:
+            if token >= self.config.vocab_size:
+                raise LlmqError(
+                    f"the stop token {token} is outside the vocabulary of {self.config.vocab_size}",
+                    "check --stop-token-id",
+                )
+
+    def _max_model_len(self) -> int:
+        wanted = self.options.max_model_len
+        if wanted is not None and wanted > self.config.context_length:
             raise LlmqError(
-                f"the prompt has {prompt_tokens} tokens and the model's context is {context}, the answer included",
-                f"shorten the prompt to {context - 1} tokens or fewer",
+                f"--max-model-len {wanted} is more than the model's context of {self.config.context_length}",
+                f"lower it to {self.config.context_length} or less",
+                exit_code=USAGE,
             )
-        if params.max_tokens is None:
-            wanted = min(context, max(capacity, prompt_tokens + 1))
-        else:
-            wanted = min(context, prompt_tokens + params.max_tokens)
-        if wanted > capacity:
+        return wanted or self.config.context_length
+
+    @property
+    def _block_bytes(self) -> int:
+        return memory.pool_block_bytes(self.config, self.options.block_size, self.dtype.itemsize)
+
+    def _cpu_blocks(self) -> int:
+        """Blocks in main memory. LlmqError when there is not that much of it."""
+        swap, host = self.options.swap_space, host_memory_bytes()
+        if swap > host:
             raise LlmqError(
-                f"prompt and answer may take {wanted} tokens and the whole KV cache holds {capacity}",
-                f"lower --max-tokens, or raise --kv-cache-memory to {self._cache_bytes(wanted)}",
+                f"a swap space of {memory.format_bytes(swap)} is more than this machine's {memory.format_bytes(host)}",
+                "lower --swap-space",
                 exit_code=CHECK_FAILED,
             )
-        return wanted
-
-    def _cache_bytes(self, tokens: int) -> str:
-        """A size for --kv-cache-memory that holds ``tokens`` of one sequence."""
-        blocks = memory.blocks_for(tokens, self.options.block_size) + memory.RESERVED_BLOCKS
-        size = blocks * memory.block_bytes(self.config, self.options.block_size, self.dtype.itemsize)
-        return f"{-(-size // 2**20)}MiB"
+        return memory.pool_blocks(swap, self.config, self.options.block_size, self.dtype.itemsize)
 
     def _num_blocks(self) -> int:
         """Blocks of the pool: what there is memory for, up to what max_num_seqs full contexts can use."""
@@ -268,11 +428,12 @@ class LLM:
             )
             budget = free_kv_cache_bytes(self.device, options.gpu_memory_utilization, reserve)
         affordable = memory.pool_blocks(budget, self.config, options.block_size, itemsize)
-        useful = options.max_num_seqs * memory.blocks_for(self.config.context_length, options.block_size)
-        if affordable <= memory.RESERVED_BLOCKS:
+        groups = len(layer_groups(self.config.windows))
+        useful = options.max_num_seqs * groups * memory.blocks_for(self.max_model_len, options.block_size)
+        if affordable < groups + memory.RESERVED_BLOCKS:
             raise LlmqError(
                 f"{memory.format_bytes(budget)} of KV cache do not hold one block of {options.block_size} tokens",
-                f"give it at least --kv-cache-memory {self._cache_bytes(options.block_size)}",
+                f"give it at least --kv-cache-memory {format_cache_size(groups, self._block_bytes)}",
                 exit_code=CHECK_FAILED,
             )
         return min(affordable, useful + memory.RESERVED_BLOCKS)

@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from llmq.errors import USAGE, LlmqError
+from llmq.plan import layer_groups
 from llmq.scheme import Scheme
 
 if TYPE_CHECKING:  # the formulas read its numbers; the module stays below the checkpoint package
@@ -75,9 +76,14 @@ def kv_bytes(config: ModelConfig, batch: int, tokens: int, block_size: int, dtyp
     return batch * blocks_for(tokens, block_size) * block_bytes(config, block_size, dtype_bytes)
 
 
+def pool_block_bytes(config: ModelConfig, block_size: int, dtype_bytes: int) -> int:
+    """One block of the pool as the engine hands them out: ``block_size`` tokens in the layers of one group."""
+    return block_bytes(config, block_size, dtype_bytes) // len(layer_groups(config.windows))
+
+
 def pool_blocks(budget: int, config: ModelConfig, block_size: int, dtype_bytes: int) -> int:
-    """Blocks in a pool of ``budget`` bytes, the reserved one among them."""
-    return budget // block_bytes(config, block_size, dtype_bytes)
+    """Blocks in a pool of ``budget`` bytes, the reserved one among them; or in the swap space of as many."""
+    return budget // pool_block_bytes(config, block_size, dtype_bytes)
 
 
 # Weights

@@ -4,38 +4,97 @@ Plain data, no torch. A row is one sequence's share of the step: a chunk of its 
 
         tokens of one sequence   [ already in the KV cache | computed in this step | not yet ]
                                  0                       start           start + len(tokens)
-        block_table[i] holds the keys and values of positions i·block_size … (i + 1)·block_size − 1
+        block_tables[g][i] holds the keys and values of positions i·block_size … (i + 1)·block_size − 1
+        in the layers of group g; block 0 where no query of the row will look
+
+The side effects of a step happen in this order: swap out, swap in, copy, forward, sample, publish.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How the next token of a row is drawn. Noise depends on (seed, position) alone, never on the batch."""
+    """How the next token of a row is drawn. Noise depends on (seed, position) alone, never on the batch.
+
+    samples    tokens drawn from the same logits, sample i with seed + i: how a prompt becomes several completions
+    beams      report this many of the likeliest tokens with their log-probabilities, for a beam search; 0: none
+    """
 
     temperature: float
     top_k: int
     top_p: float
     seed: int
     logprobs: int | None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    samples: int = 1
+    beams: int = 0
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def penalized(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 @dataclass(frozen=True, slots=True)
-class PlanRow:
-    """One sequence in one step. ``sampling`` is None while its prompt is not complete: nothing is drawn."""
+class LayerGroup:
+    """Layers that share block tables: all see ``window`` tokens, or, at None, all."""
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
+def layer_groups(windows: Sequence[int | None]) -> tuple[LayerGroup, ...]:
+    """Layers by what they see (``windows``: one for each layer), all groups of one size, so that any block serves any
+    group: a model of 21 full and 7 sliding layers has four groups of 7."""
+    kinds: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(windows):
+        kinds.setdefault(window, []).append(layer)
+    size = math.gcd(*map(len, kinds.values()))
+    return tuple(
+        LayerGroup(window, tuple(layers[start : start + size]))
+        for window, layers in kinds.items()
+        for start in range(0, len(layers), size)
+    )
+
+
+class History(NamedTuple):
+    """What a row has said so far, for the penalties of what it says again."""
+
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+
+
+class PlanRow(NamedTuple):
+    """One sequence in one step. A named tuple: a step makes hundreds, and they must cost little.
+
+    sampling        None while the prompt is not complete: nothing is drawn
+    banned          tokens that must not be drawn now
+    history         None unless the row is penalized
+    prompt_targets  the tokens that follow ``tokens`` in the prompt, where their log-probabilities are asked for
+    prompt_top      and for how many of the likeliest, beside them
+    """
 
     sequence_id: int
     start: int
     tokens: tuple[int, ...]
-    block_table: tuple[int, ...]
+    block_tables: tuple[tuple[int, ...], ...]
     sampling: RowSampling | None
+    banned: tuple[int, ...] = ()
+    history: History | None = None
+    prompt_targets: tuple[int, ...] = ()
+    prompt_top: int = 0
 
     @property
     def end(self) -> int:
@@ -45,9 +104,17 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The rows of a step: those that were running first, in the order of their arrival."""
+    """The rows of a step, and the moves of blocks before it.
+
+    ``swap_out`` (pool, main memory), ``swap_in`` (main memory, pool) and ``copies`` (from, to) are pairs of blocks.
+
+    All copies read what the blocks held before any of them; no block is written twice.
+    """
 
     rows: tuple[PlanRow, ...]
+    swap_out: tuple[tuple[int, int], ...] = ()
+    swap_in: tuple[tuple[int, int], ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -58,18 +125,26 @@ class StepPlan:
         return [row for row in self.rows if row.sampling is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities before temperature: of the drawn token, and of the likeliest ones, best first."""
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities before penalties and temperature: of the drawn token, and of the likeliest ones, best first."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """What the step drew for one sequence."""
+class SampledToken(NamedTuple):
+    """What a row drew. ``candidates``: of a beam, its likeliest tokens with their log-probabilities, best first."""
 
     sequence_id: int
     token_id: int
     logprobs: TokenLogprobs | None
+    sample: int = 0
+    candidates: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step gave: drawn tokens in the order of the rows, and log-probabilities of prompt tokens by sequence."""
+
+    sampled: Sequence[SampledToken]
+    prompt_logprobs: Sequence[tuple[int, list[TokenLogprobs]]] = ()

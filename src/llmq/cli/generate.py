@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llmq import memory
 from llmq.cli import options
 from llmq.cli.console import err, print_json
-from llmq.engine.options import EngineOptions
-from llmq.engine.request import SamplingParams
+from llmq.engine.options import EngineOptions, Preemption, QueueOrder, SchedulerPolicy
+from llmq.engine.request import EarlyStopping, SamplingParams, Truncation
 from llmq.errors import USAGE, LlmqError
 
 if TYPE_CHECKING:
@@ -41,11 +41,42 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest that reach this.")] = _SAMPLING.top_p,
     top_k: Annotated[int, typer.Option(help="Draw among the k likeliest; 0: all.")] = _SAMPLING.top_k,
     seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.", show_default=False)] = _SAMPLING.seed,
+    min_p: Annotated[float, typer.Option(help="Draw among what is this many times the likeliest.")] = _SAMPLING.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divide the scores of tokens seen before; 1: leave them.")
+    ] = _SAMPLING.repetition_penalty,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Take this from the scores of tokens generated before.")
+    ] = _SAMPLING.presence_penalty,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Take this from them for each time they were generated.")
+    ] = _SAMPLING.frequency_penalty,
+    min_tokens: Annotated[int, typer.Option(help="New tokens before any may end it.")] = _SAMPLING.min_tokens,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a completion; may be repeated.")] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option("--stop-token-id", help="A token that ends a completion; may be repeated.")
+    ] = None,
+    include_stop: Annotated[bool, typer.Option("--include-stop", help="Keep the stop text in the completion.")] = False,
     n: Annotated[int, typer.Option("--n", help="Completions of each prompt.")] = _SAMPLING.n,
+    best_of: Annotated[
+        int | None, typer.Option(help="Draw this many, keep the n likeliest.", show_default=False)
+    ] = _SAMPLING.best_of,
+    beam_width: Annotated[int, typer.Option(help="Search with this many beams; 0: draw.")] = _SAMPLING.beam_width,
+    length_penalty: Annotated[
+        float, typer.Option(help="Beams score log-probability / length ^ this.")
+    ] = _SAMPLING.length_penalty,
+    early_stopping: Annotated[
+        str, typer.Option(help="End a beam search with enough answers: true, false (unless a beam is better), never.")
+    ] = _SAMPLING.early_stopping,
     logprobs: Annotated[
         int | None, typer.Option(metavar="K", help="Log-probabilities of the drawn and the K likeliest tokens.")
     ] = _SAMPLING.logprobs,
+    prompt_logprobs: Annotated[
+        int | None, typer.Option(metavar="K", help="The same of the prompt's tokens.")
+    ] = _SAMPLING.prompt_logprobs,
+    truncate: Annotated[
+        str, typer.Option(help="A prompt longer than the context: error, or drop tokens on its left or right.")
+    ] = _SAMPLING.truncate,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the model's chat template.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what the output file already holds.")] = False,
@@ -58,6 +89,15 @@ def generate(
     block_size: options.BlockSize = _ENGINE.block_size,
     kv_cache_memory: options.KVCacheMemory = None,
     gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
+    max_model_len: options.MaxModelLen = _ENGINE.max_model_len,
+    prefix_caching: options.PrefixCaching = _ENGINE.prefix_caching,
+    swap_space: options.SwapSpace = _ENGINE.swap_space / 2**30,
+    scheduler: options.Scheduler = _ENGINE.scheduler,
+    delay_factor: options.DelayFactor = _ENGINE.delay_factor,
+    max_prefill_steps: options.MaxPrefillSteps = _ENGINE.max_prefill_steps,
+    max_skips: options.MaxSkips = _ENGINE.max_skips,
+    preemption: options.Preemption = _ENGINE.preemption,
+    queue: options.Queue = _ENGINE.queue,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -73,13 +113,45 @@ def generate(
         raise LlmqError("give prompts either by --prompt or by --input", 'try: -p "def "', exit_code=USAGE)
     if resume and output in (None, "-"):
         raise LlmqError("--resume goes on with an output file", "name it: -o completions.jsonl", exit_code=USAGE)
-    params = SamplingParams(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), n, logprobs, ignore_eos)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        n=n,
+        logprobs=logprobs,
+        ignore_eos=ignore_eos,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop_token_ids=tuple(stop_token_id or ()),
+        include_stop=include_stop,
+        min_tokens=min_tokens,
+        prompt_logprobs=prompt_logprobs,
+        best_of=best_of,
+        beam_width=beam_width,
+        length_penalty=length_penalty,
+        early_stopping=cast(EarlyStopping, early_stopping),
+        truncate=cast(Truncation, truncate),
+    )
     engine = EngineOptions(
-        max_num_seqs,
-        max_num_batched_tokens,
-        block_size,
-        None if kv_cache_memory is None else memory.parse_bytes(kv_cache_memory),
-        gpu_memory_utilization,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        kv_cache_memory=None if kv_cache_memory is None else memory.parse_bytes(kv_cache_memory),
+        gpu_memory_utilization=gpu_memory_utilization,
+        max_model_len=max_model_len,
+        prefix_caching=prefix_caching,
+        swap_space=memory.parse_bytes(f"{swap_space:f}GiB"),
+        scheduler=cast(SchedulerPolicy, scheduler),
+        delay_factor=delay_factor,
+        max_prefill_steps=max_prefill_steps,
+        max_skips=max_skips,
+        preemption=cast(Preemption, preemption),
+        queue=cast(QueueOrder, queue),
     )
 
     from llmq.batchfile import STDIO, Job, open_output, read_jobs, to_prompt
@@ -120,7 +192,7 @@ def _as_completed(llm: LLM, jobs: Sequence[Job], params: SamplingParams) -> Iter
     columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
         task = progress.add_task("prompts", total=len(jobs))
-        for result in llm.as_completed([job.prompt for job in jobs], params):
+        for result in llm.as_completed([job.prompt for job in jobs], [job.params(params) for job in jobs]):
             progress.advance(task)
             yield jobs[result.index], result
 
@@ -140,7 +212,7 @@ def _print_results(
         for job, result in _as_completed(llm, jobs, params):
             print("\n".join(dumps(line, ensure_ascii=False) for line in output_lines(job, result)), flush=True)
             results.append(result)
-    elif stream and not json and len(jobs) == 1 and params.n == 1:
+    elif stream and not json and len(jobs) == 1 and params.width == 1:
         for event in llm.stream(prompts, params):
             if isinstance(event, TextDelta):
                 sys.stdout.write(event.text)
@@ -161,7 +233,8 @@ def _print_results(
                 if len(everything) > 1:
                     sample = f" · {line['sample']}" if "sample" in line else ""
                     err.rule(f"{line['index']}{sample}", align="left")
-                print(line["text"])
+                if "error" not in line:
+                    print(line["text"])
     return results
 
 
@@ -172,7 +245,8 @@ def _summarize(llm: LLM, results: Sequence[RequestOutput], seconds: float) -> No
     err.print(
         f"{len(results)} prompts, {read} tokens in, {new} out in {seconds:.2f} s "
         f"({new / seconds:.0f} tokens/s on {llm.device}); KV cache {stats.peak_blocks} of {stats.total_blocks} blocks"
-        + (f", {stats.preemptions} preemptions" if stats.preemptions else ""),
+        + (f", {stats.preemptions} preemptions ({stats.swapped_out} swapped)" if stats.preemptions else "")
+        + (f", {stats.prefix_hits} tokens found in the prefix cache" if stats.prefix_hits else ""),
         style="dim",
     )
 

@@ -18,3 +18,26 @@ KVCacheMemory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="KV cache, e.g. 512MiB. [default: what is free]", show_default=False)
 ]
 GpuMemoryUtilization = Annotated[float, typer.Option(help="Share of the GPU's whole memory to use.")]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of a sequence, prompt and completion. [default: the model's context]", show_default=False
+    ),
+]
+PrefixCaching = Annotated[
+    bool,
+    typer.Option("--prefix-caching/--no-prefix-caching", help="Share what prompts that begin alike have computed."),
+]
+SwapSpace = Annotated[
+    float, typer.Option(metavar="GIB", help="Main memory, in GiB, that preempted requests are moved to.")
+]
+Scheduler = Annotated[str, typer.Option(help="mixed, or prefill-first: prompts and next tokens in steps of their own.")]
+DelayFactor = Annotated[
+    float, typer.Option(help="prefill-first: hold prompts back this many times the last prompt step's time.")
+]
+MaxPrefillSteps = Annotated[
+    int, typer.Option(help="prefill-first: prompt steps in a row while others wait for their next token.")
+]
+MaxSkips = Annotated[int, typer.Option(help="Requests that may pass one that came first and does not fit yet.")]
+Preemption = Annotated[str, typer.Option(help="When blocks run out: auto, recompute or swap.")]
+Queue = Annotated[str, typer.Option(help="fcfs: by arrival; priority: by a prompt's priority, then by arrival.")]

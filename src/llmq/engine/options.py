@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from llmq.errors import USAGE, LlmqError
 
 BLOCK_SIZE_MULTIPLE = 16
+SchedulerPolicy = Literal["mixed", "prefill-first"]
+Preemption = Literal["auto", "recompute", "swap"]
+QueueOrder = Literal["fcfs", "priority"]
+SCHEDULERS: tuple[SchedulerPolicy, ...] = ("mixed", "prefill-first")
+PREEMPTIONS: tuple[Preemption, ...] = ("auto", "recompute", "swap")
+QUEUE_ORDERS: tuple[QueueOrder, ...] = ("fcfs", "priority")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """max_num_seqs            sequences that may run at once
+    """max_num_seqs            sequences that may run at once; a request counts as all that it is going to be
     max_num_batched_tokens  tokens that one step may compute, prompts and new ones together
     block_size              tokens in one block of the KV cache
     kv_cache_memory         bytes of the KV cache; None: what is free, up to what max_num_seqs full contexts take
     gpu_memory_utilization  share of the GPU's whole memory that weights, activations and KV cache may take
+    max_model_len           tokens of a sequence, prompt and completion; None: the model's context
+    prefix_caching          share the blocks of prompts that begin alike, also between requests
+    swap_space              bytes of main memory that preempted requests may be moved to
+    scheduler               mixed: new tokens and chunks of prompts in one step; prefill-first: one kind a step
+    delay_factor            prefill-first: hold new prompts back this many times the last prompt step's time
+    max_prefill_steps       prefill-first: prompt steps in a row while anything waits for its next token
+    max_skips               requests that may be let in before one that came first and does not fit yet
+    preemption              when blocks run out: recompute, swap, or auto: recompute one sequence, swap several
+    queue                   fcfs: by arrival; priority: by SamplingParams.priority, then by arrival
+    ageing_steps            priority: each so many steps of waiting count as one level of priority
+    watermark               share of the pool that letting a request in leaves free, for those that run to grow
     """
 
     max_num_seqs: int = 256
@@ -23,6 +42,17 @@ class EngineOptions:
     block_size: int = 64
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    prefix_caching: bool = True
+    swap_space: int = 0
+    scheduler: SchedulerPolicy = "mixed"
+    delay_factor: float = 0.0
+    max_prefill_steps: int = 4
+    max_skips: int = 0
+    preemption: Preemption = "auto"
+    queue: QueueOrder = "fcfs"
+    ageing_steps: int = 256
+    watermark: float = 0.01
 
     def __post_init__(self) -> None:
         checks = (
@@ -35,8 +65,23 @@ class EngineOptions:
             ),
             (self.kv_cache_memory is None or self.kv_cache_memory > 0, "kv_cache_memory", "more than nothing"),
             (0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "above 0 and at most 1"),
+            (self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "2 or more"),
+            (self.swap_space >= 0, "swap_space", "nothing or more"),
+            (self.scheduler in SCHEDULERS, "scheduler", f"one of {', '.join(SCHEDULERS)}"),
+            (math.isfinite(self.delay_factor) and self.delay_factor >= 0, "delay_factor", "0 or more"),
+            (self.max_prefill_steps >= 1, "max_prefill_steps", "1 or more"),
+            (self.max_skips >= 0, "max_skips", "0 or more"),
+            (self.preemption in PREEMPTIONS, "preemption", f"one of {', '.join(PREEMPTIONS)}"),
+            (self.queue in QUEUE_ORDERS, "queue", f"one of {', '.join(QUEUE_ORDERS)}"),
+            (self.ageing_steps >= 1, "ageing_steps", "1 or more"),
+            (0 <= self.watermark < 1, "watermark", "0 or more and below 1"),
         )
         for valid, name, rule in checks:
             if not valid:
                 flag = f"--{name.replace('_', '-')}"
                 raise LlmqError(f"{name} must be {rule}, not {getattr(self, name)}", f"check {flag}", exit_code=USAGE)
+
+    @property
+    def seats(self) -> int:
+        """Sequences that may run at once, so that a step always has a token for each of them."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)

@@ -44,6 +44,13 @@ def free_kv_cache_bytes(device: str, utilization: float, reserve: int) -> int:
     return max(0, int(total * utilization) - (total - free) - reserve)
 
 
+def host_memory_bytes() -> int:
+    """Main memory of this machine."""
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def peak_memory_bytes(device: str) -> int:
     """The most memory this process has had: on the device, or resident in main memory for a CPU."""
     if device != "cpu":

@@ -1,43 +1,76 @@
 """Runner: a StepPlan in, the drawn tokens out.
 
-The side effects of a step, in order: write the keys and values of its tokens into the cache, layer by layer as the
-forward pass reaches them; draw; return. Nothing else is kept between steps.
+The side effects of a step, in order: swap out, swap in, copy; write the keys and values of its tokens into the cache,
+layer by layer as the forward pass reaches them; draw; return. Nothing else is kept between steps but block tables that
+have not changed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmq.plan import SampledToken, StepPlan
+from llmq.plan import StepOutput, StepPlan, TokenLogprobs
 from llmq.runtime.decoder import Attention, Decoder
 from llmq.runtime.kernels.attention import paged_attention
 from llmq.runtime.kernels.rope import rope_and_write
 from llmq.runtime.kv_cache import KVCache
-from llmq.runtime.sampler import sample
+from llmq.runtime.sampler import sample, score
+
+SCORED_ROWS = 256
+"""Prompt tokens whose logits are held at once, where their log-probabilities are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """A step on the device. T tokens of R rows lie end to end, never padded.
 
-    token_ids, positions, slots   int64 [T]; a slot is where the token's keys and values go
-    block_tables                  int32 [R, most blocks of a row], the rest 0
+    token_ids, positions          int64 [T]
+    slots                         int64 [T] for each group of layers: where the token's keys and values go
+    block_tables                  int32 [R, most blocks of a row] for each group of layers, the rest 0
     query_starts, kv_lengths      int32 [R + 1], [R]; see ``paged_attention``
     sampled                       int64: of the T tokens, the last of each row that draws
     """
 
     token_ids: Tensor
     positions: Tensor
-    slots: Tensor
-    block_tables: Tensor
+    slots: tuple[Tensor, ...]
+    block_tables: tuple[Tensor, ...]
     query_starts: Tensor
     kv_lengths: Tensor
     sampled: Tensor
     max_query_length: int
     max_kv_length: int
+
+
+class TableBuffer:
+    """The block tables of a step as a matrix on the host, of which only the rows that have changed are written anew.
+
+    A row of a plan names the very same tuple as in the step before unless its table has changed.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[tuple[int, ...]] = []
+        self._matrix = torch.zeros((0, 0), dtype=torch.int32)
+
+    def fill(self, tables: list[tuple[int, ...]]) -> Tensor:
+        """int32 [rows, longest], each row padded with 0; a copy: the next call changes nothing in it."""
+        rows, columns = len(tables), max(map(len, tables))
+        if rows > self._matrix.shape[0] or columns > self._matrix.shape[1]:
+            # Twice what is needed: a table that grows by a block now and then must not mean a new matrix each time.
+            self._matrix = torch.zeros((2 * rows, 2 * columns), dtype=torch.int32)
+            self._tables = []
+        self._tables += [()] * (rows - len(self._tables))
+        for row, table in enumerate(tables):
+            last = self._tables[row]
+            if table is not last:
+                self._matrix[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+                self._matrix[row, len(table) : len(last)] = 0
+                self._tables[row] = table
+        return self._matrix[:rows, :columns].clone()
 
 
 class Runner:
@@ -47,24 +80,29 @@ class Runner:
         self.decoder = decoder
         self.cache = cache
         self.device = device
+        self._tables = [TableBuffer() for _ in cache.groups]
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[SampledToken]:
+    def run(self, plan: StepPlan) -> StepOutput:
         """Compute the step and draw a token for each row whose tokens are then all in the cache."""
-        batch = build_batch(plan, self.cache.block_size, self.device)
+        self.cache.move(plan)
+        if not plan.rows:
+            return StepOutput(())
+        batch = build_batch(plan, self.cache.block_size, self.device, self._tables)
 
         def attend(
             attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
         ) -> Tensor:
             keys, values = self.cache.layer(attention.layer)
+            group = self.cache.group_of(attention.layer)
             query = rope_and_write(
-                query, key, value, rotation, keys, values, batch.slots, norms=attention.norms, eps=attention.eps
+                query, key, value, rotation, keys, values, batch.slots[group], norms=attention.norms, eps=attention.eps
             )
             return paged_attention(
                 query,
                 keys,
                 values,
-                batch.block_tables,
+                batch.block_tables[group],
                 batch.query_starts,
                 batch.kv_lengths,
                 window=attention.window,
@@ -73,37 +111,54 @@ class Runner:
             )
 
         hidden = self.decoder(batch.token_ids, batch.positions, attend)
-        if not plan.sampled_rows:
-            return []
-        return sample(self.decoder.logits(hidden[batch.sampled]), plan.sampled_rows)
+        rows = plan.sampled_rows
+        sampled = sample(self.decoder.logits(hidden[batch.sampled]), rows) if rows else []
+        return StepOutput(sampled, self._score_prompts(plan, hidden))
+
+    def _score_prompts(self, plan: StepPlan, hidden: Tensor) -> list[tuple[int, list[TokenLogprobs]]]:
+        found: list[tuple[int, list[TokenLogprobs]]] = []
+        start = 0
+        for row in plan.rows:
+            scores: list[TokenLogprobs] = []
+            for first in range(0, len(row.prompt_targets), SCORED_ROWS):
+                targets = row.prompt_targets[first : first + SCORED_ROWS]
+                logits = self.decoder.logits(hidden[start + first : start + first + len(targets)])
+                scores += score(logits, targets, row.prompt_top)
+            if scores:
+                found.append((row.sequence_id, scores))
+            start += len(row.tokens)
+        return found
 
 
-def build_batch(plan: StepPlan, block_size: int, device: str) -> Batch:
-    """Lay the rows of ``plan`` end to end in tensors on ``device``."""
+def build_batch(plan: StepPlan, block_size: int, device: str, buffers: Sequence[TableBuffer]) -> Batch:
+    """Lay the rows of ``plan`` end to end in tensors on ``device``. ``buffers``: for each group, its tables so far."""
+    groups = range(len(plan.rows[0].block_tables))
     token_ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
+    slots: list[list[int]] = [[] for _ in groups]
     starts = [0]
     sampled: list[int] = []
     for row in plan.rows:
         token_ids.extend(row.tokens)
-        positions.extend(range(row.start, row.end))
-        slots.extend(row.block_table[p // block_size] * block_size + p % block_size for p in range(row.start, row.end))
+        places = range(row.start, row.end)
+        positions.extend(places)
+        for group, table in enumerate(row.block_tables):
+            slots[group].extend(table[place // block_size] * block_size + place % block_size for place in places)
         starts.append(len(token_ids))
         if row.sampling is not None:
             sampled.append(len(token_ids) - 1)
-    most_blocks = max(len(row.block_table) for row in plan.rows)
-    tables = [row.block_table + (0,) * (most_blocks - len(row.block_table)) for row in plan.rows]
 
     def to_device(values: object, dtype: torch.dtype) -> Tensor:
-        tensor = torch.tensor(values, dtype=dtype)
+        return move(torch.tensor(values, dtype=dtype))
+
+    def move(tensor: Tensor) -> Tensor:
         return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
     return Batch(
         to_device(token_ids, torch.int64),
         to_device(positions, torch.int64),
-        to_device(slots, torch.int64),
-        to_device(tables, torch.int32),
+        tuple(to_device(slots[group], torch.int64) for group in groups),
+        tuple(move(buffers[group].fill([row.block_tables[group] for row in plan.rows])) for group in groups),
         to_device(starts, torch.int32),
         to_device([row.end for row in plan.rows], torch.int32),
         to_device(sampled, torch.int64),

@@ -1,0 +1,82 @@
+"""The whole path of a token, from the scheduler through the real cache and attention: every answer counts on."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from counting_model import counting_decoder
+from simulated_model import make_request, make_scheduler
+
+from llmq.engine.request import Request
+from llmq.runtime.kv_cache import KVCache
+from llmq.runtime.runner import Runner
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunks": {"max_num_batched_tokens": 9},
+    "recompute": {"preemption": "recompute", "prefix_caching": False},
+    "swap": {"preemption": "swap", "cpu_blocks": 60},
+    "swap, little room": {"preemption": "swap", "cpu_blocks": 5, "prefix_caching": False},
+    "prefill first": {"scheduler": "prefill-first", "max_num_batched_tokens": 120},
+    "window": {"windows": (24,)},
+    "full and window": {"windows": (None, 24), "preemption": "swap", "cpu_blocks": 60},
+}
+
+
+def requests(chance: random.Random) -> list[Request]:
+    """Counting prompts; every third begins where another did, and some are several samples."""
+    made = []
+    for number in range(30):
+        first = 100 * chance.randint(1, 8 if number % 3 else 2)
+        prompt = list(range(first, first + chance.choice([1, 15, 16, 17, 40, chance.randint(1, 70)])))
+        kind: dict[str, Any] = {"n": chance.choice([1, 1, 2, 3])} if number % 4 else {"beam_width": 1}
+        made.append(make_request(number, prompt, chance.randint(1, 40), temperature=0, **kind))
+    return made
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_answer_counts_on(settings: str) -> None:
+    options = dict(SETTINGS[settings])
+    windows = options.pop("windows", (None,))
+    blocks = 22 * len(windows)
+    scheduler = make_scheduler(blocks, windows=windows, **options)
+    decoder = counting_decoder(windows)
+    cache = KVCache(decoder.config, blocks + 1, 16, torch.float32, "cpu", options.get("cpu_blocks", 0))
+    runner = Runner(decoder, cache, "cpu")
+    chance = random.Random(settings)
+    asked = requests(chance)
+    scheduler.pressure = lambda running: chance.choice(running) if running and chance.random() < 0.05 else None
+    queue = list(asked)
+    while queue or not scheduler.idle:
+        while queue and chance.random() < 0.4:
+            scheduler.add(queue.pop(0))
+        if not scheduler.idle:
+            plan = scheduler.schedule()
+            scheduler.update(plan, runner.run(plan))
+            scheduler.check_integrity()
+    for request in asked:
+        start = request.prompt_ids[-1] + 1
+        found = request.beams.answers if request.beams else request.sequences
+        for answer in found:
+            said = list(getattr(answer, "output_ids", None) or answer.token_ids)  # type: ignore[union-attr]
+            assert said == list(range(start, start + len(said)))
+            assert len(said) == request.params.max_tokens
+    assert scheduler.stats.preemptions > 0
+
+
+def test_the_count_breaks_when_a_block_is_misread() -> None:
+    scheduler = make_scheduler(10)
+    decoder = counting_decoder()
+    cache = KVCache(decoder.config, 11, 16, torch.float32, "cpu")
+    runner = Runner(decoder, cache, "cpu")
+    request = make_request(0, list(range(500, 540)), 20, temperature=0)
+    scheduler.add(request)
+    for step in range(20):
+        if step == 3:
+            cache.pool[0, 1, request.live[0].tables[0][0]] += 1
+        plan = scheduler.schedule()
+        scheduler.update(plan, runner.run(plan))
+    assert request.sequences[0].output_ids != list(range(540, 560))
