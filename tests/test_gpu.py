@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def random_prompts(vocabulary: int = 250) -> list[list[int]]:
     return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def greedy(folder: Path | str, device: str, dtype: str = "float32", **options: int) -> list[list[int]]:
+def greedy(folder: Path | str, device: str, dtype: str = "float32", **options: Any) -> list[list[int]]:
     llm = LLM(str(folder), device=device, dtype=dtype, options=EngineOptions(**options))
     return [output.completions[0].token_ids for output in llm.generate(random_prompts(), GREEDY)]
 
@@ -43,6 +44,44 @@ def test_fp32_greedy_tokens_are_those_of_a_cpu(variant: str, tmp_path: Path) -> 
     folder = save_variant(tmp_path / variant, variant)
     pressed = greedy(folder, "cuda", max_num_batched_tokens=100, block_size=16, kv_cache_memory=2 * 2**20)
     assert greedy(folder, "cuda") == pressed == greedy(folder, "cpu")
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_preemption_changes_no_token(preemption: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama")
+    llm = LLM(
+        str(folder),
+        device="cuda",
+        options=EngineOptions(
+            block_size=16,
+            kv_cache_memory=400_000,
+            swap_space=2**24,
+            preemption=preemption,  # type: ignore[arg-type]
+        ),
+    )
+    params = SamplingParams(max_tokens=24, temperature=0.7, seed=3, n=3, ignore_eos=True)
+    pressed = llm.generate(random_prompts()[:8], params)
+    assert (llm.stats.swapped_out > 0) == (preemption == "swap")
+    assert llm.stats.preemptions > 0
+    roomy = LLM(str(folder), device="cpu").generate(random_prompts()[:8], params)
+    for one, other in zip(pressed, roomy, strict=True):
+        assert [sample.token_ids for sample in one.completions] == [sample.token_ids for sample in other.completions]
+
+
+def test_penalties_and_beams_are_those_of_a_cpu(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama")
+    penalized = SamplingParams(
+        max_tokens=24, seed=1, min_p=0.02, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2
+    )
+    for params in (penalized, SamplingParams(max_tokens=12, beam_width=4, n=2, temperature=0)):
+        drawn = [
+            [
+                [sample.token_ids for sample in output.completions]
+                for output in LLM(str(folder), device=device).generate(random_prompts()[:6], params)
+            ]
+            for device in ("cpu", "cuda")
+        ]
+        assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
