@@ -135,3 +135,38 @@ def test_the_library_s_own_helpers_pack_the_same_words(bits: int, shape: tuple[i
     assert torch.equal(along_rows, pack_to_int32(signed, bits, packed_dim=0))
     assert torch.equal(unpack_from_int32(along_columns, bits, torch.Size(shape)), signed)
     assert torch.equal(unpack_words(along_rows, bits, shape[0]), codes)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (33, 96)], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 32, False), Scheme(8, -1), Scheme(8, -1, False)], ids=str)
+def test_what_the_library_compresses_is_read_to_the_bit(tmp_path: Path, scheme: Scheme, shape: tuple[int, int]) -> None:
+    pytest.importorskip("compressed_tensors")
+    import torch
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from safetensors.torch import save_file
+
+    from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
+    from llmq.checkpoint.tensors import Tensors
+
+    channel = scheme.group_size == -1
+    weights = QuantizationArgs(
+        num_bits=scheme.bits,
+        symmetric=scheme.symmetric,
+        strategy="channel" if channel else "group",
+        group_size=None if channel else scheme.group_size,
+    )
+    generator = torch.Generator().manual_seed(0)
+    groups = (shape[0], scheme.num_groups(shape[1]))
+    state = {
+        "weight": torch.randn(shape, generator=generator),
+        "weight_scale": torch.rand(groups, generator=generator) * 0.1 + 0.01,
+        "weight_zero_point": torch.zeros(groups, dtype=torch.int8)
+        if scheme.symmetric
+        else torch.randint(-8, 8, groups, generator=generator, dtype=torch.int8),
+    }
+    theirs = QuantizationScheme(targets=["Linear"], weights=weights)
+    stored = PackedQuantizationCompressor.compress(state, theirs)
+    save_file({f"layer.{name}": tensor.contiguous() for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+    restored = CompressedTensors.for_scheme(scheme).unpack("layer", Tensors(tmp_path))
+    assert torch.equal(restored.dequantize(), PackedQuantizationCompressor.decompress(stored, theirs)["weight"])
