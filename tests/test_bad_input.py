@@ -36,6 +36,8 @@ COMMANDS = [
     ("eval",),
     ("bench", "throughput"),
     ("quantize", "-o", "never-written"),
+    ("convert", "-o", "never-written", "--format", "awq"),
+    ("inspect",),
 ]
 
 

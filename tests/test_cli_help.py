@@ -41,7 +41,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_commands_are_found() -> None:
-    assert {("quantize",), ("memplan",), ("generate",), ("bench", "throughput"), ("eval",), ("env",)} <= set(COMMANDS)
+    assert {
+        ("quantize",),
+        ("convert",),
+        ("inspect",),
+        ("memplan",),
+        ("generate",),
+        ("bench", "throughput"),
+        ("eval",),
+        ("env",),
+    } <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(("llmq", *command)))

@@ -34,9 +34,9 @@ def random_quantized(scheme: Scheme, out_features: int, in_features: int, seed: 
     )
 
 
-def write(folder: Path, weight: QuantizedWeight, config: gptq.GptqConfig) -> Tensors:
+def write(folder: Path, weight: QuantizedWeight, config: gptq.Gptq) -> Tensors:
     writer = ShardWriter(folder)
-    writer.add_all(gptq.pack_weight(NAME, weight, config))
+    writer.add_all(config.pack(NAME, weight))
     writer.close()
     return Tensors(folder)
 
@@ -51,9 +51,9 @@ def write(folder: Path, weight: QuantizedWeight, config: gptq.GptqConfig) -> Ten
 def test_unpack_gives_back_what_was_packed(
     tmp_path: Path, scheme: Scheme, out_features: int, in_features: int, seed: int
 ) -> None:
-    weight, config = random_quantized(scheme, out_features, in_features, seed), gptq.config_for(scheme)
+    weight, config = random_quantized(scheme, out_features, in_features, seed), gptq.Gptq.for_scheme(scheme)
     tensors = write(tmp_path, weight, config)
-    restored = gptq.unpack_weight(NAME, tensors, config)
+    restored = config.unpack(NAME, tensors)
     assert torch.equal(restored.codes, weight.codes)
     assert torch.equal(restored.scales, weight.scales)
     assert torch.equal(restored.zero_points, weight.zero_points)
@@ -67,7 +67,7 @@ def test_unpack_gives_back_what_was_packed(
 def test_every_field_is_in_its_place(tmp_path: Path, bits: int, version: str) -> None:
     scheme, per_word = Scheme(bits, 32), 32 // bits
     weight = random_quantized(scheme, 64, 96, 0)
-    config = gptq.GptqConfig(scheme, version)
+    config = gptq.Gptq(scheme, version)
     tensors = write(tmp_path, weight, config)
     qweight, qzeros = tensors.load(f"{NAME}.qweight"), tensors.load(f"{NAME}.qzeros")
     assert qweight.dtype == qzeros.dtype == torch.int32
@@ -88,23 +88,23 @@ def test_groups_scattered_by_activation_order_are_read(tmp_path: Path, version: 
     weight = random_quantized(scheme, 32, 64, 1)
     scattered = torch.randperm(64, generator=torch.Generator().manual_seed(0)) // 32
     weight = QuantizedWeight(scheme, weight.codes, weight.scales, weight.zero_points, scattered)
-    config = gptq.GptqConfig(scheme, version)
-    restored = gptq.unpack_weight(NAME, write(tmp_path, weight, config), config)
+    config = gptq.Gptq(scheme, version)
+    restored = config.unpack(NAME, write(tmp_path, weight, config))
     assert restored.group_index is not None
     assert torch.equal(restored.group_index, scattered)
     assert torch.equal(restored.dequantize(), weight.dequantize())
 
 
 def test_symmetric_weights_are_version_1_and_asymmetric_ones_version_2() -> None:
-    assert gptq.config_for(Scheme(symmetric=True)).checkpoint_format == gptq.V1
-    assert gptq.config_for(Scheme(symmetric=False)).checkpoint_format == gptq.V2
+    assert gptq.Gptq.for_scheme(Scheme(symmetric=True)).checkpoint_format == gptq.V1
+    assert gptq.Gptq.for_scheme(Scheme(symmetric=False)).checkpoint_format == gptq.V2
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 128, True), Scheme(8, -1, False)], ids=str)
 def test_the_config_is_read_as_it_was_written(scheme: Scheme) -> None:
-    config = gptq.config_for(scheme)
-    fields = gptq.gptq_config_dict(config, quantized=[NAME], ignored=[], damp_percent=0.01, writer="llmq:0")
-    assert gptq.read_gptq_config(fields) == config
+    config = gptq.Gptq.for_scheme(scheme)
+    fields = config.config_dict(quantized=[NAME], ignored=[], damp_percent=0.01, writer="llmq:0")
+    assert gptq.Gptq.read(fields) == config
     assert fields["desc_act"] is False
     assert "dynamic" not in fields
     assert "modules_in_block_to_quantize" not in fields
@@ -115,8 +115,7 @@ def names(*layers: str) -> list[str]:
 
 
 def test_layers_ignored_in_all_blocks_are_named_within_the_block() -> None:
-    fields = gptq.gptq_config_dict(
-        gptq.config_for(Scheme()),
+    fields = gptq.Gptq.for_scheme(Scheme()).config_dict(
         quantized=names("0.mlp.up_proj", "1.mlp.up_proj"),
         ignored=names("0.mlp.down_proj", "1.mlp.down_proj"),
         damp_percent=None,
@@ -127,8 +126,7 @@ def test_layers_ignored_in_all_blocks_are_named_within_the_block() -> None:
 
 
 def test_layers_ignored_in_some_blocks_are_named_in_full() -> None:
-    fields = gptq.gptq_config_dict(
-        gptq.config_for(Scheme()),
+    fields = gptq.Gptq.for_scheme(Scheme()).config_dict(
         quantized=names("0.mlp.up_proj", "1.mlp.up_proj", "1.mlp.down_proj"),
         ignored=names("0.mlp.down_proj"),
         damp_percent=None,
@@ -143,10 +141,10 @@ def test_layers_ignored_in_some_blocks_are_named_in_full() -> None:
 )
 def test_configs_that_llmq_does_not_read_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(LlmqError):
-        gptq.read_gptq_config(fields)
+        gptq.Gptq.read(fields)
 
 
 def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> None:
-    tensors = write(tmp_path, random_quantized(Scheme(4, 32), 32, 64, 0), gptq.config_for(Scheme(4, 32)))
-    with pytest.raises(LlmqError, match=r"groups of 64 do not match"):
-        gptq.unpack_weight(NAME, tensors, gptq.config_for(Scheme(4, 64)))
+    tensors = write(tmp_path, random_quantized(Scheme(4, 32), 32, 64, 0), gptq.Gptq.for_scheme(Scheme(4, 32)))
+    with pytest.raises(LlmqError, match=r"qzeros is I32 .* int4 g64 sym makes it"):
+        gptq.Gptq.for_scheme(Scheme(4, 64)).unpack(NAME, tensors)

@@ -168,6 +168,14 @@ def test_a_gptq_folder_is_counted_as_stored_and_says_its_scheme(tmp_path: Path) 
     assert (weights.num_bytes, weights.stored, weights.scheme) == (4000, True, Scheme(4, 128))
 
 
+def test_a_format_that_llmq_does_not_run_is_planned_by_its_size(tmp_path: Path) -> None:
+    fields = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    config = config_of(tmp_path, LLAMA_31_8B | {"quantization_config": fields})
+    write_weights(tmp_path, {"a": 4000})
+    weights = stored_weights(tmp_path, config)
+    assert (weights.num_bytes, weights.scheme) == (4000, None)
+
+
 def test_without_files_the_size_is_computed_in_the_scheme_of_the_config(tmp_path: Path) -> None:
     config = config_of(tmp_path, LLAMA_31_8B | {"quantization_config": GPTQ})
     weights = stored_weights(tmp_path, config)

@@ -16,7 +16,7 @@ from tiny_models import VARIANTS, save_tiny, save_variant
 
 from llmq import quantize
 from llmq.checkpoint.config import read_config
-from llmq.checkpoint.formats import gptq as gptq_format
+from llmq.checkpoint.formats.gptq import Gptq
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
 from llmq.quant import activations, pipeline
@@ -135,8 +135,7 @@ def test_rtn_reads_no_text_and_reports_the_error_of_the_weights(tmp_path: Path, 
     assert all(layer.method == RTN and layer.error == layer.rtn_error for layer in report.layers)
     before = weights(tiny)
     for layer in report.layers:
-        config = gptq_format.config_for(W4)
-        restored = gptq_format.unpack_weight(layer.name, Tensors(tmp_path / "out"), config).dequantize()
+        restored = Gptq.for_scheme(W4).unpack(layer.name, Tensors(tmp_path / "out")).dequantize()
         error, whole = (restored - before[f"{layer.name}.weight"]), before[f"{layer.name}.weight"]
         assert layer.error == pytest.approx(float(error.square().sum() / whole.square().sum()), rel=1e-4)
 

@@ -15,6 +15,7 @@ from llmq.errors import LlmqError
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
+WRITTEN_ANEW = {"config.json", "README.md", "quantize_config.json", "quant_config.json"}
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 """What is fetched from the hub: no pickles, no code."""
 
@@ -68,10 +69,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template, generation config and every other file that holds neither weights nor code.
 
-    config.json and the model card are left out: whoever writes the folder writes its own.
+    The configs and the model card are left out: whoever writes the folder writes its own.
     """
     for path in sorted(source.iterdir()):
-        written_anew = path.name in ("config.json", "README.md") or path.name.endswith(".index.json")
+        written_anew = path.name in WRITTEN_ANEW or path.name.endswith(".index.json")
         if path.is_file() and not written_anew and path.suffix not in WEIGHT_SUFFIXES | {".py"}:
             shutil.copyfile(path, target / path.name)
     templates = source / "additional_chat_templates"

@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmq import memory
+from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
 from llmq.quant.options import DEFAULTS, GPTQ, Calibration
@@ -33,6 +34,7 @@ def quantize(
         int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))} (a whole row).")
     ] = _SCHEME.group_size,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Zero point in the middle, or fitted.")] = _SCHEME.symmetric,
+    format: Annotated[str, typer.Option(help=f"Of the folder: {', '.join(FORMATS)}.")] = DEFAULTS.format,
     calib_data: Annotated[
         str | None,
         typer.Option(metavar="FILE", help='A .txt, or a .jsonl with "text". [default: a text shipped with llmq]'),
@@ -47,7 +49,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Quantize a model's weights and write a GPTQ folder that transformers, vLLM and SGLang read.
+    """Quantize a model's weights and write a folder that transformers, vLLM and SGLang read.
 
     llmq quantize demo -o demo-w4 --method gptq --bits 4
     """
@@ -75,6 +77,7 @@ def quantize(
             method=method,
             scheme=scheme,
             calibration=calibration,
+            format=format,
             ignore=ignore or (),
             device=device,
             revision=revision,

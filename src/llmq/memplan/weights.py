@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmq import memory
 from llmq.checkpoint.config import ModelConfig
-from llmq.checkpoint.formats import gptq
+from llmq.checkpoint.formats import open_format
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
 from llmq.scheme import Scheme
@@ -52,6 +52,8 @@ def planned_weights(config: ModelConfig, scheme: Scheme | None) -> Weights:
 
 
 def _stored_scheme(config: ModelConfig) -> Scheme | None:
-    if config.quantization is None or config.quantization.get("quant_method") != gptq.METHOD:
+    try:
+        format = open_format(config)
+    except LlmqError:  # llmq does not run the folder, but can plan by its size
         return None
-    return gptq.read_gptq_config(config.quantization).scheme
+    return None if format is None else format.scheme

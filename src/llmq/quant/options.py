@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llmq.checkpoint.formats import format_for
 from llmq.errors import USAGE, LlmqError
 from llmq.scheme import Scheme
 
@@ -36,6 +37,7 @@ class Calibration:
 class QuantizeOptions:
     """How a model is quantized.
 
+    format  of the folder that is written, by its name in ``checkpoint.formats.FORMATS``
     ignore  linear layers to leave as they are: a name or whole dotted parts of one (``model.layers.0``,
             ``down_proj``), or ``re:`` and a regular expression that matches from the start of the name
     device  ``cpu``, ``cuda``, or ``auto``: CUDA where there is one
@@ -44,6 +46,7 @@ class QuantizeOptions:
     method: str = GPTQ
     scheme: Scheme = field(default_factory=Scheme)
     calibration: Calibration = field(default_factory=Calibration)
+    format: str = "gptq"
     ignore: tuple[str, ...] = ()
     device: str = "auto"
 
@@ -52,6 +55,7 @@ class QuantizeOptions:
             raise LlmqError(
                 f"there is no method {self.method!r}", f"choose --method {' or '.join(METHODS)}", exit_code=USAGE
             )
+        format_for(self.format, self.scheme)
 
 
 DEFAULTS = QuantizeOptions()

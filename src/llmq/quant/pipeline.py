@@ -1,4 +1,4 @@
-"""Quantize a model folder, decoder block by decoder block, into a GPTQ folder.
+"""Quantize a model folder, decoder block by decoder block, into a folder of packed integers.
 
 At any moment the memory holds one block and the calibration windows' hidden states at its entrance, never the model.
 GPTQ sees each layer's inputs as the layers before it will really produce them: quantized (true-sequential). RTN needs
@@ -17,14 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmq import __version__
 from llmq.checkpoint import folder as folders
-from llmq.checkpoint.config import read_config, read_json
-from llmq.checkpoint.formats import gptq as gptq_format
+from llmq.checkpoint.config import read_config
+from llmq.checkpoint.formats import WRITER, Format, check_shape, format_for, packed_bytes, write_configs
 from llmq.checkpoint.quantized_weight import QuantizedWeight
-from llmq.checkpoint.tensors import ShardWriter, Tensors, write_json
+from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import USAGE, LlmqError
-from llmq.memory import linear_bytes
 from llmq.quant.activations import HiddenStates
 from llmq.quant.affine import MAX_WEIGHT
 from llmq.quant.calibration import draw_windows
@@ -40,9 +38,6 @@ from llmq.scheme import GROUP_SIZES, Scheme
 MIX = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 FINISH = (("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 """The linears of a block's two steps, in the order of computation; those of one group have the same input."""
-PACKING_MULTIPLE = 32
-"""Both sides of a packed layer are multiples of this in the GPTQ format."""
-WRITER = f"llmq:{__version__}"
 
 Progress = Callable[[int, int, str], None]
 """Called with (layers done, layers in all, name of the layer just done)."""
@@ -55,6 +50,7 @@ def quantize(
     method: str = DEFAULTS.method,
     scheme: Scheme = DEFAULTS.scheme,
     calibration: Calibration | None = None,
+    format: str = DEFAULTS.format,
     ignore: Sequence[str] = DEFAULTS.ignore,
     device: str = DEFAULTS.device,
     revision: str | None = None,
@@ -68,7 +64,7 @@ def quantize(
     """
     started = time.monotonic()
     output = Path(output)
-    options = QuantizeOptions(method, scheme, calibration or DEFAULTS.calibration, tuple(ignore), device)
+    options = QuantizeOptions(method, scheme, calibration or DEFAULTS.calibration, format, tuple(ignore), device)
     folders.check_output(output, overwrite=overwrite)
     job = _prepare(model, folders.resolve(model, revision), options)
     folders.check_disk_space(output, job.predicted_bytes)
@@ -76,7 +72,7 @@ def quantize(
     with folders.write_folder(output, overwrite=overwrite) as partial, torch.inference_mode(), _full_fp32():
         writer = ShardWriter(partial)
         for weight, layer in job.quantized_layers():
-            writer.add_all(gptq_format.pack_weight(layer.name, weight, job.format))
+            writer.add_all(job.format.pack(layer.name, weight))
             layers.append(layer)
             if progress is not None:
                 progress(len(layers), len(job.shapes), layer.name)
@@ -84,7 +80,13 @@ def quantize(
             writer.add(name, job.source.tensors.load(name))
         writer.close()
         folders.copy_side_files(job.folder, partial)
-        _write_configs(job, partial)
+        quantization = job.format.config_dict(
+            quantized=list(job.shapes),
+            ignored=job.ignored,
+            writer=WRITER,
+            damp_percent=gptq.DAMP_PERCENT if method == GPTQ else None,
+        )
+        write_configs(job.folder, partial, job.format, quantization)
         check_generates(partial, job.source.device, job.source.dtype)
         report = _report(job, output, layers, writer.num_bytes, time.monotonic() - started)
         card = model_card(report, options, job.folder / "README.md", from_hub=_is_hub_id(model), writer=WRITER)
@@ -111,8 +113,8 @@ class Job:
     windows: Tensor | None
 
     @property
-    def format(self) -> gptq_format.GptqConfig:
-        return gptq_format.config_for(self.options.scheme)
+    def format(self) -> Format:
+        return format_for(self.options.format, self.options.scheme)
 
     @property
     def kept_tensors(self) -> list[str]:
@@ -121,7 +123,7 @@ class Job:
 
     @property
     def packed_bytes(self) -> int:
-        return sum(linear_bytes(*shape, self.options.scheme, 0) for shape in self.shapes.values())
+        return sum(packed_bytes(self.format, shape, self.options.scheme) for shape in self.shapes.values())
 
     @property
     def predicted_bytes(self) -> int:
@@ -204,13 +206,16 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
     """Everything that can be found out before the first layer is quantized. Raises LlmqError for what is wrong."""
     config, tensors, device = read_config(folder), Tensors(folder), resolve_device(options.device)
     if config.quantization is not None:
-        raise LlmqError(f"{model} is quantized already", "quantize the model that it was made from")
+        raise LlmqError(
+            f"{model} is quantized already",
+            "quantize the model that it was made from; to change only its format: llmq convert",
+        )
     every = [f"{block_name(layer)}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
     ignored = _ignored(every, options.ignore)
     shapes: dict[str, tuple[int, int]] = {}
     for name in every:
         if name not in ignored:
-            shapes[name] = _checked_shape(name, tensors, options.scheme)
+            shapes[name] = _checked_shape(name, tensors, options)
     if not shapes:
         raise LlmqError("every linear layer is ignored: nothing is left to quantize", "ignore fewer by --ignore")
     windows = draw_windows(folder, config, options.calibration) if options.method == GPTQ else None
@@ -220,7 +225,7 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         _public_name(model),
         folder,
         options,
-        Source(config, tensors, device, resolve_dtype("auto", config, device)),
+        Source(config, None, tensors, device, resolve_dtype("auto", config, device)),
         shapes,
         tuple(name for name in every if name in ignored),
         windows,
@@ -253,8 +258,9 @@ def _matches(pattern: str, name: str) -> bool:
         ) from None
 
 
-def _checked_shape(name: str, tensors: Tensors, scheme: Scheme) -> tuple[int, int]:
-    """(out_features, in_features) of a layer, which the scheme must be able to hold."""
+def _checked_shape(name: str, tensors: Tensors, options: QuantizeOptions) -> tuple[int, int]:
+    """(out_features, in_features) of a layer, which scheme and format must be able to hold."""
+    scheme, leave_out = options.scheme, f"--ignore {name.rpartition('.')[2]}"
     info = tensors.infos.get(f"{name}.weight")
     if info is None or len(info.shape) != 2:
         raise LlmqError(
@@ -265,13 +271,14 @@ def _checked_shape(name: str, tensors: Tensors, scheme: Scheme) -> tuple[int, in
         fitting = ", ".join(str(size) for size in GROUP_SIZES if Scheme(scheme.bits, size).divides(in_features))
         raise LlmqError(
             f"groups of {scheme.group_size} do not divide the {in_features} inputs of {name}",
-            f"--group-size {fitting} would, or leave such layers out: --ignore {name.rpartition('.')[2]}",
+            f"--group-size {fitting} would, or leave such layers out: {leave_out}",
         )
-    if out_features % PACKING_MULTIPLE or in_features % PACKING_MULTIPLE:
-        raise LlmqError(
-            f"{name} is {out_features} × {in_features}, and the GPTQ format packs multiples of {PACKING_MULTIPLE}",
-            f"leave such layers out: --ignore {name.rpartition('.')[2]}",
-        )
+    check_shape(
+        format_for(options.format, scheme),
+        name,
+        (out_features, in_features),
+        f"leave such layers out: {leave_out}, or choose --format compressed-tensors",
+    )
     return out_features, in_features
 
 
@@ -287,21 +294,6 @@ def _public_name(model: str) -> str:
 # Writing
 
 
-def _write_configs(job: Job, target: Path) -> None:
-    """config.json: the source's, with a quantization_config, which quantize_config.json repeats."""
-    quantization = gptq_format.gptq_config_dict(
-        job.format,
-        quantized=list(job.shapes),
-        ignored=job.ignored,
-        damp_percent=gptq.DAMP_PERCENT if job.options.method == GPTQ else None,
-        writer=WRITER,
-    )
-    config = read_json(job.folder / "config.json")
-    config.pop("_name_or_path", None)  # often a path of the machine that saved it
-    write_json(target / "config.json", config | {"quantization_config": quantization})
-    write_json(target / "quantize_config.json", quantization)
-
-
 def _report(
     job: Job, output: Path, layers: Sequence[LayerReport], num_bytes: int, seconds: float
 ) -> QuantizationReport:
@@ -311,6 +303,7 @@ def _report(
         model=job.name,
         output=str(output),
         method=options.method,
+        format=options.format,
         bits=options.scheme.bits,
         group_size=options.scheme.group_size,
         symmetric=options.scheme.symmetric,
@@ -328,6 +321,8 @@ def _report(
 
 
 def _warnings(job: Job, layers: Sequence[LayerReport]) -> Iterator[str]:
+    if job.format.caveat is not None:
+        yield job.format.caveat
     wanted = job.options.calibration.samples
     if job.windows is not None and len(job.windows) < wanted:
         yield f"the calibration text has {len(job.windows)} windows, and {wanted} were asked for"

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from llmq.checkpoint.formats import FORMATS
 from llmq.memory import format_bytes
-from llmq.quant.options import GPTQ, QuantizeOptions
+from llmq.quant.options import DEFAULTS, GPTQ, QuantizeOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class QuantizationReport:
     model: str
     output: str
     method: str
+    format: str
     bits: int
     group_size: int
     symmetric: bool
@@ -73,7 +75,7 @@ def model_card(
     front: dict[str, Any] = _licence(source_card)
     if from_hub:
         front |= {"base_model": report.model, "base_model_relation": "quantized"}
-    front |= {"library_name": "transformers", "tags": ["llmq", report.method, "gptq", f"{report.bits}-bit"]}
+    front |= {"library_name": "transformers", "tags": ["llmq", report.method, report.format, f"{report.bits}-bit"]}
     front["tags"] = list(dict.fromkeys(front["tags"]))
     calibrated = f"{report.calibration_samples} windows of {report.calibration_seqlen} tokens"
     data = options.calibration.data
@@ -96,7 +98,7 @@ def model_card(
 | base model | {report.model} |
 | method | {report.method} |
 | scheme | {options.scheme} |
-| format | GPTQ |
+| format | {FORMATS[report.format].title} |
 | not quantized | {", ".join(("embeddings", "lm_head", *options.ignore))} |
 | calibration | {"none" if report.method != GPTQ else f"{calibrated} of {text}, seed {options.calibration.seed}"} |
 | size | {format_bytes(report.bytes_before)} → {format_bytes(report.bytes_after)} |
@@ -123,6 +125,8 @@ def _command(report: QuantizationReport, options: QuantizeOptions) -> str:
     words = ["llmq quantize", report.model, "-o", Path(report.output).name, "--method", report.method]
     words += ["--bits", str(scheme.bits), "--group-size", str(scheme.group_size)]
     words += ["--sym" if scheme.symmetric else "--asym"]
+    if report.format != DEFAULTS.format:
+        words += ["--format", report.format]
     if report.method == GPTQ:
         if calibration.data is not None:
             words += ["--calib-data", Path(calibration.data).name]

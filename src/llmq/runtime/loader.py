@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.config import ModelConfig, read_config
-from llmq.checkpoint.formats import gptq
+from llmq.checkpoint.formats import Format, is_packed, open_format
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
 from llmq.runtime.decoder import Decoder, DecoderLayer
@@ -31,6 +30,7 @@ class Source:
     """An opened model folder, and where its tensors go."""
 
     config: ModelConfig
+    format: Format | None
     tensors: Tensors
     device: str
     dtype: torch.dtype
@@ -41,7 +41,8 @@ class Source:
 
 def open_source(folder: Path, device: str, dtype: torch.dtype) -> Source:
     """Read config and headers; no weight yet. LlmqError on whatever is wrong with the folder."""
-    return Source(read_config(folder), Tensors(folder), device, dtype)
+    config = read_config(folder)
+    return Source(config, open_format(config), Tensors(folder), device, dtype)
 
 
 def load_decoder(source: Source) -> Decoder:
@@ -63,32 +64,26 @@ def load_layer(source: Source, layer: int) -> DecoderLayer:
     """One decoder block, its linears dense or quantized as the folder has them."""
     with torch.device("meta"):
         block = DecoderLayer(source.config, layer)
-    unpack = _unpacker(source)
     for local_name, module in list(block.named_modules()):
         name = f"{block_name(layer)}.{local_name}"
-        if isinstance(module, nn.Linear) and unpack is not None and gptq.is_packed(name, source.tensors):
-            bias = source.load(f"{name}.bias") if f"{name}.bias" in source.tensors else None
-            block.set_submodule(local_name, unpack(name, bias))
+        if isinstance(module, nn.Linear) and is_packed(source.format, name, source.tensors):
+            block.set_submodule(local_name, _unpacked(module, name, source))
         else:
             _fill(module, name, source)
     return block.eval().requires_grad_(False)
 
 
-def _unpacker(source: Source) -> Callable[[str, Tensor | None], nn.Module] | None:
-    quantization = source.config.quantization
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method")
-    if method != gptq.METHOD:
+def _unpacked(module: nn.Linear, name: str, source: Source) -> nn.Module:
+    """The layer ``name`` that the folder has packed in its format, in place of ``module``."""
+    assert source.format is not None
+    weight = source.format.unpack(name, source.tensors, source.device)
+    if weight.shape != (module.out_features, module.in_features):
         raise LlmqError(
-            f"{source.tensors.folder}: quantized by {method!r}, which is not supported", "use a GPTQ folder"
+            f"{name} is {list(weight.shape)}, and config.json makes it {[module.out_features, module.in_features]}",
+            "the folder's config.json is another model's",
         )
-    config = gptq.read_gptq_config(quantization)
-
-    def unpack(name: str, bias: Tensor | None) -> nn.Module:
-        return quantized_linear(gptq.unpack_weight(name, source.tensors, config, source.device), bias, source.dtype)
-
-    return unpack
+    bias = source.load(f"{name}.bias") if f"{name}.bias" in source.tensors else None
+    return quantized_linear(weight, bias, source.dtype)
 
 
 def _fill(module: nn.Module, name: str, source: Source) -> None:

@@ -1,1 +1,138 @@
-"""On-disk formats of quantized weights: one file each, whose description both reader and writer follow."""
+"""On-disk formats of quantized weights: one file each, whose description both reader and writer follow.
+
+A ``Format`` is what one folder's ``quantization_config`` says, or will say. It unpacks layers to ``QuantizedWeight``
+and packs them from it, so that whoever loads, quantizes or converts a model knows no format by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from llmq import __version__
+from llmq.checkpoint.config import ModelConfig, read_json
+from llmq.checkpoint.formats.awq import Awq
+from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
+from llmq.checkpoint.formats.gptq import Gptq
+from llmq.checkpoint.formats.packed import Layout
+from llmq.checkpoint.quantized_weight import QuantizedWeight
+from llmq.checkpoint.tensors import Tensors, write_json
+from llmq.errors import USAGE, LlmqError
+from llmq.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WRITER = f"llmq:{__version__}"
+
+
+class Format(Protocol):
+    """name          as ``--format`` and ``quant_method`` have it
+    title         as people have it
+    marker        the tensor by which a packed layer is known: ``NAME.marker``
+    multiple      both sides of a packed layer are multiples of it
+    config_files  further files that repeat the quantization_config
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    marker: ClassVar[str]
+    multiple: ClassVar[int]
+    config_files: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    def why_not(scheme: Scheme) -> str | None:
+        """Why the format cannot hold ``scheme``; None when it can."""
+
+    @classmethod
+    def for_scheme(cls, scheme: Scheme) -> Format:
+        """The format as it is written for a scheme that it holds."""
+
+    @classmethod
+    def read(cls, quantization: Mapping[str, Any]) -> Format:
+        """The format of a folder. LlmqError on what llmq does not read."""
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """Of all quantized layers; None when they have several."""
+
+    @property
+    def caveat(self) -> str | None:
+        """What whoever writes such a folder should know of its readers."""
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """What the folder's config says of layer ``name``; None: it is not quantized."""
+
+    def layout(self, shape: tuple[int, int], scheme: Scheme) -> Layout:
+        """The tensors of a layer of ``shape`` (out_features, in_features)."""
+
+    def pack(self, name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of layer ``name``, as (tensor name, tensor). LlmqError when they cannot hold it exactly."""
+
+    def unpack(self, name: str, tensors: Tensors, device: str = "cpu") -> QuantizedWeight:
+        """Read layer ``name``. LlmqError when its tensors contradict the config."""
+
+    def config_dict(
+        self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str, damp_percent: float | None = None
+    ) -> dict[str, Any]:
+        """``quantization_config`` of a folder that is written: the names of the decoder blocks' quantized and other
+        linear layers, the program, and a setting of the GPTQ method."""
+
+
+FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Gptq, Awq, CompressedTensors)}
+
+
+def open_format(config: ModelConfig) -> Format | None:
+    """The format of a folder; None when it is not quantized. LlmqError on what llmq does not read."""
+    if config.quantization is None:
+        return None
+    method = config.quantization.get("quant_method")
+    if method not in FORMATS:
+        raise LlmqError(
+            f"the folder is quantized by {method!r}, which is not supported", f"llmq reads {_listed(list(FORMATS))}"
+        )
+    return FORMATS[method].read(config.quantization)
+
+
+def format_for(name: str, scheme: Scheme) -> Format:
+    """The format ``name``, to write ``scheme`` in. LlmqError when there is none, or it cannot hold the scheme."""
+    if name not in FORMATS:
+        raise LlmqError(f"there is no format {name!r}", f"choose --format {_listed(list(FORMATS))}", exit_code=USAGE)
+    reason = FORMATS[name].why_not(scheme)
+    if reason is not None:
+        fitting = [other for other, kind in FORMATS.items() if kind.why_not(scheme) is None]
+        raise LlmqError(reason, f"{scheme} fits --format {_listed(fitting)}", exit_code=USAGE)
+    return FORMATS[name].for_scheme(scheme)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + f" or {names[-1]}"
+
+
+def is_packed(format: Format | None, name: str, tensors: Tensors) -> bool:
+    """Are the weights of layer ``name`` in the folder's format? Else they are as in the original."""
+    return format is not None and f"{name}.{format.marker}" in tensors
+
+
+def check_shape(format: Format, name: str, shape: tuple[int, int], hint: str) -> None:
+    """Raise LlmqError, with ``hint``, unless a layer of ``shape`` (out_features, in_features) can be packed."""
+    if any(size % format.multiple for size in shape):
+        raise LlmqError(
+            f"{name} is {shape[0]} × {shape[1]}, and the {format.title} format packs multiples of {format.multiple}",
+            hint,
+        )
+
+
+def packed_bytes(format: Format, shape: tuple[int, int], scheme: Scheme) -> int:
+    """What a layer of ``shape`` takes, without its bias, as llmq writes it."""
+    return sum(stored.num_bytes for stored in format.layout(shape, scheme).values())
+
+
+def write_configs(source: Path, target: Path, format: Format, quantization: dict[str, Any]) -> None:
+    """config.json: that of ``source``, with ``quantization``, which the format's other files repeat."""
+    config = read_json(source / "config.json")
+    config.pop("_name_or_path", None)  # often a path of the machine that saved it
+    write_json(target / "config.json", config | {"quantization_config": quantization})
+    for name in format.config_files:
+        write_json(target / name, quantization)

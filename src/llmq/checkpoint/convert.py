@@ -1,0 +1,157 @@
+"""From one format of quantized weights to another that holds the same numbers: no code, scale or zero point changes.
+
+Layer by layer, from shard to shard: at any moment the memory holds one layer and the shard that is being filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmq.checkpoint import folder as folders
+from llmq.checkpoint.config import ModelConfig, read_config
+from llmq.checkpoint.formats import (
+    WRITER,
+    Format,
+    check_shape,
+    format_for,
+    is_packed,
+    open_format,
+    write_configs,
+)
+from llmq.checkpoint.formats.packed import DAMAGED
+from llmq.checkpoint.tensors import ShardWriter, Tensors
+from llmq.errors import LlmqError
+from llmq.scheme import Scheme
+
+Progress = Callable[[int, int, str], None]
+"""Called with (layers done, layers in all, name of the layer just done)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was done. ``bytes_before`` and ``bytes_after`` count tensors; ``scheme`` is as the new folder says it."""
+
+    model: str
+    output: str
+    source_format: str
+    format: str
+    scheme: str
+    layers: int
+    bytes_before: int
+    bytes_after: int
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def convert(
+    model: str,
+    output: str | Path,
+    format: str,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write the quantized ``model`` (a folder or a hub id) to the folder ``output`` in ``format``.
+
+    Raises LlmqError when the format cannot hold the same numbers; ``output`` is then as it was.
+    """
+    output = Path(output)
+    folders.check_output(output, overwrite=overwrite)
+    folder = folders.resolve(model, revision)
+    config, tensors = read_config(folder), Tensors(folder)
+    source = open_format(config)
+    if source is None:
+        raise LlmqError(f"{model} is not quantized", f"quantize it: llmq quantize {model} -o FOLDER --format {format}")
+    packed, ignored = _layers(config, tensors, source)
+    target = format_for(format, _scheme(packed, tensors, source))
+    if target.name == source.name:
+        raise LlmqError(
+            f"{model} is in the {target.title} format already", "choose another --format, or copy the folder"
+        )
+    of_packed = {name for layer in packed for name in tensors.infos if name.startswith(f"{layer}.")}
+    kept = [name for name in tensors.infos if name not in of_packed or name.endswith(".bias")]
+    folders.check_disk_space(output, tensors.num_bytes)
+
+    with folders.write_folder(output, overwrite=overwrite) as partial:
+        writer = ShardWriter(partial)
+        for done, name in enumerate(packed, start=1):
+            weight = source.unpack(name, tensors)
+            check_shape(target, name, weight.shape, "choose --format compressed-tensors, which packs any size")
+            assert target.scheme is not None
+            writer.add_all(target.pack(name, replace(weight, scheme=target.scheme)))
+            if progress is not None:
+                progress(done, len(packed), name)
+        for name in kept:
+            writer.add(name, tensors.load(name))
+        writer.close()
+        folders.copy_side_files(folder, partial)
+        quantization = target.config_dict(quantized=packed, ignored=ignored, writer=WRITER)
+        write_configs(folder, partial, target, quantization)
+        _write_card(folder, partial, source, target)
+    return Conversion(
+        model=model,
+        output=str(output),
+        source_format=source.name,
+        format=target.name,
+        scheme=str(target.scheme),
+        layers=len(packed),
+        bytes_before=tensors.num_bytes,
+        bytes_after=writer.num_bytes,
+        warnings=() if target.caveat is None else (target.caveat,),
+    )
+
+
+def _layers(config: ModelConfig, tensors: Tensors, source: Format) -> tuple[list[str], list[str]]:
+    """The packed linear layers of the decoder blocks, and the others. LlmqError for packed ones elsewhere."""
+    linears = [f"model.layers.{layer}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
+    packed = [name for name in linears if is_packed(source, name, tensors)]
+    marked = {name.removesuffix(f".{source.marker}") for name in tensors.infos if name.endswith(f".{source.marker}")}
+    for name in sorted(marked - set(packed)):
+        raise LlmqError(
+            f"{name} is packed, and is no linear layer of a decoder block", "llmq converts quantized blocks only"
+        )
+    if not packed:
+        raise LlmqError(
+            f"{tensors.folder} has no layer packed in the {source.title} format",
+            "its quantization_config is another folder's",
+        )
+    return packed, [name for name in linears if name not in set(packed)]
+
+
+def _scheme(packed: Sequence[str], tensors: Tensors, source: Format) -> Scheme:
+    """The one scheme of all packed layers: symmetric where every zero point is the middle code, declared or not."""
+    schemes = set()
+    for name in packed:
+        scheme = source.scheme_of(name)
+        if scheme is None:
+            raise LlmqError(f"{name} is packed, and quantization_config says that it is not", DAMAGED)
+        schemes.add(scheme)
+    if len(schemes) > 1:
+        raise LlmqError(
+            f"the layers have several schemes: {', '.join(sorted(map(str, schemes)))}",
+            "llmq writes one scheme for all: quantize the original model",
+        )
+    scheme = schemes.pop()
+    if scheme.symmetric:
+        return scheme
+    symmetric = all(
+        bool((source.unpack(name, tensors).zero_points == scheme.middle_code).all()) for name in packed
+    )  # an asymmetric model ends this at its first layer
+    return replace(scheme, symmetric=symmetric)
+
+
+def _write_card(source_folder: Path, target_folder: Path, source: Format, target: Format) -> None:
+    """README.md: the source's, and what was done to it."""
+    card = source_folder / "README.md"
+    before = card.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if card.exists() else ""
+    after = (
+        f"## Converted\n\nFrom the {source.title} format to {target.title} by {WRITER}: the same codes, scales and "
+        f"zero points, packed otherwise.\n\n```\nllmq convert FOLDER -o OUTPUT --format {target.name}\n```\n"
+    )
+    (target_folder / "README.md").write_text(before + after, encoding="utf-8")

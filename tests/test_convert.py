@@ -1,0 +1,305 @@
+"""``llmq convert`` and ``llmq inspect``: the same numbers in another format, and what a folder holds, to the layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import Result, llmq
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny
+
+from llmq.checkpoint.convert import convert
+from llmq.checkpoint.formats import FORMATS
+from llmq.checkpoint.inspect import inspect
+from llmq.checkpoint.tensors import Tensors
+from llmq.quant.pipeline import quantize
+from llmq.runtime.loader import load_decoder, open_source
+from llmq.scheme import Scheme
+
+LINEARS = 7 * 2
+ONE = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With biases, so that those are seen to survive."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", "qwen2")
+
+
+@pytest.fixture
+def w4(tmp_path: Path, tiny: Path) -> Path:
+    return quantized(tiny, tmp_path / "w4", Scheme(4, 32))
+
+
+def quantized(tiny: Path, folder: Path, scheme: Scheme, **options: Any) -> Path:
+    quantize(str(tiny), folder, method="rtn", scheme=scheme, device="cpu", **options)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    stored = Tensors(folder)
+    return {name: stored.load(name) for name in stored.infos}
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype
+        assert torch.equal(tensor, second[name]), name
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= fields
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, **changes: torch.Tensor) -> None:
+    """Change tensors of layer ONE."""
+    stored = load_file(folder / "model.safetensors")
+    stored |= {f"{ONE}.{suffix}": tensor for suffix, tensor in changes.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_refused(result: Result, message: str, code: int = 1) -> None:
+    lines = result.err.strip().splitlines()
+    assert result.code == code, result.err
+    assert [line.split(":")[0] for line in lines] == ["error", "hint"], result.err
+    assert message in lines[0]
+    assert result.out == ""
+
+
+# Convert
+
+
+@pytest.mark.parametrize(
+    ("scheme", "through"),
+    [
+        (Scheme(4, 32), "awq"),
+        (Scheme(4, 128, False), "awq"),
+        (Scheme(4, 64), "compressed-tensors"),
+        (Scheme(4, -1, False), "compressed-tensors"),
+        (Scheme(8, 32), "compressed-tensors"),
+        (Scheme(8, -1, False), "compressed-tensors"),
+    ],
+    ids=str,
+)
+def test_there_and_back_every_tensor_has_the_same_bytes(
+    tmp_path: Path, tiny: Path, scheme: Scheme, through: str
+) -> None:
+    source = quantized(tiny, tmp_path / "source", scheme, ignore=[ONE])
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert llmq("convert", source, "-o", there, "--format", through).code == 0
+    assert llmq("convert", there, "-o", back, "--format", "gptq").code == 0
+    assert_same_tensors(source, back)
+    first, last = (json.loads((folder / "quantize_config.json").read_text()) for folder in (source, back))
+    assert first == last
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 64, False)], ids=str)
+def test_all_formats_are_the_same_weights(tmp_path: Path, tiny: Path, scheme: Scheme) -> None:
+    """Quantized into each directly, and converted to each: one set of numbers."""
+    models = {}
+    for name in FORMATS:
+        direct, converted = tmp_path / name, tmp_path / f"to-{name}"
+        quantized(tiny, direct, scheme, format=name)
+        source = tmp_path / ("awq" if name == "compressed-tensors" else "gptq")
+        if name != "gptq":
+            assert llmq("convert", source, "-o", converted, "--format", name).code == 0
+            assert_same_tensors(direct, converted)
+            assert not (converted / "quantize_config.json").exists()
+        models[name] = load_decoder(open_source(direct, "cpu", torch.float32)).state_dict()
+    for name, weights in models.items():
+        for key, weight in weights.items():
+            assert torch.equal(weight, models["gptq"][key]), (name, key)
+
+
+def test_everything_else_in_the_folder_comes_along(tmp_path: Path, w4: Path) -> None:
+    (w4 / "NOTICE").write_text("keep me")
+    (w4 / "modeling.py").write_text("never me")
+    out = tmp_path / "out"
+    result = llmq("convert", w4, "-o", out, "--format", "awq", "--json")
+    report = json.loads(result.out)
+    assert (report["schema"], report["source_format"], report["format"]) == ("llmq.convert/1", "gptq", "awq")
+    assert (report["layers"], report["bytes_after"]) == (LINEARS, Tensors(out).num_bytes)
+    assert (out / "NOTICE").read_text() == "keep me"
+    assert (out / "tokenizer.json").read_bytes() == (w4 / "tokenizer.json").read_bytes()
+    assert not (out / "modeling.py").exists()
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (w4, out))
+    assert after.pop("quantization_config")["quant_method"] == "awq"
+    before.pop("quantization_config")
+    assert before == after
+    assert "From the GPTQ format to AWQ" in (out / "README.md").read_text()
+    assert str(tmp_path) not in (out / "README.md").read_text()
+
+
+def test_an_asymmetric_folder_says_how_transformers_reads_it(tmp_path: Path, tiny: Path) -> None:
+    source = quantized(tiny, tmp_path / "source", Scheme(4, 32, False), format="awq")
+    result = llmq("convert", source, "-o", tmp_path / "out", "--format", "compressed-tensors")
+    assert result.code == 0
+    assert "warning: transformers reads asymmetric" in result.err
+
+
+def test_a_model_that_is_not_quantized_is_not_converted(tmp_path: Path, tiny: Path) -> None:
+    assert_refused(llmq("convert", tiny, "-o", tmp_path / "out", "--format", "awq"), "is not quantized")
+
+
+def test_the_format_that_it_has_is_refused(tmp_path: Path, w4: Path) -> None:
+    assert_refused(llmq("convert", w4, "-o", tmp_path / "out", "--format", "gptq"), "in the GPTQ format already")
+
+
+def test_8_bits_do_not_fit_awq(tmp_path: Path, tiny: Path) -> None:
+    w8 = quantized(tiny, tmp_path / "w8", Scheme(8, 32))
+    result = llmq("convert", w8, "-o", tmp_path / "out", "--format", "awq")
+    assert_refused(result, "the AWQ format holds codes of 4 bits, and these have 8", code=2)
+    result = llmq("quantize", tiny, "-o", tmp_path / "out", "--bits", 8, "--format", "awq")
+    assert_refused(result, "the AWQ format holds codes of 4 bits, and these have 8", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_format_is_a_usage_error(tmp_path: Path, tiny: Path, w4: Path) -> None:
+    assert_refused(llmq("convert", w4, "-o", tmp_path / "out", "--format", "gguf"), "no format 'gguf'", code=2)
+    assert_refused(llmq("quantize", tiny, "-o", tmp_path / "out", "--format", "gguf"), "no format 'gguf'", code=2)
+
+
+def test_an_output_that_exists_is_kept(tmp_path: Path, w4: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert_refused(llmq("convert", w4, "-o", tmp_path / "out", "--format", "awq"), "exists already")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("form", ["awq", "compressed-tensors"])
+def test_groups_in_activation_order_stay_gptq(tmp_path: Path, w4: Path, form: str) -> None:
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    edit_tensors(w4, g_idx=(order // 32).int())
+    result = llmq("convert", w4, "-o", tmp_path / "out", "--format", form)
+    assert_refused(result, f"{ONE}: its groups are scattered by activation order")
+    assert [path.name for path in tmp_path.iterdir()] == ["w4"]
+
+
+def test_scales_that_the_format_cannot_hold_are_refused(tmp_path: Path, tiny: Path) -> None:
+    source = quantized(tiny, tmp_path / "source", Scheme(4, 32), format="compressed-tensors")
+    edit_tensors(source, weight_scale=torch.full((128, 8), 1e-30, dtype=torch.bfloat16))
+    result = llmq("convert", source, "-o", tmp_path / "out", "--format", "gptq")
+    assert_refused(result, f"{ONE}: scales in bfloat16 have no equal in fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_config_that_denies_a_packed_layer_is_refused(tmp_path: Path, w4: Path) -> None:
+    edit_config(w4, dynamic={f"-:{ONE}": {}})
+    result = llmq("convert", w4, "-o", tmp_path / "out", "--format", "awq")
+    assert_refused(result, f"{ONE} is packed, and quantization_config says that it is not")
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, w4: Path) -> None:
+    def interrupt(done: int, total: int, name: str) -> None:
+        if done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(w4), tmp_path / "out", "awq", progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["w4"]
+
+
+def test_several_schemes_in_one_folder_are_not_squeezed_into_one(tmp_path: Path, tiny: Path) -> None:
+    source = quantized(tiny, tmp_path / "source", Scheme(4, 32), format="compressed-tensors")
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    groups = json.loads((source / "config.json").read_text())["quantization_config"]["config_groups"]
+    edit_config(source, config_groups=groups | {"group_1": {"targets": [ONE], "weights": weights}})
+    result = llmq("convert", source, "-o", tmp_path / "out", "--format", "gptq")
+    assert_refused(result, "several schemes: int4 g32 sym, int8 row sym")
+
+
+def test_an_odd_size_is_packed_where_it_can_be(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", intermediate_size=240)
+    source = quantized(model, tmp_path / "source", Scheme(4, -1), format="compressed-tensors")
+    assert load_decoder(open_source(source, "cpu", torch.float32))
+    result = llmq("convert", source, "-o", tmp_path / "out", "--format", "gptq")
+    assert_refused(result, "packs multiples of 32")
+
+
+# Inspect
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_layer_is_told_with_its_scheme_and_bytes(tmp_path: Path, tiny: Path, form: str) -> None:
+    folder = quantized(tiny, tmp_path / "out", Scheme(4, 32, False), format=form, ignore=[ONE])
+    result = llmq("inspect", folder, "--json")
+    assert result.code == 0, result.out
+    facts = json.loads(result.out)
+    assert (facts["schema"], facts["format"]) == ("llmq.inspect/1", form)
+    assert facts["written_by"].startswith("llmq:")
+    assert facts["num_bytes"] == Tensors(folder).num_bytes
+    assert facts["problems"] == []
+    schemes = {layer["name"]: layer["scheme"] for layer in facts["layers"]}
+    assert len(schemes) == LINEARS
+    assert schemes.pop(ONE) == "F32"
+    assert set(schemes.values()) == {"int4 g32 asym"}
+    extra = {"gptq": 32 / 160, "awq": 0, "compressed-tensors": 0}[form]  # the group index, over the outputs
+    assert 4 + (16 + 4) / 32 <= facts["effective_bits"] <= 4 + (16 + 4) / 32 + 2 * extra + 0.02
+
+
+def test_a_plain_model_is_told_too(tiny: Path) -> None:
+    result = llmq("inspect", tiny)
+    assert result.code == 0
+    assert "not quantized" in result.out
+    assert "F32" in result.out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: edit_config(folder, group_size=64), "int4 g64 sym makes it"),
+        (lambda folder: edit_config(folder, bits=8), "int8 g32 sym makes it"),
+        (lambda folder: edit_config(folder, sym=False), "sym is False in config.json and True in quantize_config.json"),
+        (lambda folder: edit_tensors(folder, weight=torch.zeros(128, 256)), f"{ONE} is there twice"),
+        (lambda folder: edit_config(folder, dynamic={f"-:{ONE}": {}}), "quantization_config says that it is not"),
+        (lambda folder: edit_tensors(folder, scales=torch.zeros(8, 64).half()), f"{ONE}.scales is F16 [8, 64]"),
+    ],
+)
+def test_what_does_not_fit_together_is_said(w4: Path, damage: Any, message: str) -> None:
+    damage(w4)
+    result = llmq("inspect", w4)
+    assert result.code == 3
+    assert message in result.out
+    assert any(message in problem for problem in inspect(str(w4)).problems)
+
+
+def test_missing_and_surplus_layers_are_said(w4: Path) -> None:
+    stored = load_file(w4 / "model.safetensors")
+    stored["lm_head.qweight"] = stored.pop(f"{ONE}.qweight")
+    del stored["lm_head.weight"]
+    save_file(stored, w4 / "model.safetensors", metadata={"format": "pt"})
+    problems = "\n".join(inspect(str(w4)).problems)
+    for part in (f"{ONE}.weight is missing", "lm_head.weight is missing", "lm_head is packed, and is no linear layer"):
+        assert part in problems
+
+
+def test_a_format_that_llmq_does_not_read_is_an_error(tmp_path: Path, w4: Path) -> None:
+    edit_config(w4, quant_method="exl2")
+    assert_refused(llmq("inspect", w4), "'exl2', which is not supported")
+    assert_refused(llmq("generate", w4, "-p", "x"), "'exl2', which is not supported")
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert_refused(llmq("inspect", "./nowhere"), "there is no folder ./nowhere")
+    assert_refused(
+        llmq("convert", "./nowhere", "-o", tmp_path / "x", "--format", "awq"), "there is no folder ./nowhere"
+    )
+    assert not (tmp_path / "x").exists()
