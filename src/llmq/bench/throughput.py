@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from llmq.engine.scheduler import EngineStats
     from llmq.llm import LLM, RequestOutput
 
-WARM_UP_PROMPTS = 8
 WARM_UP_TOKENS = 8
 
 
@@ -115,9 +114,13 @@ def bench_throughput(
 
 
 def measure(llm: LLM, workload: Workload) -> tuple[Metrics, EngineStats, tuple[str, ...]]:
-    """Run the workload on a loaded model, after a short warm-up on other prompts."""
+    """Run the workload on a loaded model, after a short warm-up on other prompts.
+
+    The warm-up fills a step, as the workload will: what a GPU compiles and allocates for one is not measured.
+    """
     excluded, vocab_size = _special_tokens(llm.config), llm.config.vocab_size
-    warm_up = workload.warm_up_prompts(min(WARM_UP_PROMPTS, workload.num_prompts), vocab_size, excluded)
+    step = -(-llm.options.max_num_batched_tokens // workload.input_len) + 1
+    warm_up = workload.warm_up_prompts(min(step, workload.num_prompts), vocab_size, excluded)
     llm.generate(warm_up, _params(min(WARM_UP_TOKENS, workload.output_len)))
     llm.reset_stats()
     prompts = workload.prompts(vocab_size, excluded)
