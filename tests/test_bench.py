@@ -19,6 +19,7 @@ from tiny_models import save_tiny
 from llmq.bench.metrics import PERCENTILES, Distribution, Metrics, Timeline, percentile, summarize
 from llmq.bench.throughput import evaluate, measure
 from llmq.bench.workload import Workload
+from llmq.engine.options import EngineOptions
 from llmq.engine.request import SamplingParams
 from llmq.errors import FAILED, USAGE, LlmqError
 
@@ -175,6 +176,7 @@ def test_a_request_that_ends_early_has_failed() -> None:
 @dataclass
 class RecordingLLM:
     config: Any
+    options: EngineOptions = field(default_factory=lambda: EngineOptions(max_num_batched_tokens=32))
     stats: str = "warm-up"
     calls: list[tuple[list[list[int]], SamplingParams]] = field(default_factory=list)
 
@@ -192,7 +194,8 @@ def test_a_run_is_a_warm_up_on_other_prompts_and_then_fixed_greedy_work(tmp_path
     llm: Any = RecordingLLM(config_of(tmp_path, LLAMA_2_7B | fields))
     metrics, stats, errors = measure(llm, Workload(num_prompts=20, input_len=5, output_len=40))
     (warm_up, short), (prompts, params) = llm.calls
-    assert len(warm_up) < len(prompts) == 20
+    assert len(prompts) == 20
+    assert 32 < sum(map(len, warm_up)) < 32 + 2 * 5, "more than one step is filled, and not by a whole prompt"
     assert short.max_tokens < params.max_tokens == 40
     assert params.ignore_eos
     assert params.temperature == 0
