@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 from simulated_model import BLOCK
 
-from llmq.engine.admission import Limits
+from llmq.engine.admission import Limits, Rejected
 from llmq.engine.blocks import BlockManager
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import SamplingParams
+from llmq.engine.scheduler import Scheduler
 from llmq.errors import LlmqError
 
 
@@ -49,6 +52,30 @@ def test_unset_max_tokens_of_several_samples_leave_room_for_all() -> None:
 def test_a_prompt_that_fills_the_pool_leaves_no_room_for_an_answer() -> None:
     with pytest.raises(LlmqError, match="may take 161 tokens"):
         make_limits().max_total(160, ask(None))
+
+
+@pytest.mark.parametrize(
+    ("check", "prompt", "params", "options"),
+    [
+        ("context", 1000, ask(), {}),
+        ("step", 100, ask(), {"scheduler": "prefill-first", "max_num_batched_tokens": 99}),
+        ("sequences", 10, ask(n=5), {"max_num_seqs": 4}),
+        ("blocks", 100, ask(61), {}),
+    ],
+)
+def test_each_limit_has_a_counter_of_its_own(
+    check: str, prompt: int, params: SamplingParams, options: dict[str, object]
+) -> None:
+    limits = make_limits(**options)
+    with pytest.raises(Rejected) as refusal:
+        limits.max_total(prompt, params)
+    scheduler = Scheduler(limits.options, limits.blocks)
+    scheduler.reject(refusal.value.check)
+    counts = asdict(scheduler.stats)
+    assert {name: count for name, count in counts.items() if "rejected" in name and count} == {
+        "rejected": 1,
+        f"rejected_{check}": 1,
+    }
 
 
 @pytest.mark.parametrize("prompt", [1000, 1001, 5000])

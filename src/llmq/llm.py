@@ -19,7 +19,7 @@ from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import resolve
 from llmq.checkpoint.tokenizer import encode_chat, load_tokenizer
 from llmq.engine import request
-from llmq.engine.admission import Limits, format_cache_size
+from llmq.engine.admission import Limits, Rejected, format_cache_size
 from llmq.engine.baselines import BATCHINGS, BaselineScheduler, Batching
 from llmq.engine.blocks import BlockManager
 from llmq.engine.detokenizer import Detokenizer
@@ -238,7 +238,7 @@ class LLM:
             for index, (prompt, own, request_id) in enumerate(zip(prompts, each, ids, strict=True)):
                 output = self._submit(index, prompt, own, request_id)
                 if output.error is not None:
-                    self._scheduler.reject()
+                    self._scheduler.reject(output.error.check if isinstance(output.error, Rejected) else None)
                     yield output
             while self._live:
                 yield from self._step(streaming)

@@ -6,12 +6,23 @@ The other three are the scheduler's, step by step: blocks, tokens, sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llmq import memory
 from llmq.engine.blocks import BlockManager
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import SamplingParams
-from llmq.errors import CHECK_FAILED, LlmqError
+from llmq.errors import CHECK_FAILED, FAILED, LlmqError
+
+Check = Literal["context", "step", "sequences", "blocks"]
+
+
+class Rejected(LlmqError):
+    """A request that can never run here. ``check`` is the limit that it is over."""
+
+    def __init__(self, check: Check, message: str, hint: str, *, exit_code: int = FAILED) -> None:
+        super().__init__(message, hint, exit_code=exit_code)
+        self.check: Check = check
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +42,23 @@ class Limits:
         return prompt_ids[-longest:] if params.truncate == "left" else prompt_ids[:longest]
 
     def max_total(self, prompt_tokens: int, params: SamplingParams) -> int:
-        """How long a completion may get, prompt included. LlmqError, with the numbers, when it can never run."""
+        """How long a completion may get, prompt included. Rejected, with the numbers, when it can never run."""
         options, blocks = self.options, self.blocks
         if prompt_tokens >= self.context:
-            raise LlmqError(
+            raise Rejected(
+                "context",
                 f"the prompt has {prompt_tokens} tokens and the model's context is {self.context}, the answer included",
                 f"shorten the prompt to {self.context - 1} tokens or fewer, or pass --truncate left",
             )
         if options.scheduler == "prefill-first" and prompt_tokens > options.max_num_batched_tokens:
-            raise LlmqError(
+            raise Rejected(
+                "step",
                 f"the prompt has {prompt_tokens} tokens and a step computes {options.max_num_batched_tokens}",
                 "raise --max-num-batched-tokens, or pass --scheduler mixed, which computes prompts in chunks",
             )
         if params.width > options.seats:
-            raise LlmqError(
+            raise Rejected(
+                "sequences",
                 f"the request is {params.width} sequences and {options.seats} may run at once",
                 f"raise --max-num-seqs and --max-num-batched-tokens to {params.width}, or ask for fewer",
             )
@@ -55,7 +69,8 @@ class Limits:
             wanted = min(self.context, prompt_tokens + params.max_tokens)
         if blocks.worst_case(prompt_tokens, wanted, params.width) > blocks.total:
             several = "" if params.width == 1 else f"in each of {params.width} sequences, "
-            raise LlmqError(
+            raise Rejected(
+                "blocks",
                 f"prompt and answer may take {wanted} tokens and the whole KV cache holds {longest} {several}".strip(
                     ", "
                 ),

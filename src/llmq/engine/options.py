@@ -15,6 +15,8 @@ QueueOrder = Literal["fcfs", "priority"]
 SCHEDULERS: tuple[SchedulerPolicy, ...] = ("mixed", "prefill-first")
 PREEMPTIONS: tuple[Preemption, ...] = ("auto", "recompute", "swap")
 QUEUE_ORDERS: tuple[QueueOrder, ...] = ("fcfs", "priority")
+API_ONLY = ("ageing_steps", "watermark")
+"""Not on the command line: their defaults serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,8 @@ class EngineOptions:
         )
         for valid, name, rule in checks:
             if not valid:
-                flag = f"--{name.replace('_', '-')}"
-                raise LlmqError(f"{name} must be {rule}, not {getattr(self, name)}", f"check {flag}", exit_code=USAGE)
+                where = f"EngineOptions.{name}" if name in API_ONLY else f"--{name.replace('_', '-')}"
+                raise LlmqError(f"{name} must be {rule}, not {getattr(self, name)}", f"check {where}", exit_code=USAGE)
 
     @property
     def seats(self) -> int:

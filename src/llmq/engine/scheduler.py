@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Literal
 
+from llmq.engine.admission import Check
 from llmq.engine.blocks import BlockManager
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import MAX_SEQUENCES, FinishReason, Request, Sequence, alone, first_sequence, fork_sequence
@@ -53,7 +54,7 @@ class EngineStats:
     """Counts since the start, or since the last reset.
 
     preemptions      of those, ``swapped_out`` went to main memory and the rest are computed anew
-    rejected         requests refused at submission
+    rejected         requests refused at submission; rejected_* those of them that are over a limit, by the limit
     waits_*          steps in which the first in line was not let in, by the first check that it failed
     prefix_*         tokens looked up in the prefix cache, and found there
     """
@@ -66,6 +67,10 @@ class EngineStats:
     swapped_in: int = 0
     copies: int = 0
     rejected: int = 0
+    rejected_context: int = 0
+    rejected_step: int = 0
+    rejected_sequences: int = 0
+    rejected_blocks: int = 0
     waits_blocks: int = 0
     waits_tokens: int = 0
     waits_sequences: int = 0
@@ -165,9 +170,12 @@ class Scheduler:
         self._requests[request.request_id] = request
         _enqueue(self.waiting, request)
 
-    def reject(self) -> None:
-        """Count a request that was refused before it came here."""
+    def reject(self, check: Check | None = None) -> None:
+        """Count a request that was refused before it came here, by the ``check`` that it failed, if by one."""
         self.stats.rejected += 1
+        if check is not None:
+            counter = f"rejected_{check}"
+            setattr(self.stats, counter, getattr(self.stats, counter) + 1)
         self._refused += 1
 
     def abort(self, request_id: Hashable) -> None:
