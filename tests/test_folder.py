@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmq.checkpoint.folder import copy_side_files, resolve, write_folder
+from llmq.checkpoint.folder import check_disk_space, copy_side_files, resolve, write_folder
 from llmq.errors import LlmqError
 
 
@@ -115,3 +115,8 @@ def test_a_place_that_may_not_be_written_is_refused_before_work(tmp_path: Path) 
     tmp_path.chmod(0o500)
     with pytest.raises(LlmqError, match="not writable"), write_folder(tmp_path / "model"):
         pass
+
+
+def test_a_disk_too_full_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(LlmqError, match=r"takes about 1048576.00 GiB and the disk has .* free"):
+        check_disk_space(tmp_path / "model", 2**50)

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from llmq.errors import LlmqError
+from llmq.memory import format_bytes
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -94,7 +95,7 @@ def check_disk_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(_existing_parent(output)).free
     if free < needed:
         raise LlmqError(
-            f"writing {output} takes about {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free",
+            f"writing {output} takes about {format_bytes(needed)} and the disk has {format_bytes(free)} free",
             "free some space, or choose another --output",
         )
 
