@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +184,6 @@ def test_a_reader_that_leaves_ends_the_run_quietly(tiny: Path) -> None:
 
 
 def test_ctrl_c_ends_with_130_and_keeps_what_is_done(tiny: Path) -> None:
-    import signal
-
     write_prompts(400)
     command = [
         sys.executable,
@@ -198,7 +198,9 @@ def test_ctrl_c_ends_with_130_and_keeps_what_is_done(tiny: Path) -> None:
         "--max-num-seqs",
         "1",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # What a shell runs in the background ignores Ctrl-C, and so would its children.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while process.poll() is None and not (Path("out.jsonl").exists() and read_whole_lines("out.jsonl")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -31,6 +31,7 @@ from llmq.checkpoint.formats.packed import (
     check_regex,
     natural_groups,
     pack_words,
+    read_group_index,
     stored_scheme,
     stored_shape,
     unpack_words,
@@ -166,12 +167,7 @@ class CompressedTensors:
             zeros = torch.full(scales.shape, scheme.middle_code, dtype=torch.uint8, device=scales.device)
         else:
             zeros = unpack_words(tensors.load(f"{name}.weight_zero_point", device), scheme.bits, out_features)
-        index: Tensor | None = None
-        if f"{name}.weight_g_idx" in tensors:
-            index = tensors.load(f"{name}.weight_g_idx", device).long()
-            natural = torch.arange(in_features, device=index.device) // scheme.group_length(in_features)
-            if torch.equal(index, natural):
-                index = None
+        index = read_group_index(f"{name}.weight_g_idx", tensors, in_features, scheme, device)
         return QuantizedWeight(scheme, codes, scales, zeros, index)
 
     def config_dict(

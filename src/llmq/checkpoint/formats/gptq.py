@@ -30,6 +30,7 @@ from llmq.checkpoint.formats.packed import (
     check_regex,
     exact_fp16,
     pack_words,
+    read_group_index,
     stored_scheme,
     stored_shape,
     unpack_words,
@@ -149,12 +150,7 @@ class Gptq:
         qzeros = tensors.load(f"{name}.qzeros", device)
         zeros = (unpack_words(qzeros.t(), bits, out_features).int() + self.stored_zero_offset).to(torch.uint8)
         scales = tensors.load(f"{name}.scales", device).t()
-        index: Tensor | None = None
-        if f"{name}.g_idx" in tensors:
-            index = tensors.load(f"{name}.g_idx", device).long()
-            natural = torch.arange(in_features, device=index.device) // scheme.group_length(in_features)
-            if torch.equal(index, natural):
-                index = None
+        index = read_group_index(f"{name}.g_idx", tensors, in_features, scheme, device)
         return QuantizedWeight(scheme, codes, scales, zeros, index)
 
     def config_dict(

@@ -141,3 +141,14 @@ def unpack_words(words: Tensor, bits: int, rows: int) -> Tensor:
     shifts = torch.arange(per_word, device=words.device, dtype=torch.int32).mul(bits).view(1, per_word, 1)
     fields: Tensor = (words.unsqueeze(1) >> shifts) & (2**bits - 1)
     return fields.to(torch.uint8).reshape(-1, words.shape[1])[:rows]
+
+
+def read_group_index(tensor: str, tensors: Tensors, in_features: int, scheme: Scheme, device: str) -> Tensor | None:
+    """The group of each input channel, int64 [in]; None without such a tensor, or where groups are in their places."""
+    import torch
+
+    if tensor not in tensors:
+        return None
+    index = tensors.load(tensor, device).long()
+    natural = torch.arange(in_features, device=index.device) // scheme.group_length(in_features)
+    return None if torch.equal(index, natural) else index
