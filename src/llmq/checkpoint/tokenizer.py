@@ -13,7 +13,6 @@ class Tokenizer(Protocol):
     """The part of transformers' tokenizers that llmq uses."""
 
     bos_token_id: int | None
-    all_special_ids: list[int]
     chat_template: str | None
 
     def encode(self, text: str) -> list[int]: ...

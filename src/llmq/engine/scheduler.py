@@ -190,15 +190,10 @@ class Scheduler:
         """End ``sequence`` now, and free all it holds. A second call changes nothing."""
         if sequence.finish_reason is not None:
             return
-        request = sequence.request
-        sequence.finish_reason = reason
-        self.blocks.release(sequence)
-        request.live.remove(sequence)
-        if not request.live:
-            del self._requests[request.request_id]
+        if self._leave(sequence, reason):
             for queue in (self.running, self.waiting, self.swapped):
-                if request in queue:
-                    queue.remove(request)
+                if sequence.request in queue:
+                    queue.remove(sequence.request)
 
     # A step
 
@@ -540,13 +535,19 @@ class Scheduler:
             self._end(sequence, "length", progress)
 
     def _end(self, sequence: Sequence, reason: FinishReason, progress: Progress) -> None:
+        if self._leave(sequence, reason):
+            progress.finished.append(sequence.request)
+
+    def _leave(self, sequence: Sequence, reason: FinishReason) -> bool:
+        """Free what ``sequence`` holds; True when it was the last of its request, which is then known no more."""
         request = sequence.request
         sequence.finish_reason = reason
         self.blocks.release(sequence)
         request.live.remove(sequence)
-        if not request.live:
-            del self._requests[request.request_id]
-            progress.finished.append(request)
+        if request.live:
+            return False
+        del self._requests[request.request_id]
+        return True
 
     def _part(self, first: Sequence) -> list[Sequence]:
         """The samples of a request whose prompt is done: ``first``, and as many forks of it as it lacks."""
