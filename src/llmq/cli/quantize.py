@@ -14,7 +14,7 @@ from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
 from llmq.quant.options import DEFAULTS, GPTQ, Calibration
-from llmq.scheme import BITS, GROUP_SIZES, Scheme
+from llmq.scheme import BITS, GROUP_SIZES, INT, Scheme
 
 if TYPE_CHECKING:
     from llmq.quant.report import QuantizationReport
@@ -29,7 +29,7 @@ def quantize(
     method: Annotated[
         str, typer.Option(help="gptq, or rtn (round to nearest: no data, less exact).")
     ] = DEFAULTS.method,
-    bits: Annotated[int, typer.Option(help=f"Bits of a weight: {', '.join(map(str, BITS))}.")] = _SCHEME.bits,
+    bits: Annotated[int, typer.Option(help=f"Bits of a weight: {', '.join(map(str, BITS[INT]))}.")] = _SCHEME.bits,
     group_size: Annotated[
         int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))} (a whole row).")
     ] = _SCHEME.group_size,

@@ -268,7 +268,9 @@ def _checked_shape(name: str, tensors: Tensors, options: QuantizeOptions) -> tup
         )
     out_features, in_features = info.shape
     if not scheme.divides(in_features):
-        fitting = ", ".join(str(size) for size in GROUP_SIZES if Scheme(scheme.bits, size).divides(in_features))
+        fitting = ", ".join(
+            str(size) for size in GROUP_SIZES if size and Scheme(scheme.bits, size).divides(in_features)
+        )
         raise LlmqError(
             f"groups of {scheme.group_size} do not divide the {in_features} inputs of {name}",
             f"--group-size {fitting} would, or leave such layers out: {leave_out}",

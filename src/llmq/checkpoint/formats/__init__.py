@@ -102,12 +102,13 @@ def format_for(name: str, scheme: Scheme) -> Format:
     reason = FORMATS[name].why_not(scheme)
     if reason is not None:
         fitting = [other for other, kind in FORMATS.items() if kind.why_not(scheme) is None]
-        raise LlmqError(reason, f"{scheme} fits --format {_listed(fitting)}", exit_code=USAGE)
+        hint = f"{scheme} fits --format {_listed(fitting)}" if fitting else "choose --bits 4 or 8"
+        raise LlmqError(reason, hint, exit_code=USAGE)
     return FORMATS[name].for_scheme(scheme)
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + f" or {names[-1]}"
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def is_packed(format: Format | None, name: str, tensors: Tensors) -> bool:

@@ -32,6 +32,7 @@ from llmq.checkpoint.formats.packed import (
     stored_scheme,
     stored_shape,
     unpack_words,
+    why_not_packed,
 )
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors
@@ -66,9 +67,9 @@ class Awq:
     @staticmethod
     def why_not(scheme: Scheme) -> str | None:
         """Why ``scheme`` cannot be held; None when it can."""
-        return (
-            None if scheme.bits == BITS else f"the AWQ format holds codes of {BITS} bits, and these have {scheme.bits}"
-        )
+        if scheme.bits != BITS:
+            return f"the AWQ format holds codes of {BITS} bits, and these have {scheme.bits}"
+        return why_not_packed(scheme)
 
     @classmethod
     def for_scheme(cls, scheme: Scheme) -> Awq:

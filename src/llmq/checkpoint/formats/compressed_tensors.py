@@ -35,6 +35,7 @@ from llmq.checkpoint.formats.packed import (
     stored_scheme,
     stored_shape,
     unpack_words,
+    why_not_packed,
 )
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors
@@ -86,8 +87,8 @@ class CompressedTensors:
 
     @staticmethod
     def why_not(scheme: Scheme) -> str | None:
-        """Every scheme can be held."""
-        return None
+        """Why ``scheme`` cannot be held; None when it can."""
+        return why_not_packed(scheme)
 
     @classmethod
     def for_scheme(cls, scheme: Scheme) -> CompressedTensors:

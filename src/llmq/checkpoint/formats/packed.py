@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmq.checkpoint.tensors import TensorInfo, Tensors
 from llmq.errors import LlmqError
-from llmq.scheme import Scheme
+from llmq.scheme import INT, WHOLE_TENSOR, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,16 +74,27 @@ def stored_shape(name: str, tensors: Tensors) -> tuple[int, int]:
     return info.shape[0], info.shape[1]
 
 
+def why_not_packed(scheme: Scheme) -> str | None:
+    """Why words of integer codes, with no more than a scale and a zero point for each group, cannot hold ``scheme``."""
+    if scheme.number != INT or scheme.activation_bits != 16 or scheme.group_size == WHOLE_TENSOR:
+        return f"the format holds integers with 16-bit activations, by group or row, and not {scheme}"
+    return None if scheme.bits in (4, 8) else f"codes of {scheme.bits} bits are not supported"
+
+
 def stored_scheme(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
     """The scheme that a quantization_config states. LlmqError when it is none that llmq reads."""
     try:
-        return Scheme(int(bits), int(group_size), bool(symmetric))
+        scheme = Scheme(int(bits), int(group_size), bool(symmetric))
     except (TypeError, ValueError):
         raise LlmqError(
             f"quantization_config states {bits!r} bits in groups of {group_size!r}", DAMAGED_CONFIG
         ) from None
     except LlmqError as error:
         raise LlmqError(f"the folder's weights: {error.message}", "quantize the original model by llmq") from None
+    reason = why_not_packed(scheme)
+    if reason is not None:
+        raise LlmqError(f"the folder's weights: {reason}", "quantize the original model by llmq")
+    return scheme
 
 
 def check_regex(pattern: str) -> None:
