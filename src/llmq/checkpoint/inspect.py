@@ -128,7 +128,7 @@ def _strays(config: ModelConfig, format: Format | None, tensors: Tensors) -> Ite
     known = {f"model.layers.{block}.{linear}" for block in range(config.num_layers) for linear in config.linears}
     for tensor in tensors.infos:
         name, _, suffix = tensor.rpartition(".")
-        if suffix == format.marker and name not in known:
+        if suffix in format.markers and name not in known:
             yield f"{name} is packed, and is no linear layer of a decoder block of config.json"
 
 
