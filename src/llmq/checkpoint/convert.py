@@ -19,6 +19,7 @@ from llmq.checkpoint.formats import (
     format_for,
     is_packed,
     open_format,
+    packed_layers,
     write_configs,
 )
 from llmq.checkpoint.formats.packed import stated_scheme
@@ -111,13 +112,7 @@ def _layers(config: ModelConfig, tensors: Tensors, source: Format) -> tuple[list
     """The packed linear layers of the decoder blocks, and the others. LlmqError for packed ones elsewhere."""
     linears = [f"model.layers.{layer}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
     packed = [name for name in linears if is_packed(source, name, tensors)]
-    marked = {
-        name.removesuffix(f".{marker}")
-        for name in tensors.infos
-        for marker in source.markers
-        if name.endswith(f".{marker}")
-    }
-    for name in sorted(marked - set(packed)):
+    for name in sorted(packed_layers(source, tensors) - set(packed)):
         raise LlmqError(
             f"{name} is packed, and is no linear layer of a decoder block", "llmq converts quantized blocks only"
         )

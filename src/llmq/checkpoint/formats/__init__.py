@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from llmq import __version__
 from llmq.checkpoint.config import ModelConfig, read_json
 from llmq.checkpoint.formats.awq import Awq
+from llmq.checkpoint.formats.bitsandbytes import BitsAndBytes
 from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmq.checkpoint.formats.gptq import Gptq
 from llmq.checkpoint.formats.packed import HEAD, Layout
@@ -82,7 +83,7 @@ class Format(Protocol):
         linear layers, the program, and a setting of the GPTQ method."""
 
 
-FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Gptq, Awq, CompressedTensors)}
+FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Gptq, Awq, CompressedTensors, BitsAndBytes)}
 
 
 def open_format(config: ModelConfig) -> Format | None:
@@ -135,6 +136,16 @@ def _listed(names: Sequence[str]) -> str:
 def is_packed(format: Format | None, name: str, tensors: Tensors) -> bool:
     """Are the weights of layer ``name`` in the folder's format? Else they are as in the original."""
     return format is not None and any(f"{name}.{marker}" in tensors for marker in format.markers)
+
+
+def packed_layers(format: Format, tensors: Tensors) -> set[str]:
+    """The names of all layers in the folder's format."""
+    return {
+        name.removesuffix(f".{marker}")
+        for name in tensors.infos
+        for marker in format.markers
+        if name.endswith(f".{marker}")
+    }
 
 
 def check_shape(format: str, name: str, shape: tuple[int, int], hint: str) -> None:

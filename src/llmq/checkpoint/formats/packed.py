@@ -34,11 +34,12 @@ ORIGINAL = "quantize the original model by llmq"
 @dataclass(frozen=True, slots=True)
 class Stored:
     """One tensor of a packed layer, as its header says it. ``dtypes`` are safetensors' names for the element types that
-    are read; the first is the one that is written."""
+    are read; the first is the one that is written. A ``text`` may be of any length when it is read."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = ("I32",)
     optional: bool = False
+    text: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -66,7 +67,7 @@ def contradictions(name: str, infos: Mapping[str, TensorInfo], layout: Layout, s
         if info is None:
             if not stored.optional:
                 yield f"{name}.{suffix} is missing"
-        elif info.shape != stored.shape or info.dtype not in stored.dtypes:
+        elif (info.shape != stored.shape and not stored.text) or info.dtype not in stored.dtypes:
             yield (
                 f"{name}.{suffix} is {info.dtype} {list(info.shape)}, and {scheme} makes it "
                 f"{' or '.join(stored.dtypes)} {list(stored.shape)}"
