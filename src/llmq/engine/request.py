@@ -200,16 +200,15 @@ class Sequence:
     index: int
     token_ids: list[int]
     """Of the prompt and of the completion."""
-    tables: list[list[int]]
-    """For each group of layers, the blocks that hold the keys and values; see ``engine.blocks``."""
+    tables: tuple[list[int], ...]
+    """For each group of layers, the blocks that hold the keys and values; see ``engine.blocks``. Plans hold these very
+    lists: they are only appended to. Whatever else becomes of a table, it becomes another list."""
     sampling: RowSampling
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative: float = 0.0
     """Log-probability of a beam, or of a sample of best_of."""
     computed: int = 0
     scheduled: int = 0
-    table_view: tuple[tuple[int, ...], ...] | None = None
-    """``tables`` as plans hold them, until they change."""
     published: int = 0
     """Full blocks that the prefix cache has been told of, and its entry of the last one."""
     entry: Entry | None = None
@@ -233,13 +232,6 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
-    def block_tables(self) -> tuple[tuple[int, ...], ...]:
-        # A table changes once in block_size tokens. Making it anew each step would cost more the longer the context.
-        if self.table_view is None:
-            self.table_view = tuple(map(tuple, self.tables))
-        return self.table_view
-
-    @property
     def banned(self) -> tuple[int, ...]:
         """Tokens that must not be drawn yet."""
         return tuple(sorted(self.request.stop_ids)) if self.num_output < self.request.params.min_tokens else ()
@@ -257,13 +249,13 @@ def first_sequence(request: Request, sequence_id: int, num_groups: int) -> Seque
         samples=1 if request.beams else request.params.width,
         beams=request.params.beam_width * (1 + max(1, len(request.stop_ids))),
     )
-    tables: list[list[int]] = [[] for _ in range(num_groups)]
+    tables: tuple[list[int], ...] = tuple([] for _ in range(num_groups))
     return Sequence(sequence_id, request, 0, request.prompt_ids.copy(), tables, sampling)
 
 
 def fork_sequence(parent: Sequence, sequence_id: int, index: int) -> Sequence:
     """A sequence with the tokens of ``parent``, and noise of its own. Its blocks are the BlockManager's to fork."""
-    child = Sequence(sequence_id, parent.request, index, parent.token_ids.copy(), [], alone(parent, index))
+    child = Sequence(sequence_id, parent.request, index, parent.token_ids.copy(), (), alone(parent, index))
     child.logprobs = parent.logprobs.copy()
     child.cumulative = parent.cumulative
     return child
