@@ -397,7 +397,7 @@ class BlockManager:
         size = self.block_size
         while len(entries) < most:
             start = len(entries) * size
-            tokens = tuple(sequence.token_ids[start : start + size])
+            tokens = sequence.token_ids[start : start + size].tobytes()
             entry = self._cache.find(entries[-1] if entries else None, tokens)
             if entry is None:
                 break
@@ -424,13 +424,9 @@ class BlockManager:
         for elder in elders:
             most = min(elder.computed, sequence.total - 1) // size
             length = 0
-            while length < most and all(
-                mine == its
-                for mine, its in zip(
-                    sequence.token_ids[length * size : (length + 1) * size],
-                    elder.token_ids[length * size : (length + 1) * size],
-                    strict=True,
-                )
+            while length < most and (
+                sequence.token_ids[length * size : (length + 1) * size]
+                == elder.token_ids[length * size : (length + 1) * size]
             ):
                 length += 1
             if length > len(best[0]):
@@ -458,7 +454,7 @@ class BlockManager:
             sequence.published, sequence.entry = 0, None
         while sequence.published < sequence.computed // size:
             index = sequence.published
-            entry = self._cache.enter(sequence.entry, tuple(sequence.token_ids[index * size : (index + 1) * size]))
+            entry = self._cache.enter(sequence.entry, sequence.token_ids[index * size : (index + 1) * size].tobytes())
             for group, table in enumerate(sequence.tables):
                 block, known = table[index], entry.blocks[group]
                 if not block or block == known or self._refs[known]:
