@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llmq.checkpoint.formats import format_for
+from llmq.checkpoint.formats import check_holds
 from llmq.errors import USAGE, LlmqError
 from llmq.scheme import Scheme
 
@@ -55,7 +55,7 @@ class QuantizeOptions:
             raise LlmqError(
                 f"there is no method {self.method!r}", f"choose --method {' or '.join(METHODS)}", exit_code=USAGE
             )
-        format_for(self.format, self.scheme)
+        check_holds(self.format, self.scheme)
 
 
 DEFAULTS = QuantizeOptions()

@@ -114,7 +114,7 @@ class Job:
 
     @property
     def format(self) -> Format:
-        return format_for(self.options.format, self.options.scheme)
+        return format_for(self.options.format, dict.fromkeys(self.shapes, self.options.scheme))
 
     @property
     def kept_tensors(self) -> list[str]:
@@ -276,7 +276,7 @@ def _checked_shape(name: str, tensors: Tensors, options: QuantizeOptions) -> tup
             f"--group-size {fitting} would, or leave such layers out: {leave_out}",
         )
     check_shape(
-        format_for(options.format, scheme),
+        options.format,
         name,
         (out_features, in_features),
         f"leave such layers out: {leave_out}, or choose --format compressed-tensors",
