@@ -11,7 +11,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmq.checkpoint.config import ARCHITECTURES, ModelConfig, Rope, read_config
+from llmq.checkpoint.config import ARCHITECTURES, ModelConfig, read_config
+from llmq.checkpoint.rope import Rope
 from llmq.errors import LlmqError
 
 LLAMA: dict[str, Any] = {
@@ -36,7 +37,7 @@ def test_missing_heads_are_derived(tmp_path: Path) -> None:
 
 def test_null_means_missing(tmp_path: Path) -> None:
     config = read(tmp_path, head_dim=None, num_key_value_heads=None, rope_scaling=None)
-    assert (config.num_kv_heads, config.head_dim, config.rope) == (4, 16, Rope())
+    assert (config.num_kv_heads, config.head_dim, config.ropes) == (4, 16, (Rope(),) * 4)
 
 
 def test_a_head_dim_unlike_hidden_over_heads_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -55,7 +56,9 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
     ],
 )
 def test_rope_is_read_the_old_way_and_the_new(tmp_path: Path, fields: dict[str, Any]) -> None:
-    assert read(tmp_path, **fields).rope == Rope(5e5, "llama3", 8.0, 1.0, 4.0, 64)
+    assert read(tmp_path, **fields).ropes[0] == Rope(
+        5e5, "llama3", factor=8.0, original_context=64, low_freq_factor=1.0, high_freq_factor=4.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_rope_is_read_the_old_way_and_the_new(tmp_path: Path, fields: dict[str, 
 def test_windows_follow_the_rules_of_each_architecture(
     tmp_path: Path, architecture: str, fields: dict[str, Any], windows: tuple[int | None, ...]
 ) -> None:
-    assert read(tmp_path, architectures=[architecture], **fields).windows == windows
+    assert read(tmp_path, architectures=[architecture], num_key_value_heads=2, **fields).windows == windows
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -97,7 +100,6 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, architecture: str) -
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.rms_norm_eps == theirs.rms_norm_eps
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.context_length == theirs.max_position_embeddings
 
@@ -120,7 +122,7 @@ def test_without_generation_config_the_eos_is_that_of_config(tmp_path: Path) -> 
         ({"num_hidden_layers": "many"}, "'num_hidden_layers'"),
         ({"vocab_size": None}, "'vocab_size'"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "RoPE scaling 'spiral'"),
         ({"dtype": "int7"}, "dtype 'int7'"),
         ({"num_key_value_heads": 3}, "cannot share 3"),
     ],

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmq.errors import LlmqError
-from llmq.runtime.decoder import CausalAttention, DecoderLayer, rotary_angles
+from llmq.runtime.decoder import CausalAttention, DecoderLayer, embed
 from llmq.runtime.loader import EMBEDDING, Source
+from llmq.runtime.rotary import rotary_angles
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens in one forward pass: what a block's activations take of memory, whatever the number of windows."""
@@ -33,18 +33,18 @@ class HiddenStates:
 
     def __init__(self, source: Source, windows: Tensor) -> None:
         """Embed ``windows``, token ids [windows, tokens]."""
-        config = source.config
         count, length = windows.shape
+        config = source.config.for_context(length)
         batch_windows = max(1, min(count, MICRO_BATCH_TOKENS // length))
         self.tokens = windows.numel()
         self.device = source.device
         self.attend = CausalAttention(length)
-        self.rotation = rotary_angles(config, torch.arange(length, device=self.device).repeat(batch_windows))
+        self.rotations = rotary_angles(config, torch.arange(length, device=self.device).repeat(batch_windows))
         width = config.hidden_size + config.num_heads * config.head_dim
         self.home = self._home(self.tokens * width * source.dtype.itemsize)
         embedding = source.load(f"{EMBEDDING}.weight")
         self.inputs = [
-            F.embedding(part.flatten().to(self.device), embedding).to(self.home)
+            embed(config, embedding, part.flatten().to(self.device)).to(self.home)
             for part in torch.split(windows, batch_windows)
         ]
         self.mixed: list[Tensor] = []
@@ -87,7 +87,7 @@ class HiddenStates:
         self.mixed = []
 
     def _mix(self, block: DecoderLayer, number: int) -> Tensor:
-        x, (cos, sin) = self.inputs[number].to(self.device), self.rotation
+        x, (cos, sin) = self.inputs[number].to(self.device), self.rotations[block.self_attn.rope]
         return block.mix(x, None, (cos[: len(x)], sin[: len(x)]), self.attend)
 
     def _finish(self, block: DecoderLayer, number: int) -> Tensor:
