@@ -49,17 +49,20 @@ class HiddenStates:
         ]
         self.mixed: list[Tensor] = []
 
-    def second_moment(self, block: DecoderLayer, linear: str, name: str) -> Tensor:
+    def second_moment(self, block: DecoderLayer, linear: str, name: str) -> Tensor | None:
         """2/n Σ x xᵀ, fp32 [in, in], over all n inputs x of the layer ``linear`` in the step of ``block`` that comes
-        next: the Hessian of the layer's squared output error. Raises LlmqError, naming it ``name``, when the inputs are
-        not finite."""
+        next: the Hessian of the layer's squared output error. None for an expert that no token was sent to. Raises
+        LlmqError, naming it ``name``, when the inputs are not finite."""
         module = block.get_submodule(linear)
         assert isinstance(module, nn.Linear)
         total = torch.zeros(module.in_features, module.in_features, device=self.device)
+        seen = 0
 
         def accumulate(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            nonlocal seen
             x = inputs[0].float()
             total.addmm_(x.t(), x)
+            seen += len(x)
             raise _Captured
 
         step = self._finish if self.mixed else self._mix
@@ -75,7 +78,7 @@ class HiddenStates:
                 f"{name}: its inputs on the calibration text are not finite",
                 "the model's weights are damaged, or its dtype is too narrow for it: try --device cpu",
             )
-        return total.mul_(2 / self.tokens)
+        return total.mul_(2 / seen) if seen else None
 
     def mix(self, block: DecoderLayer) -> None:
         self.mixed = [self._mix(block, number).to(self.home) for number in range(len(self.inputs))]
