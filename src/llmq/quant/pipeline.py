@@ -235,31 +235,32 @@ class Job:
     def _made(self, weights: Mapping[str, Tensor], hessian: Tensor | None) -> dict[str, QuantizedWeight]:
         """What the method's rounding makes of ``weights``; nothing where it has to give up."""
         method, schemes = self.options.choice.method, self.schemes
-        if method == GPTQ and hessian is not None:
-            together: dict[Scheme, list[str]] = {}
-            for name in weights:
-                together.setdefault(schemes[name], []).append(name)
-            made: dict[str, QuantizedWeight] = {}
-            with suppress(gptq.NotPositiveDefinite):
-                for scheme, names in together.items():
-                    layers = [weights[name] for name in names]
-                    rounded = gptq.quantize_weights(layers, scheme, hessian, self.options.act_order)
-                    made |= zip(names, rounded, strict=True)
-            return made
+        if method == GPTQ:
+            return {} if hessian is None else self._made_by_gptq(weights, hessian)
         if method == BNB:
             return {name: bnb.quantize_weight(weight, schemes[name]) for name, weight in weights.items()}
         return {
-            name: rtn.quantize_weight(weight, schemes[name], self._clipping(name, schemes[name], hessian))
+            name: rtn.quantize_weight(weight, schemes[name], self._clipping(name, weight, hessian))
             for name, weight in weights.items()
         }
 
-    def _clipping(self, name: str, scheme: Scheme, hessian: Tensor | None) -> Tensor | None:
+    def _made_by_gptq(self, weights: Mapping[str, Tensor], hessian: Tensor) -> dict[str, QuantizedWeight]:
+        together: dict[Scheme, list[str]] = {}
+        for name in weights:
+            together.setdefault(self.schemes[name], []).append(name)
+        made: dict[str, QuantizedWeight] = {}
+        with suppress(gptq.NotPositiveDefinite):
+            for scheme, names in together.items():
+                layers = [weights[name] for name in names]
+                made |= zip(names, gptq.quantize_weights(layers, scheme, hessian, self.options.act_order), strict=True)
+        return made
+
+    def _clipping(self, name: str, weight: Tensor, hessian: Tensor | None) -> Tensor | None:
         """By what clipping is judged; None: there is none."""
         if self.options.clip:
-            in_features = _shape(name, self.source.tensors)[1]
-            return torch.ones(in_features, device=self.source.device)
+            return weight.new_ones(weight.shape[1])
         if self.options.choice.method == AWQ and hessian is not None and not name.endswith(awq.UNCLIPPED):
-            return group_blocks(hessian, scheme)
+            return group_blocks(hessian, self.schemes[name])
         return None
 
 
