@@ -22,6 +22,8 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+SEPARATE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
+"""Files that say what config.json has as ``quantization_config``, and the method that they may not name."""
 MISTRAL_DEFAULT_WINDOW = 4096
 """transformers' MistralConfig slides over 4,096 tokens when config.json does not name a window."""
 
@@ -64,7 +66,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     quantization: Mapping[str, Any] | None
-    """``quantization_config`` as it stands in config.json; ``checkpoint.formats`` reads it."""
+    """``quantization_config`` as the folder has it; ``checkpoint.formats`` reads it."""
 
     @property
     def dtype_bytes(self) -> int:
@@ -189,7 +191,7 @@ def read_config(folder: Path) -> ModelConfig:
         dtype=dtype,
         bos_token_id=raw.bos_token_id,
         eos_token_ids=_read_eos(folder, raw),
-        quantization=raw.quantization_config,
+        quantization=raw.quantization_config or _separate_quantization(folder),
     )
 
 
@@ -204,6 +206,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LlmqError(f"{path} does not hold a JSON object")
     return value
+
+
+def _separate_quantization(folder: Path) -> Mapping[str, Any] | None:
+    """What AutoAWQ's and AutoGPTQ's own folders say in a file beside config.json, in place of it."""
+    for name, method in SEPARATE.items():
+        if (folder / name).exists():
+            return {"quant_method": method, **read_json(folder / name)}
+    return None
 
 
 def _read_rope(raw: _Raw) -> Rope:
