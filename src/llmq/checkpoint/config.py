@@ -23,6 +23,8 @@ ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu
 """The names of config.json for what gates the MLP."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 """The kinds of layers, as ``layer_types`` names them."""
+SEPARATE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
+"""Files that say what config.json has as ``quantization_config``, and the method that they may not name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,9 @@ class ModelConfig:
     attention_softcap: float | None = None
     """A score s becomes softcap · tanh(s / softcap)."""
     logits_softcap: float | None = None
+=======
+    """``quantization_config`` as the folder has it; ``checkpoint.formats`` reads it."""
+>>>>>>> formats
 
     @property
     def dtype_bytes(self) -> int:
@@ -329,6 +334,9 @@ def read_config(folder: Path) -> ModelConfig:
         attention_scale=raw.query_pre_attn_scalar**-0.5 if gemma else None,
         attention_softcap=raw.attn_logit_softcapping if model_type == "gemma2" else None,
         logits_softcap=raw.final_logit_softcapping if gemma else None,
+=======
+        quantization=raw.quantization_config or _separate_quantization(folder),
+>>>>>>> formats
     )
 
 
@@ -354,6 +362,39 @@ def _architecture(folder: Path, names: object) -> Architecture:
             f"{folder}: the architecture {names[0]} is not supported", f"llmq runs {', '.join(ARCHITECTURES)}"
         )
     return found
+=======
+def _separate_quantization(folder: Path) -> Mapping[str, Any] | None:
+    """What AutoAWQ's and AutoGPTQ's own folders say in a file beside config.json, in place of it."""
+    for name, method in SEPARATE.items():
+        if (folder / name).exists():
+            return {"quant_method": method, **read_json(folder / name)}
+    return None
+
+
+def _read_rope(raw: _Raw) -> Rope:
+    # transformers 5 keeps everything under rope_parameters; before, rope_theta stood beside rope_scaling,
+    # whose kind was first called "type".
+    fields = dict(raw.rope_parameters or raw.rope_scaling or {})
+    fields.setdefault("rope_type", fields.get("type", "default"))
+    scaling = _RawRope.model_validate(fields)
+    theta = scaling.rope_theta or raw.rope_theta
+    match scaling.rope_type:
+        case "default":
+            return Rope(theta)
+        case "linear":
+            return Rope(theta, "linear", scaling.factor)
+        case "llama3":
+            return Rope(
+                theta,
+                "llama3",
+                scaling.factor,
+                scaling.low_freq_factor,
+                scaling.high_freq_factor,
+                scaling.original_max_position_embeddings,
+            )
+        case other:
+            raise LlmqError(f"the RoPE scaling {other!r} is not supported", "llmq runs default, linear, llama3")
+>>>>>>> formats
 
 
 def _layer_kinds(model_type: str, raw: _Raw) -> tuple[str, ...]:
