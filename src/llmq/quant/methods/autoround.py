@@ -155,11 +155,13 @@ def _input_energies(block: DecoderLayer, names: Iterable[str], states: HiddenSta
     return energies
 
 
-def _order(batches: int, steps: int, seed: int) -> list[int]:
+def _order(batches: int, steps: int, seed: int) -> Iterator[int]:
     """The batch of each step: all in random order, again and again."""
     generator = torch.Generator().manual_seed(seed)
-    epochs = [torch.randperm(batches, generator=generator) for _ in range(-(-steps // batches))]
-    return torch.cat(epochs)[:steps].tolist()
+    for step in range(steps):
+        if step % batches == 0:
+            order = torch.randperm(batches, generator=generator).tolist()
+        yield order[step % batches]
 
 
 @contextmanager
