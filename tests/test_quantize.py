@@ -135,7 +135,7 @@ def test_rtn_reads_no_text_and_reports_the_error_of_the_weights(tmp_path: Path, 
     assert all(layer.method == RTN and layer.error == layer.rtn_error for layer in report.layers)
     before = weights(tiny)
     for layer in report.layers:
-        restored = Gptq.for_scheme(W4).unpack(layer.name, Tensors(tmp_path / "out")).dequantize()
+        restored = Gptq.for_schemes({layer.name: W4}).unpack(layer.name, Tensors(tmp_path / "out")).dequantize()
         error, whole = (restored - before[f"{layer.name}.weight"]), before[f"{layer.name}.weight"]
         assert layer.error == pytest.approx(float(error.square().sum() / whole.square().sum()), rel=1e-4)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -11,12 +13,17 @@ from torch.nn import functional as F
 
 from llmq.errors import LlmqError
 from llmq.runtime.decoder import CausalAttention, DecoderLayer, rotary_angles
-from llmq.runtime.loader import EMBEDDING, Source
+from llmq.runtime.kernels.norm import add_rms_norm
+from llmq.runtime.loader import EMBEDDING, FINAL_NORM, HEAD, Source
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens in one forward pass: what a block's activations take of memory, whatever the number of windows."""
 GPU_SHARE = 4
 """Hidden states stay on a GPU when they take no more than one part in this many of its free memory."""
+
+
+class NotFinite(LlmqError):
+    """Activations are NaN or infinite. In fp32 they may not be."""
 
 
 class _Captured(Exception):
@@ -49,33 +56,60 @@ class HiddenStates:
         ]
         self.mixed: list[Tensor] = []
 
-    def second_moment(self, block: DecoderLayer, linear: str, name: str) -> Tensor:
-        """2/n Σ x xᵀ, fp32 [in, in], over all n inputs x of the layer ``linear`` in the step of ``block`` that comes
-        next: the Hessian of the layer's squared output error. Raises LlmqError, naming it ``name``, when the inputs are
-        not finite."""
-        module = block.get_submodule(linear)
-        assert isinstance(module, nn.Linear)
-        total = torch.zeros(module.in_features, module.in_features, device=self.device)
+    def sample(self, tokens: int) -> HiddenStates:
+        """The first batches, of about so many tokens in all, to pass the block on their own."""
+        some = copy.copy(self)
+        count = max(1, tokens // len(self.inputs[0]))
+        some.inputs, some.mixed = self.inputs[:count], self.mixed[:count]
+        some.tokens = sum(len(part) for part in some.inputs)
+        return some
 
-        def accumulate(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].float()
-            total.addmm_(x.t(), x)
+    def inputs_of(self, block: DecoderLayer, linear: str) -> Iterator[Tensor]:
+        """The inputs of the layer ``linear`` [tokens, in], batch by batch, in the step of ``block`` that comes next."""
+        seen: list[Tensor] = []
+
+        def capture(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen.append(inputs[0])
             raise _Captured
 
-        step = self._finish if self.mixed else self._mix
-        handle = module.register_forward_pre_hook(accumulate)
+        handle = block.get_submodule(linear).register_forward_pre_hook(capture)
         try:
             for number in range(len(self.inputs)):
                 with suppress(_Captured):
-                    step(block, number)
+                    self._output(block, number)
+                yield seen.pop()
         finally:
             handle.remove()
+
+    def second_moment(self, block: DecoderLayer, linear: str, name: str) -> Tensor:
+        """2/n Σ x xᵀ, fp32 [in, in], over all n inputs x of the layer ``linear`` in the step of ``block`` that comes
+        next: the Hessian of the layer's squared output error. Raises NotFinite, naming it ``name``, when the inputs are
+        not finite."""
+        return self._second_moment(self.inputs_of(block, linear), name)
+
+    def head_moment(self, source: Source) -> Tensor:
+        """The same of the model's head, once all blocks are passed."""
+        weight, eps = source.load(f"{FINAL_NORM}.weight"), source.config.rms_norm_eps
+        normed = (add_rms_norm(x.to(self.device), None, weight, eps) for x in self.inputs)
+        return self._second_moment(normed, HEAD)
+
+    def _second_moment(self, inputs: Iterator[Tensor], name: str) -> Tensor:
+        total: Tensor | None = None
+        for x in inputs:
+            moment = _moment(x)
+            total = moment if total is None else total.add_(moment)
+        assert total is not None
         if not total.isfinite().all():
-            raise LlmqError(
+            raise NotFinite(
                 f"{name}: its inputs on the calibration text are not finite",
-                "the model's weights are damaged, or its dtype is too narrow for it: try --device cpu",
+                "the model's weights are damaged: download or copy it again",
             )
         return total.mul_(2 / self.tokens)
+
+    def outputs(self, block: DecoderLayer) -> Iterator[Tensor]:
+        """What ``block`` adds to the residual stream by attention, or past ``mix`` by the MLP: [tokens, hidden], batch by
+        batch."""
+        return (self._output(block, number) for number in range(len(self.inputs)))
 
     def mix(self, block: DecoderLayer) -> None:
         self.mixed = [self._mix(block, number).to(self.home) for number in range(len(self.inputs))]
@@ -90,12 +124,29 @@ class HiddenStates:
         x, (cos, sin) = self.inputs[number].to(self.device), self.rotation
         return block.mix(x, None, (cos[: len(x)], sin[: len(x)]), self.attend)
 
+    def _output(self, block: DecoderLayer, number: int) -> Tensor:
+        if self.mixed:
+            return block.finish(self._residual(number), self.mixed[number].to(self.device))
+        out: Tensor = block.self_attn.o_proj(self._mix(block, number))
+        return out
+
     def _finish(self, block: DecoderLayer, number: int) -> Tensor:
-        residual = self.inputs[number].to(self.device, copy=True)  # the block adds to it in place
+        residual = self._residual(number)
         return residual.add_(block.finish(residual, self.mixed[number].to(self.device)))
+
+    def _residual(self, number: int) -> Tensor:
+        return self.inputs[number].to(self.device, copy=True)  # the block adds to it in place
 
     def _home(self, num_bytes: int) -> str:
         if not self.device.startswith("cuda"):
             return self.device
         free, _ = torch.cuda.mem_get_info(self.device)
         return self.device if num_bytes <= free // GPU_SHARE else "cpu"
+
+
+def _moment(x: Tensor) -> Tensor:
+    """Σ x xᵀ in fp32 over the rows of ``x``. A GPU multiplies 16-bit numbers exactly and sums them in fp32."""
+    if x.is_cuda and x.element_size() == 2:
+        return torch.mm(x.t(), x, out_dtype=torch.float32)
+    x = x.float()
+    return x.t() @ x

@@ -9,14 +9,16 @@ group is a run of neighbours, whenever they are rounded, and the order costs not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.quant.affine import decode, encode, fit_grid
-from llmq.scheme import Scheme
+from llmq.quant.options import DYNAMIC, OFF, STATIC
+from llmq.scheme import WHOLE_TENSOR, Scheme
 
-STATIC, DYNAMIC, OFF = ACT_ORDERS = "static", "dynamic", "off"
 DAMP_PERCENT = 0.01
 """Added to the Hessian's diagonal, as a share of its mean."""
 DAMP_TRIES = 3
@@ -27,6 +29,19 @@ BLOCK = 128
 
 class NotPositiveDefinite(ArithmeticError):
     """The Hessian cannot be factored, however much it is damped."""
+
+
+def quantize_weights(
+    weights: Sequence[Tensor], scheme: Scheme, hessian: Tensor, act_order: str = STATIC
+) -> list[QuantizedWeight]:
+    """Quantize layers that have the same inputs. As ``quantize_weight`` of each, but their rows, one below
+    another, take no more steps than one layer's, and one inverse."""
+    if scheme.group_size == WHOLE_TENSOR:
+        return [quantize_weight(weight, scheme, hessian, act_order) for weight in weights]
+    stacked = quantize_weight(torch.cat(tuple(weights)), scheme, hessian, act_order)
+    rows = [len(weight) for weight in weights]
+    parts = zip(*(torch.split(x, rows) for x in (stacked.codes, stacked.scales, stacked.zero_points)), strict=True)
+    return [QuantizedWeight(scheme, *part, group_index=stacked.group_index) for part in parts]
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme, hessian: Tensor, act_order: str = STATIC) -> QuantizedWeight:
@@ -87,5 +102,6 @@ def _compensation(hessian: Tensor, order: Tensor) -> Tensor:
             factor = lower.flip(0, 1)
             del lower
             upper = torch.eye(len(factor), device=factor.device)
-            return torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
+            torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
+            return upper
     raise NotPositiveDefinite
