@@ -7,7 +7,8 @@ All layers of a decoder block learn together, to bring its output back to what i
     weight     ≈ scale · (clamp(round(weight / scale + offset) + zero, 0, 2^bits − 1) − zero)       |offset| ≤ ½
 
 Offsets and clips go against the sign of their gradients, all by the same length, which falls to 0 along the way.
-Gradients pass through a rounding as if it were not there (Bengio et al., 2013: the straight-through estimator).
+Gradients pass through a rounding as if it were not there (Bengio et al., 2013: the straight-through estimator). What
+the last step leaves is kept: each step sees another batch, and the step of the least error had the easiest one.
 """
 
 from __future__ import annotations
@@ -125,12 +126,12 @@ def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
 def _outputs(block: DecoderLayer, states: HiddenStates, number: int) -> Tensor:
     """What ``block`` makes of a batch of ``states``, fp32 [tokens, hidden], in a way that gradients can be taken of.
 
-    On a GPU the products are in the block's 16 bits and the residual stream is in 32, where small errors do not drown.
+    The products are in the model's type, and the residual stream is in fp32, where small errors do not drown.
     """
-    dtype = block.input_layernorm.weight.dtype
+    dtype = states.inputs[number].dtype
     residual = states.inputs[number].to(states.device, torch.float32, copy=True)  # the block adds to it in place
     cos, sin = (angles[: len(residual)] for angles in states.rotation)
-    with torch.autocast(residual.device.type, dtype, enabled=residual.is_cuda and dtype != torch.float32):
+    with torch.autocast(residual.device.type, dtype, enabled=dtype != torch.float32):
         mixed = block.mix(residual, None, (cos, sin), states.attend)
         return residual + block.finish(residual, mixed)
 
