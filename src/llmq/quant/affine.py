@@ -105,6 +105,12 @@ def per_channel(grid: Tensor, in_features: int) -> Tensor:
     return grid.float().repeat_interleave(in_features // grid.shape[1], dim=1)
 
 
+def energy(error: Tensor, hessian: Tensor | None) -> float:
+    """tr(E H Eᵀ): the squared error of a layer's outputs, of the error E [out, in] of its weights and the second moment
+    H of its inputs; ‖E‖² without it."""
+    return float(((error if hessian is None else error @ hessian) * error).sum())
+
+
 def _ceil_fp16(positive: Tensor) -> Tensor:
     """The smallest fp16 number that is not below ``positive`` fp32, which fp16's range must hold."""
     rounded = positive.to(torch.float16)

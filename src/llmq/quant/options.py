@@ -87,8 +87,8 @@ class QuantizeOptions:
     rules      for layers of their own; of several that cover one, the last counts
     clip       of ``rtn``: clip ranges where that lessens the weights' squared error
     act_order  of ``gptq``: ``static``, ``dynamic`` or ``off``; see ``methods.gptq``
-    alpha      of ``smoothquant``: how much of the activations' range moves to the weights, from 0 to 1; ``auto``: search
-               block by block; None: what has served the model's family best
+    alpha      of ``smoothquant``: how much of the activations' range moves to the weights, from 0 to 1; ``auto``:
+               searched for, block by block; None: what has served the model's family best
     device     ``cpu``, ``cuda``, or ``auto``: CUDA where there is one
     """
 

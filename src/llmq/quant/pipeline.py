@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint import folder as folders
-from llmq.checkpoint.config import read_config
+from llmq.checkpoint.config import LinearStage, read_config
 from llmq.checkpoint.formats import FORMATS, WRITER, Format, format_for, packed_bytes, write_configs
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import USAGE, LlmqError
 from llmq.quant.activations import HiddenStates, NotFinite
-from llmq.quant.affine import MAX_WEIGHT, group_blocks
+from llmq.quant.affine import MAX_WEIGHT, energy, group_blocks
 from llmq.quant.calibration import draw_windows
 from llmq.quant.check import check_generates
 from llmq.quant.folding import linear, round_inputs
@@ -36,10 +36,6 @@ from llmq.runtime.decoder import DecoderLayer
 from llmq.runtime.device import peak_memory_bytes, resolve_device, resolve_dtype
 from llmq.runtime.loader import HEAD, Source, block_name, load_layer
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
-
-MIX = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-FINISH = (("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-"""The linears of a block's two steps, in the order of computation; those of one group have the same input."""
 
 Progress = Callable[[int, int, str], None]
 """Called with (layers done, layers in all, name of the layer just done)."""
@@ -174,50 +170,51 @@ class Job:
                 yield from self._round({name: weight.float()}, None)
             return
         states = HiddenStates(self.source, self.windows)
-        for number in range(self.source.config.num_layers):
-            name, block = block_name(number), load_layer(self.source, number)
-            for parameter, tensor in self._fold(name, block, states).items():
-                changed[f"{name}.{parameter}"] = tensor
-            yield from self._quantize_group(name, block, MIX, states)
-            states.mix(block)
-            for group in FINISH:
-                yield from self._quantize_group(name, block, group, states)
-            if number + 1 < self.source.config.num_layers or HEAD in self.schemes:
+        config = self.source.config
+        for number in range(config.num_layers):
+            prefix, block = block_name(number), load_layer(self.source, number)
+            for name, tensor in self._fold(prefix, block, states).items():
+                changed[f"{prefix}.{name}"] = tensor
+            for stage in config.linear_stages:
+                if stage.half == "finish" and not states.mixed:
+                    states.mix(block)
+                yield from self._quantize_stage(prefix, block, stage, states)
+            if number + 1 < config.num_layers or HEAD in self.schemes:
                 states.finish(block)
         if HEAD in self.schemes:
             weight = self.source.load(f"{HEAD}.weight").float()
             yield from self._round({HEAD: weight}, states.head_moment(self.source))
 
     def _fold(self, prefix: str, block: DecoderLayer, states: HiddenStates) -> dict[str, Tensor]:
-        """Scale channels of ``block`` as the method does. Returns what changed beside the weights of linears."""
-        schemes = {
-            linear: self.schemes[f"{prefix}.{linear}"]
-            for linear in self.source.config.linears
-            if f"{prefix}.{linear}" in self.schemes
-        }
-        method, alpha = self.options.choice.method, self.options.alpha
+        """Scale channels of ``block`` as the method does. Returns what changed beside the linears to be quantized."""
+        config, method, alpha = self.source.config, self.options.choice.method, self.options.alpha
+        names = {name: f"{prefix}.{name}" for name in config.linears}
+        schemes = {name: self.schemes[full] for name, full in names.items() if full in self.schemes}
         if method == AWQ:
-            return awq.fold(block, states, schemes)
+            return awq.fold(block, config, states, schemes)
         if method == SMOOTHQUANT:
-            alpha = smoothquant.default_alpha(self.source.config.model_type) if alpha is None else alpha
-            return smoothquant.fold(block, states, schemes, None if isinstance(alpha, str) else alpha)
+            alpha = smoothquant.default_alpha(config.model_type) if alpha is None else alpha
+            return smoothquant.fold(block, config, states, schemes, None if isinstance(alpha, str) else alpha)
         return {}
 
-    def _quantize_group(
-        self, prefix: str, block: DecoderLayer, group: Sequence[str], states: HiddenStates
+    def _quantize_stage(
+        self, prefix: str, block: DecoderLayer, stage: LinearStage, states: HiddenStates
     ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Quantize those layers of ``group`` that are to be, in ``block`` too: what follows sees what was lost."""
-        modules = {f"{prefix}.{local}": linear(block, local) for local in group if f"{prefix}.{local}" in self.schemes}
-        if not modules:
+        """Quantize those layers of ``stage`` that are to be, in ``block`` too: what follows sees what was lost."""
+        wanted = [[name for name in group if f"{prefix}.{name}" in self.schemes] for group in stage.groups]
+        groups = [group for group in wanted if group]
+        if not groups:
             return
-        first = next(iter(modules))
-        hessian = states.second_moment(block, first.removeprefix(f"{prefix}."), first)
-        for quantized, report in self._round({name: modules[name].weight.float() for name in modules}, hessian):
-            module = modules[report.name]
-            module.weight.copy_(quantized.dequantize())
-            if quantized.scheme.activation_bits == 8:
-                round_inputs(module, quantized.scheme.number)
-            yield quantized, report
+        hessians = states.second_moments(block, [group[0] for group in groups], prefix)
+        for group in groups:
+            modules = {f"{prefix}.{name}": linear(block, name) for name in group}
+            weights = {name: module.weight.float() for name, module in modules.items()}
+            for quantized, report in self._round(weights, hessians.pop(group[0], None)):
+                module = modules[report.name]
+                module.weight.copy_(quantized.dequantize())
+                if quantized.scheme.activation_bits == 8:
+                    round_inputs(module, quantized.scheme.number)
+                yield quantized, report
 
     def _round(
         self, weights: Mapping[str, Tensor], hessian: Tensor | None
@@ -229,10 +226,10 @@ class Job:
         for name, weight in weights.items():
             plain = made[name] if method == BNB else rtn.quantize_weight(weight, self.schemes[name])
             used, quantized = (method, made[name]) if name in made else (RTN, plain)
-            error, rtn_error = (_energy(rounded.dequantize().sub_(weight), hessian) for rounded in (quantized, plain))
+            error, rtn_error = (energy(rounded.dequantize().sub_(weight), hessian) for rounded in (quantized, plain))
             if used == GPTQ and error > rtn_error:
                 used, quantized, error = RTN, plain, rtn_error
-            whole = _energy(weight, hessian) or 1.0
+            whole = energy(weight, hessian) or 1.0
             yield quantized, LayerReport(name, used, str(quantized.scheme), error / whole, rtn_error / whole)
 
     def _made(self, weights: Mapping[str, Tensor], hessian: Tensor | None) -> dict[str, QuantizedWeight]:
@@ -264,11 +261,6 @@ class Job:
         if self.options.choice.method == AWQ and hessian is not None and not name.endswith(awq.UNCLIPPED):
             return group_blocks(hessian, scheme)
         return None
-
-
-def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
-    """tr(M H Mᵀ) of a weight or its error M; without a Hessian H, ‖M‖²."""
-    return float(((matrix if hessian is None else matrix @ hessian) * matrix).sum())
 
 
 # Checks

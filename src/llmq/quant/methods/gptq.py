@@ -40,8 +40,12 @@ def quantize_weights(
         return [quantize_weight(weight, scheme, hessian, act_order) for weight in weights]
     stacked = quantize_weight(torch.cat(tuple(weights)), scheme, hessian, act_order)
     rows = [len(weight) for weight in weights]
-    parts = zip(*(torch.split(x, rows) for x in (stacked.codes, stacked.scales, stacked.zero_points)), strict=True)
-    return [QuantizedWeight(scheme, *part, group_index=stacked.group_index) for part in parts]
+    return [
+        QuantizedWeight(scheme, codes, scales, zeros, stacked.group_index)
+        for codes, scales, zeros in zip(
+            *(torch.split(part, rows) for part in (stacked.codes, stacked.scales, stacked.zero_points)), strict=True
+        )
+    ]
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme, hessian: Tensor, act_order: str = STATIC) -> QuantizedWeight:

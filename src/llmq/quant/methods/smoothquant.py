@@ -6,7 +6,8 @@ the largest inputs x and weights w of each channel after a norm,
     s = x^α / w^(1 − α)
 
 divides what the norm gives and multiplies the weights that read it. What attention and the MLP's product give to
-``o_proj`` and ``down_proj`` is left as it is.
+``o_proj`` and ``down_proj`` is left as it is, and so is what experts read: one channel is large for one and not for
+another.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmq.quant.activations import HiddenStates
-from llmq.quant.folding import ATTENTION_NORM, MLP_NORM, Fold, apply, foldable, linear, trial
+from llmq.checkpoint.config import ModelConfig
+from llmq.quant.activations import HiddenStates, squared_distance
+from llmq.quant.folding import Fold, apply, foldable, linear, norm_folds, trial
 from llmq.runtime.decoder import DecoderLayer
 from llmq.scheme import Scheme
 
@@ -36,28 +38,38 @@ def default_alpha(model_type: str) -> float:
 
 
 def fold(
-    block: DecoderLayer, states: HiddenStates, schemes: Mapping[str, Scheme], alpha: float | None
+    block: DecoderLayer,
+    config: ModelConfig,
+    states: HiddenStates,
+    schemes: Mapping[str, Scheme],
+    alpha: float | None,
 ) -> dict[str, Tensor]:
     """Smooth the linears of ``block`` that ``schemes`` names, in place; what the block computes stays as it is.
 
     ``alpha`` None is searched for: that with which the block's output changes least when weights and inputs are
-    rounded. Returns the changed parameters that are no weights of linears, by their names in ``block``.
+    rounded. Returns what changed beside the linears: names in ``block`` → tensors as checkpoints have them.
     """
     largest: dict[Fold, tuple[Tensor, Tensor]] = {}
     passing = states.sample(states.tokens)
-    for one in (ATTENTION_NORM, MLP_NORM):
-        if foldable(one, block, schemes):
-            x = torch.stack([x.float().abs().amax(0) for x in passing.inputs_of(block, one.linears[0])]).amax(0)
-            w = torch.stack([linear(block, name).weight.float().abs().amax(0) for name in one.linears]).amax(0)
-            largest[one] = x, w
-        if one is ATTENTION_NORM:
+    for one in norm_folds(config):
+        if one.previous != "input_layernorm":
             passing.mix(block)
+        if foldable(one, block, schemes) and not one.others:
+            largest[one] = _largest(one, block, passing)
     if alpha is None:
         alpha = _search(block, states.sample(SEARCH_TOKENS), schemes, largest)
     changed: dict[str, Tensor] = {}
     for one, (x, w) in largest.items():
         changed |= apply(one, block, _scales(x, w, alpha))
     return changed
+
+
+def _largest(fold: Fold, block: DecoderLayer, passing: HiddenStates) -> tuple[Tensor, Tensor]:
+    """The largest |x| and |w| of each channel, fp32 [in]."""
+    inputs: list[Tensor] = []
+    passing.show_inputs(block, {fold.readers[0]: lambda x: inputs.append(x.float().abs().amax(0))})
+    weights = [linear(block, name).weight.float().abs().amax(0) for name in fold.readers]
+    return torch.stack(inputs).amax(0), torch.stack(weights).amax(0)
 
 
 def _search(
@@ -69,10 +81,9 @@ def _search(
     targets = _passed(block, sample)
     losses: dict[float, float] = {}
     for alpha in ALPHAS:
-        scales = {name: _scales(x, w, alpha) for one, (x, w) in largest.items() for name in one.linears}
+        scales = {name: _scales(x, w, alpha) for one, (x, w) in largest.items() for name in one.readers}
         with trial(block, schemes, scales):
-            pairs = zip(_passed(block, sample), targets, strict=True)
-            losses[alpha] = float(torch.stack([(out - target).float().square().sum() for out, target in pairs]).sum())
+            losses[alpha] = squared_distance(_passed(block, sample), targets)
     return min(losses, key=losses.__getitem__)
 
 
