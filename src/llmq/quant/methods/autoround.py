@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.quant.activations import HiddenStates
 from llmq.quant.affine import decode, fit_grid, grid_between, step_between
+from llmq.quant.folding import linear
 from llmq.runtime.decoder import DecoderLayer
 from llmq.scheme import Scheme
 
@@ -52,14 +52,14 @@ def quantize_block(
 
     ``block`` is left as it was. Not to be called in inference mode, whose tensors have no gradients.
     """
-    weights = {name: _linear(block, name).weight for name in schemes}
+    weights = {name: linear(block, name).weight for name in schemes}
     energies = _input_energies(block, schemes, states)
     roundings = {name: Rounding(weights[name], scheme, energies[name]) for name, scheme in schemes.items()}
     with _parametrized(block, roundings), torch.enable_grad():
         for step, number in enumerate(_order(len(targets), steps, seed)):
             target = targets[number].to(states.device)
-            loss = F.mse_loss(_outputs(block, states, number), target.float())
-            torch.autograd.backward(loss)
+            error = _outputs(block, states, number) - target.float()
+            torch.autograd.backward(error.square().sum(-1).mean())  # of a token: a mean of all would underflow in fp16
             for rounding in roundings.values():
                 rounding.step((1 - step / steps) / steps)
     return {name: rounding.result(weights[name]) for name, rounding in roundings.items()}
@@ -130,7 +130,7 @@ def _outputs(block: DecoderLayer, states: HiddenStates, number: int) -> Tensor:
     """
     dtype = states.inputs[number].dtype
     residual = states.inputs[number].to(states.device, torch.float32, copy=True)  # the block adds to it in place
-    cos, sin = (angles[: len(residual)] for angles in states.rotation)
+    cos, sin = (angles[: len(residual)] for angles in states.rotations[block.self_attn.rope])
     with torch.autocast(residual.device.type, dtype, enabled=dtype != torch.float32):
         mixed = block.mix(residual, None, (cos, sin), states.attend)
         return residual + block.finish(residual, mixed)
@@ -138,13 +138,13 @@ def _outputs(block: DecoderLayer, states: HiddenStates, number: int) -> Tensor:
 
 def _input_energies(block: DecoderLayer, names: Iterable[str], states: HiddenStates) -> dict[str, Tensor]:
     """Σ x², fp32 [in], over all inputs x of each of those linears."""
-    energies = {name: torch.zeros(_linear(block, name).in_features, device=states.device) for name in names}
+    energies = {name: torch.zeros(linear(block, name).in_features, device=states.device) for name in names}
 
     def watch(name: str) -> RemovableHandle:
         def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             energies[name].add_(inputs[0].float().square().sum(0))
 
-        return _linear(block, name).register_forward_pre_hook(add)
+        return linear(block, name).register_forward_pre_hook(add)
 
     handles = [watch(name) for name in energies]
     try:
@@ -169,15 +169,9 @@ def _order(batches: int, steps: int, seed: int) -> Iterator[int]:
 def _parametrized(block: DecoderLayer, roundings: Mapping[str, Rounding]) -> Iterator[None]:
     """Meanwhile the linears of ``block`` compute with weights that are rounded."""
     for name, rounding in roundings.items():
-        parametrize.register_parametrization(_linear(block, name), "weight", rounding, unsafe=True)
+        parametrize.register_parametrization(linear(block, name), "weight", rounding, unsafe=True)
     try:
         yield
     finally:
         for name in roundings:
-            parametrize.remove_parametrizations(_linear(block, name), "weight", leave_parametrized=False)
-
-
-def _linear(block: DecoderLayer, name: str) -> nn.Linear:
-    module = block.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
+            parametrize.remove_parametrizations(linear(block, name), "weight", leave_parametrized=False)
