@@ -150,7 +150,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     quantization: Mapping[str, Any] | None
-    """``quantization_config`` as it stands in config.json; ``checkpoint.formats`` reads it."""
+    """``quantization_config`` as the folder has it; ``checkpoint.formats`` reads it."""
     names: LinearNames = LinearNames()
     experts: Experts | None = None
     activation: Activation = "silu"
@@ -164,9 +164,6 @@ class ModelConfig:
     attention_softcap: float | None = None
     """A score s becomes softcap · tanh(s / softcap)."""
     logits_softcap: float | None = None
-=======
-    """``quantization_config`` as the folder has it; ``checkpoint.formats`` reads it."""
->>>>>>> formats
 
     @property
     def dtype_bytes(self) -> int:
@@ -324,7 +321,7 @@ def read_config(folder: Path) -> ModelConfig:
         dtype=dtype,
         bos_token_id=raw.bos_token_id,
         eos_token_ids=_read_eos(folder, raw),
-        quantization=raw.quantization_config,
+        quantization=raw.quantization_config or _separate_quantization(folder),
         names=architecture.names,
         experts=_read_experts(model_type, raw) if model_type in ("mixtral", "qwen3_moe") else None,
         activation=ACTIVATIONS[activation],
@@ -334,9 +331,6 @@ def read_config(folder: Path) -> ModelConfig:
         attention_scale=raw.query_pre_attn_scalar**-0.5 if gemma else None,
         attention_softcap=raw.attn_logit_softcapping if model_type == "gemma2" else None,
         logits_softcap=raw.final_logit_softcapping if gemma else None,
-=======
-        quantization=raw.quantization_config or _separate_quantization(folder),
->>>>>>> formats
     )
 
 
@@ -362,39 +356,14 @@ def _architecture(folder: Path, names: object) -> Architecture:
             f"{folder}: the architecture {names[0]} is not supported", f"llmq runs {', '.join(ARCHITECTURES)}"
         )
     return found
-=======
+
+
 def _separate_quantization(folder: Path) -> Mapping[str, Any] | None:
     """What AutoAWQ's and AutoGPTQ's own folders say in a file beside config.json, in place of it."""
     for name, method in SEPARATE.items():
         if (folder / name).exists():
             return {"quant_method": method, **read_json(folder / name)}
     return None
-
-
-def _read_rope(raw: _Raw) -> Rope:
-    # transformers 5 keeps everything under rope_parameters; before, rope_theta stood beside rope_scaling,
-    # whose kind was first called "type".
-    fields = dict(raw.rope_parameters or raw.rope_scaling or {})
-    fields.setdefault("rope_type", fields.get("type", "default"))
-    scaling = _RawRope.model_validate(fields)
-    theta = scaling.rope_theta or raw.rope_theta
-    match scaling.rope_type:
-        case "default":
-            return Rope(theta)
-        case "linear":
-            return Rope(theta, "linear", scaling.factor)
-        case "llama3":
-            return Rope(
-                theta,
-                "llama3",
-                scaling.factor,
-                scaling.low_freq_factor,
-                scaling.high_freq_factor,
-                scaling.original_max_position_embeddings,
-            )
-        case other:
-            raise LlmqError(f"the RoPE scaling {other!r} is not supported", "llmq runs default, linear, llama3")
->>>>>>> formats
 
 
 def _layer_kinds(model_type: str, raw: _Raw) -> tuple[str, ...]:
