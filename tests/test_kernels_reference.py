@@ -102,13 +102,16 @@ def test_keys_and_values_land_in_their_slots_and_nowhere_else(interleaved: bool)
 
 def draw_weight(shape: tuple[int, int], scheme: Scheme, *, act_order: bool = False) -> QuantizedWeight:
     groups = scheme.num_groups(shape[1])
+    codes = torch.randint(0, 2**scheme.bits, shape, dtype=torch.uint8)
+    if scheme.number == E4M3:
+        codes[codes & 0x7F == 0x7F] = 0  # not a number
     zeros = torch.randint(0, 2**scheme.bits, (shape[0], groups), dtype=torch.uint8)
     if scheme.symmetric:
         zeros.fill_(scheme.middle_code)
     index = torch.arange(shape[1]) // scheme.group_length(shape[1])
     return QuantizedWeight(
         scheme,
-        torch.randint(0, 2**scheme.bits, shape, dtype=torch.uint8),
+        codes,
         (torch.rand(shape[0], groups) / 50 + 0.005).half(),
         zeros,
         index[torch.randperm(shape[1])] if act_order else None,
