@@ -28,7 +28,7 @@ def dummy_decoder(config: ModelConfig, device: str, dtype: torch.dtype) -> Decod
         model = Decoder(config)
     for number, block in enumerate(model.layers):
         for local_name, module in list(block.named_modules()):
-            scheme = format and format.scheme_of(f"{block_name(number)}.{local_name}")
+            scheme = None if format is None else format.scheme_of(f"{block_name(number)}.{local_name}")
             if isinstance(module, nn.Linear) and scheme is not None:
                 weight = dummy_weight(scheme, (module.out_features, module.in_features), dtype, noise)
                 bias = None if module.bias is None else torch.zeros(module.out_features, dtype=dtype, device=device)
