@@ -28,7 +28,8 @@ def compile_for(capability: int, kernel: Any, types: dict[str, str], warps: int,
         {
             (index,): [["tt.divisibility", 16]]
             for index, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or any(part in name for part in ("stride", "features", "hidden", "vocabulary"))
+            if signature[name].startswith("*")
+            or any(part in name for part in ("stride", "features", "hidden", "vocabulary"))
         },
     )
     target = compiler.GPUTarget("cuda", capability, 32)

@@ -149,7 +149,14 @@ class LLM:
                 exit_code=CHECK_FAILED,
             )
         self._scheduler: Scheduler = Scheduler(options, self._blocks, trace=open_trace())
-        self._runner = Runner(self.decoder, self._cache, self.device)
+        self._runner = Runner(
+            self.decoder,
+            self._cache,
+            self.device,
+            max_sequences=options.max_num_seqs,
+            max_tokens=self.max_model_len,
+            enforce_eager=options.enforce_eager,
+        )
         self._live: dict[Hashable, _Live] = {}
         self._ended: list[_Live] = []
         """Requests of which no more is to come, and the answers have not been handed out."""

@@ -8,6 +8,7 @@ to calibrate and to score. Module names are those of the checkpoint, without the
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmq.checkpoint.config import ModelConfig, Rope
-from llmq.runtime.kernels.norm import add_rms_norm
+from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
+from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
-from llmq.runtime.kernels.silu import silu_mul
+from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
+from llmq.runtime.linear import input_number, merge
 
 
 class Attend(Protocol):
@@ -40,8 +43,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.eps = eps
 
-    def forward(self, residual: Tensor, x: Tensor | None = None) -> Tensor:
-        """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension."""
+    def forward(self, residual: Tensor, x: Tensor | None = None, number: str | None = None) -> Tensor | QuantizedRows:
+        """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension; in 8 bits of
+        ``number``, if given."""
+        if number is not None:
+            return add_rms_norm_quantize(residual, x, self.weight, self.eps, number)
         return add_rms_norm(residual, x, self.weight, self.eps)
 
 
@@ -55,6 +61,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.sizes = [q_size, kv_size, kv_size]
+        self.qkv_proj: nn.Module | None = None
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
@@ -69,11 +77,24 @@ class Attention(nn.Module):
         """The weights of the norms of queries and keys, where the architecture has them."""
         return (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else None
 
-    def mix(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    @property
+    def input_number(self) -> str | None:
+        return None if self.qkv_proj is None else input_number(self.qkv_proj)
+
+    def merge(self) -> None:
+        """Make one product of the projections of query, key and value, where their layers allow it."""
+        self.qkv_proj = merge([self.q_proj, self.k_proj, self.v_proj])
+        if self.qkv_proj is not None:
+            del self.q_proj, self.k_proj, self.v_proj
+
+    def mix(self, x: Tensor | QuantizedRows, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """What the heads gather from all tokens, [tokens, heads · head_dim]: the input of ``o_proj``."""
-        heads = (x.shape[0], -1, self.head_dim)
-        query, key, value = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
-        return attend(self, query, key, value, rotation).reshape(x.shape[0], -1)
+        if self.qkv_proj is None:
+            parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        else:
+            parts = self.qkv_proj(x).split(self.sizes, dim=1)
+        query, key, value = (part.view(part.shape[0], -1, self.head_dim) for part in parts)
+        return attend(self, query, key, value, rotation).reshape(query.shape[0], -1)
 
 
 class MLP(nn.Module):
@@ -84,9 +105,25 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up_proj: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+    @property
+    def input_number(self) -> str | None:
+        return None if self.gate_up_proj is None else input_number(self.gate_up_proj)
+
+    def merge(self) -> None:
+        """Make one product of gate and up, where their layers allow it."""
+        self.gate_up_proj = merge([self.gate_proj, self.up_proj])
+        if self.gate_up_proj is not None:
+            del self.gate_proj, self.up_proj
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=1)
+        number = input_number(self.down_proj)
+        out: Tensor = self.down_proj(silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number))
         return out
 
 
@@ -103,14 +140,19 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
+    def merge(self) -> None:
+        """Make one product of the layers that share an input. For running, not for quantizing them one by one."""
+        self.self_attn.merge()
+        self.mlp.merge()
+
     def mix(self, residual: Tensor, x: Tensor | None, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Add ``x`` to ``residual`` in place; return what the heads make of the sum: the input of ``finish``."""
-        normed = self.input_layernorm(residual, x)
+        normed = self.input_layernorm(residual, x, self.self_attn.input_number)
         return self.self_attn.mix(normed, rotation, attend)
 
     def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
         """Add the attention's output to ``residual`` in place; return the MLP's, which is still to be added."""
-        normed = self.post_attention_layernorm(residual, self.self_attn.o_proj(mixed))
+        normed = self.post_attention_layernorm(residual, self.self_attn.o_proj(mixed), self.mlp.input_number)
         out: Tensor = self.mlp(normed)
         return out
 
@@ -144,9 +186,15 @@ class Decoder(nn.Module):
 
 def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [tokens, 1, head_dim / 2] in fp32 of the rotary embedding (Su et al., 2021) at ``positions``."""
-    frequencies = rotary_frequencies(config.rope, config.head_dim).to(positions.device)
+    frequencies = _frequencies_on(positions.device, config.rope, config.head_dim)
     angles = positions.float()[:, None, None] * frequencies
     return angles.cos(), angles.sin()
+
+
+@cache
+def _frequencies_on(device: torch.device, rope: Rope, head_dim: int) -> Tensor:
+    # Made once: a CUDA graph cannot be captured while the host sends something.
+    return rotary_frequencies(rope, head_dim).to(device)
 
 
 def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,9 +67,9 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def on_device(values: Sequence[Any] | array[Any], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """``values`` as a tensor on ``device``. The host does not wait until they are there."""
-    tensor = torch.tensor(values, dtype=dtype)
+    tensor = torch.frombuffer(values, dtype=dtype) if isinstance(values, array) else torch.tensor(values, dtype=dtype)
     return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -81,7 +82,7 @@ class ToHost:
         if tensor.is_cuda:
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._tensor.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def tolist(self) -> list[Any]:

@@ -15,6 +15,7 @@ from llmq.plan import PlanRow, RowSampling, SampledToken, TokenLogprobs
 from llmq.runtime.device import ToHost, on_device
 from llmq.runtime.kernels.gumbel import draw_gumbel
 
+
 @dataclass(frozen=True, slots=True)
 class Samples:
     """What the rows of a step drew. ``token_ids`` int64 [draws], on the device, in the order of the rows and of the
@@ -157,9 +158,7 @@ def _logprobs(
     return collect
 
 
-def _beam_candidates(
-    logits: Tensor, rows: Sequence[PlanRow]
-) -> Callable[[], dict[int, tuple[tuple[int, float], ...]]]:
+def _beam_candidates(logits: Tensor, rows: Sequence[PlanRow]) -> Callable[[], dict[int, tuple[tuple[int, float], ...]]]:
     """For the rows that are beams, by index: their likeliest tokens, best first."""
     beams = {index: _sampling(row).beams for index, row in enumerate(rows) if _sampling(row).beams}
     if not beams:
@@ -170,7 +169,9 @@ def _beam_candidates(
 
     def collect() -> dict[int, tuple[tuple[int, float], ...]]:
         found = zip(beams.items(), ids.tolist(), values.tolist(), strict=True)
-        return {row: tuple(zip(its_ids, its_values, strict=True))[:count] for (row, count), its_ids, its_values in found}
+        return {
+            row: tuple(zip(its_ids, its_values, strict=True))[:count] for (row, count), its_ids, its_values in found
+        }
 
     return collect
 

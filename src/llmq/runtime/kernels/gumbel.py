@@ -1,6 +1,7 @@
 """Drawing a token of each row by the Gumbel-max trick (Gumbel, 1954): no softmax, no sum over the vocabulary.
 
-token[r] = argmax_v  logits[r, v] / temperature[r] − log E[r, v]         E ~ Exp(1);  temperature 0: argmax_v logits[r, v]
+token[r] = argmax_v  logits[r, v] / temperature[r] − log E[r, v]      E ~ Exp(1)
+           argmax_v  logits[r, v]                                     at temperature 0
 
 E is a pure function of (seed, position, token id), not the state of a generator: a row draws the same token whatever
 else is in the batch, in whatever order, also when it is computed again after a preemption.
