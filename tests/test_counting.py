@@ -45,7 +45,7 @@ def test_every_answer_counts_on(settings: str) -> None:
     scheduler = make_scheduler(blocks, windows=windows, **options)
     decoder = counting_decoder(windows)
     cache = KVCache(decoder.config, blocks + 1, 16, torch.float32, "cpu", options.get("cpu_blocks", 0))
-    runner = Runner(decoder, cache, "cpu")
+    runner = Runner(decoder, cache, "cpu", max_sequences=64, max_tokens=2048)
     chance = random.Random(settings)
     asked = requests(chance)
     scheduler.pressure = lambda running: chance.choice(running) if running and chance.random() < 0.05 else None
@@ -71,7 +71,7 @@ def test_the_count_breaks_when_a_block_is_misread() -> None:
     scheduler = make_scheduler(10)
     decoder = counting_decoder()
     cache = KVCache(decoder.config, 11, 16, torch.float32, "cpu")
-    runner = Runner(decoder, cache, "cpu")
+    runner = Runner(decoder, cache, "cpu", max_sequences=64, max_tokens=2048)
     request = make_request(0, list(range(500, 540)), 20, temperature=0)
     scheduler.add(request)
     for step in range(20):

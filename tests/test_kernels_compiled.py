@@ -12,7 +12,8 @@ import pytest
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.backends.compiler")
 
-from llmq.runtime.kernels import attention_triton, norm_triton, rope_triton, wna16_triton  # noqa: E402
+from llmq.runtime.kernels import attention_triton, gumbel_triton, norm_triton, rope_triton, wna16_triton  # noqa: E402
+from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
@@ -27,7 +28,8 @@ def compile_for(capability: int, kernel: Any, types: dict[str, str], warps: int,
         {
             (index,): [["tt.divisibility", 16]]
             for index, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or any(part in name for part in ("stride", "features", "hidden"))
+            if signature[name].startswith("*")
+            or any(part in name for part in ("stride", "features", "hidden", "vocabulary"))
         },
     )
     target = compiler.GPUTarget("cuda", capability, 32)
@@ -119,3 +121,14 @@ def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
         NORM=True, HALF=64, HALF_PADDED=64, BLOCK_SIZE=64, BLOCK=8,
     )  # fmt: skip
     assert "st.global.v4" in compiled.asm["ptx"]
+
+
+def test_drawing_takes_few_registers_and_stays_out_of_memory(tmp_path: Path) -> None:
+    pointers = {"logits": "*bf16", "temperatures": "*fp32", "scores": "*fp32"}
+    pointers |= dict.fromkeys(("seeds", "positions", "tokens"), "*i64")
+    compiled = compile_for(
+        90, gumbel_triton.draw_kernel, pointers, 4, 3, GOLDEN=GOLDEN, MIX_1=MIX_1, MIX_2=MIX_2, MOST=MOST,
+        PART=gumbel_triton.PART, BLOCK=gumbel_triton.BLOCK,
+    )  # fmt: skip
+    assert "ld.global.v4" in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0

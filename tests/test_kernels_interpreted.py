@@ -28,6 +28,7 @@ else:
     from test_kernels_reference import Rows, draw_paged, draw_weight
 
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
+    from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
     from llmq.runtime.kernels.kv_write import write_kv, write_kv_reference
     from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
     from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows, quantize_rows, quantize_rows_reference
@@ -201,3 +202,16 @@ else:
         assert residual.equal(total)
         gate, up = torch.randn(3, 2 * 1100).half().chunk(2, dim=1)
         assert same_rows(silu_mul_quantize(gate, up, number), quantize_rows(silu_mul(gate, up), number))
+
+    @pytest.mark.parametrize("vocabulary", [5, 1024, 9000])
+    def test_draw_gumbel(vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(6, vocabulary, generator=generator) * 3
+        logits[1, :] = 1.0  # of equals the first
+        logits[2, 3:] = -torch.inf
+        temperatures = torch.tensor([0.0, 0.0, 1.0, 0.6, 5.0, 1.0])
+        seeds = torch.tensor([0, 1, 2**62, 3, 4, 2**40])
+        positions = torch.tensor([0, 1, 2, 2**20, 4, 5])
+        for narrow in (logits, logits.half()):
+            expected = draw_gumbel_reference(narrow, temperatures, seeds, positions)
+            assert draw_gumbel(narrow, temperatures, seeds, positions).equal(expected)

@@ -112,7 +112,7 @@ def rope_and_write_kernel(
         )  # fmt: skip
     else:
         head = (block - query_blocks) * BLOCK + tl.arange(0, BLOCK)
-        slot = tl.load(slots + token)
+        slot = tl.load(slots + token).to(tl.int64)
         # A pool may hold more than 2^31 elements: the block's offset is 64 bits wide, the rest is small.
         to = (slot // BLOCK_SIZE) * cache_block_stride + (slot % BLOCK_SIZE) * cache_token_stride
         rotate_heads(
