@@ -34,14 +34,23 @@ else:
     from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows, quantize_rows, quantize_rows_reference
     from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
     from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
+    from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference
     from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference
-    from llmq.scheme import E4M3, INT, Scheme
+    from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
     TOLERANCE = {torch.float16: 4e-4, torch.float32: 1e-6}
     EDGES: Rows = [(1, kv) for kv in (1, 15, 16, 17, 33, 0)]
     MIXED: Rows = [(1, 17), (5, 18), (1, 0), (3, 3), (40, 70)]
     LONG: Rows = [(1, 300), (1, 128), (1, 129), (2, 200)]
     CHUNKS: Rows = [(100, 170), (1, 70), (66, 66)]  # more queries than one tile holds, before and after a page's end
+
+    def draw_rows(tokens: int, width: int, number: str, dtype: torch.dtype) -> Tensor:
+        """Random; for e4m3 of its numbers, up to the largest, as the interpreter rounds to it wrongly."""
+        x = torch.randn(tokens, width)
+        if number == E4M3:
+            x = (x * 100).to(torch.float8_e4m3fn).float()
+            x[:, 0] = LARGEST[number]
+        return x.to(dtype)
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("window", [None, 5, 40])
@@ -104,6 +113,39 @@ else:
         assert (wna16_matmul(x, packed, bias) - exact).norm() <= TOLERANCE[dtype] * exact.norm()
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize(
+        "scheme",
+        [Scheme(3, 32, False), Scheme(5, 64), Scheme(8, 128, number=E4M3), Scheme(8, -1, number=E4M3),
+         Scheme(4, 64, number=NF4), Scheme(4, 128, number=FP4)],
+        ids=str,
+    )  # fmt: skip
+    @pytest.mark.parametrize("batch", [3, 260])
+    def test_wna16_of_other_numbers(batch: int, scheme: Scheme, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        packed = pack_wna16(draw_weight((40, 256), scheme), dtype)
+        x = torch.randn(batch, 256).to(dtype)
+        exact = wna16_matmul_reference(x.double(), packed)
+        assert (wna16_matmul(x, packed) - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    @pytest.mark.parametrize(
+        ("batch", "shape"),
+        [
+            (1, (64, 256)),
+            (3, (96, 2048)),  # splits, summed by the last program
+            (20, (40, 2048)),  # splits, summed by a kernel of their own
+            (70, (70, 300)),
+            (150, (65, 256)),
+        ],
+    )
+    def test_w8a8(batch: int, shape: tuple[int, int], number: str) -> None:
+        torch.manual_seed(0)
+        weight = pack_w8a8(draw_weight(shape, Scheme(8, -1, number=number, activation_bits=8)))
+        x, bias = quantize_rows(draw_rows(batch, shape[1], number, torch.float32), number), torch.randn(shape[0])
+        exact = w8a8_matmul_reference(x, weight, bias, torch.float64)
+        assert (w8a8_matmul(x, weight, bias, torch.float32) - exact).norm() <= 1e-6 * exact.norm()
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("added", [True, False])
     @pytest.mark.parametrize("hidden", [64, 100])
     def test_add_rms_norm(hidden: int, added: bool, dtype: torch.dtype) -> None:
@@ -138,14 +180,6 @@ else:
         expected = rope_and_write_reference(*parts, rotation, theirs[:, 0], theirs[:, 1], slots, norms=norms, eps=1e-5)
         assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
         assert (ours - theirs).norm() <= TOLERANCE[dtype] * theirs.norm()
-
-    def draw_rows(tokens: int, width: int, number: str, dtype: torch.dtype) -> Tensor:
-        """Random; for e4m3 of its numbers, up to the largest, as the interpreter rounds to it wrongly."""
-        x = torch.randn(tokens, width)
-        if number == E4M3:
-            x = (x * 100).to(torch.float8_e4m3fn).float()
-            x[:, 0] = LARGEST[number]
-        return x.to(dtype)
 
     def same_rows(ours: QuantizedRows, theirs: QuantizedRows) -> bool:
         return ours.scales.equal(theirs.scales) and ours.codes.view(torch.uint8).equal(theirs.codes.view(torch.uint8))

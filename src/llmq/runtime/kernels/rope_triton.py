@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels.pdl_triton import pdl, wait
+
 
 def rope_and_write_triton(
     query: Tensor,
@@ -38,7 +40,7 @@ def rope_and_write_triton(
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3],
             heads, kv_heads, query_blocks, eps,
             NORM=norms is not None, HALF=head_dim // 2, HALF_PADDED=triton.next_power_of_2(head_dim // 2),
-            BLOCK_SIZE=key_cache.shape[1], BLOCK=block, num_warps=2,
+            BLOCK_SIZE=key_cache.shape[1], BLOCK=block, num_warps=2, **pdl(query.device),
         )  # fmt: skip
     return out
 
@@ -72,10 +74,12 @@ def rope_and_write_kernel(
     query_token_stride, query_head_stride, key_token_stride, key_head_stride, value_token_stride, value_head_stride,
     cache_block_stride, cache_token_stride, cache_head_stride, heads, kv_heads, query_blocks, eps,
     NORM: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK heads of one token: of the query, or of key and value."""
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, HALF_PADDED)
+    wait(PDL)
     c = tl.load(cos + token * HALF + half, mask=half < HALF, other=0.0)[None, :]
     s = tl.load(sin + token * HALF + half, mask=half < HALF, other=0.0)[None, :]
     block = tl.program_id(1)
