@@ -28,6 +28,7 @@ else:
     from test_kernels_reference import Rows, draw_paged, draw_weight
 
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
+    from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
     from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
     from llmq.runtime.kernels.kv_write import write_kv, write_kv_reference
     from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
@@ -75,6 +76,23 @@ else:
         out = paged_attention(*narrow, *tables, window=window, **bounds, split=128)
         exact = paged_attention_reference(*(x.double() for x in narrow), *tables, window=window, **bounds)
         assert (out - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("window", [None, 40])
+    @pytest.mark.parametrize("rows", [MIXED, LONG, CHUNKS])
+    @pytest.mark.parametrize(("scale", "softcap"), [(0.5, None), (0.5, 3.0), (None, 50.0)])
+    def test_attention_of_scaled_and_capped_scores(
+        scale: float | None, softcap: float | None, rows: Rows, window: int | None, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(0)
+        query, keys, values, *tables = draw_paged(rows, 4, 2, 16, 16)
+        narrow = [x.to(dtype) for x in (query, keys, values)]
+        rest = {"window": window, "scale": scale, "softcap": softcap}
+        rest |= {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
+        out = paged_attention(*narrow, *tables, **rest, split=128)
+        exact = paged_attention_reference(*(x.double() for x in narrow), *tables, **rest)
+        # What tanh loses near 0 is small against the cap, not against the score.
+        assert (out - exact).norm() <= (TOLERANCE[dtype] + 1e-7 * (softcap or 0.0)) * exact.norm()
 
     @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])
     def test_write_kv(kv_heads: int, head_dim: int) -> None:
@@ -146,12 +164,13 @@ else:
         assert (w8a8_matmul(x, weight, bias, torch.float32) - exact).norm() <= 1e-6 * exact.norm()
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("kind", ["narrow", "fp32"])
     @pytest.mark.parametrize("added", [True, False])
     @pytest.mark.parametrize("hidden", [64, 100])
-    def test_add_rms_norm(hidden: int, added: bool, dtype: torch.dtype) -> None:
+    def test_add_rms_norm(hidden: int, added: bool, kind: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         residual, x, weight = (torch.randn(3, hidden).to(dtype), torch.randn(3, 2 * hidden).to(dtype)[:, :hidden],
-                               torch.randn(hidden).to(dtype))  # fmt: skip
+                               torch.randn(hidden).to(dtype if kind == "narrow" else torch.float32))  # fmt: skip
         ours, theirs = residual.clone(), residual.clone()
         out = add_rms_norm(ours, x if added else None, weight, 1e-5)
         expected = add_rms_norm_reference(theirs, x if added else None, weight, 1e-5)
@@ -165,14 +184,24 @@ else:
         assert (silu_mul(gate, up) - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
-    @pytest.mark.parametrize("normed", [True, False])
-    @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (9, 3, 20)])
-    def test_rope_and_write(heads: int, kv_heads: int, head_dim: int, normed: bool, dtype: torch.dtype) -> None:
+    def test_gelu_mul(dtype: torch.dtype) -> None:
+        gate, up = torch.randn(3, 2 * 1100).to(dtype).chunk(2, dim=1)
+        expected = gelu_mul_reference(gate, up)
+        assert (gelu_mul(gate, up) - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("normed", [None, "narrow", "fp32"])
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "head_dim", "rotated"), [(4, 2, 16, 16), (9, 3, 20, 20), (9, 3, 20, 14), (4, 2, 16, 8)]
+    )
+    def test_rope_and_write(
+        heads: int, kv_heads: int, head_dim: int, rotated: int, normed: str | None, dtype: torch.dtype
+    ) -> None:
         torch.manual_seed(0)
         fused = torch.randn(4, heads + 2 * kv_heads, head_dim).to(dtype)
         parts = fused.split([heads, kv_heads, kv_heads], dim=1)
-        angles = torch.randn(4, 1, head_dim // 2)
-        norms = tuple(torch.randn(2, head_dim).to(dtype)) if normed else None
+        angles = torch.randn(4, 1, rotated // 2)
+        norms = tuple(torch.randn(2, head_dim).to(dtype if normed == "narrow" else torch.float32)) if normed else None
         slots = torch.tensor([3, 17, 4, 47])
         ours, theirs = torch.zeros(2, 3, 2, 16, kv_heads, head_dim, dtype=dtype)
         rotation = (angles.cos(), angles.sin())

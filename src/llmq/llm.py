@@ -124,11 +124,11 @@ class LLM:
         self.dtype = resolve_dtype(dtype, self.config, self.device)
         dummy = self.options.load_format == "dummy"
         self._tokenizer = None if dummy and not has_tokenizer(self.folder) else load_tokenizer(self.folder)
-        if dummy:
-            self.decoder = dummy_decoder(self.config, self.device, self.dtype)
-        else:
-            self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype))
         self.max_model_len = self._max_model_len()
+        if dummy:
+            self.decoder = dummy_decoder(self.config.for_context(self.max_model_len), self.device, self.dtype)
+        else:
+            self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype, self.max_model_len))
         cpu_blocks = self._cpu_blocks()
         num_blocks = self._num_blocks()
         options = self.options

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmq.errors import LlmqError
-from llmq.runtime.decoder import CausalAttention, DecoderLayer, rotary_angles
+from llmq.runtime.decoder import CausalAttention, DecoderLayer, embed
 from llmq.runtime.loader import EMBEDDING, Source
+from llmq.runtime.rotary import rotary_angles
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens in one forward pass: what a block's activations take of memory, whatever the number of windows."""
@@ -33,33 +33,36 @@ class HiddenStates:
 
     def __init__(self, source: Source, windows: Tensor) -> None:
         """Embed ``windows``, token ids [windows, tokens]."""
-        config = source.config
         count, length = windows.shape
+        config = source.config.for_context(length)
         batch_windows = max(1, min(count, MICRO_BATCH_TOKENS // length))
         self.tokens = windows.numel()
         self.device = source.device
         self.attend = CausalAttention(length)
-        self.rotation = rotary_angles(config, torch.arange(length, device=self.device).repeat(batch_windows))
+        self.rotations = rotary_angles(config, torch.arange(length, device=self.device).repeat(batch_windows))
         width = config.hidden_size + config.num_heads * config.head_dim
         self.home = self._home(self.tokens * width * source.dtype.itemsize)
         embedding = source.load(f"{EMBEDDING}.weight")
         self.inputs = [
-            F.embedding(part.flatten().to(self.device), embedding).to(self.home)
+            embed(config, embedding, part.flatten().to(self.device)).to(self.home)
             for part in torch.split(windows, batch_windows)
         ]
         self.mixed: list[Tensor] = []
 
-    def second_moment(self, block: DecoderLayer, linear: str, name: str) -> Tensor:
+    def second_moment(self, block: DecoderLayer, linear: str, name: str) -> Tensor | None:
         """2/n Σ x xᵀ, fp32 [in, in], over all n inputs x of the layer ``linear`` in the step of ``block`` that comes
-        next: the Hessian of the layer's squared output error. Raises LlmqError, naming it ``name``, when the inputs are
-        not finite."""
+        next: the Hessian of the layer's squared output error. None for an expert that no token was sent to. Raises
+        LlmqError, naming it ``name``, when the inputs are not finite."""
         module = block.get_submodule(linear)
         assert isinstance(module, nn.Linear)
         total = torch.zeros(module.in_features, module.in_features, device=self.device)
+        seen = 0
 
         def accumulate(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            nonlocal seen
             x = inputs[0].float()
             total.addmm_(x.t(), x)
+            seen += len(x)
             raise _Captured
 
         step = self._finish if self.mixed else self._mix
@@ -75,7 +78,7 @@ class HiddenStates:
                 f"{name}: its inputs on the calibration text are not finite",
                 "the model's weights are damaged, or its dtype is too narrow for it: try --device cpu",
             )
-        return total.mul_(2 / self.tokens)
+        return total.mul_(2 / seen) if seen else None
 
     def mix(self, block: DecoderLayer) -> None:
         self.mixed = [self._mix(block, number).to(self.home) for number in range(len(self.inputs))]
@@ -87,7 +90,7 @@ class HiddenStates:
         self.mixed = []
 
     def _mix(self, block: DecoderLayer, number: int) -> Tensor:
-        x, (cos, sin) = self.inputs[number].to(self.device), self.rotation
+        x, (cos, sin) = self.inputs[number].to(self.device), self.rotations[block.self_attn.rope]
         return block.mix(x, None, (cos[: len(x)], sin[: len(x)]), self.attend)
 
     def _finish(self, block: DecoderLayer, number: int) -> Tensor:

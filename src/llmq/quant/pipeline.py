@@ -35,10 +35,6 @@ from llmq.runtime.device import peak_memory_bytes, resolve_device, resolve_dtype
 from llmq.runtime.loader import HEAD, Source, block_name, load_layer
 from llmq.scheme import GROUP_SIZES, Scheme
 
-MIX = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-FINISH = (("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-"""The linears of a block's two steps, in the order of computation; those of one group have the same input."""
-
 Progress = Callable[[int, int, str], None]
 """Called with (layers done, layers in all, name of the layer just done)."""
 
@@ -141,10 +137,11 @@ class Job:
         states = HiddenStates(self.source, self.windows)
         for number in range(self.source.config.num_layers):
             block = load_layer(self.source, number)
-            yield from self._quantize_group(block_name(number), block, MIX, states)
-            states.mix(block)
-            for group in FINISH:
-                yield from self._quantize_group(block_name(number), block, group, states)
+            for stage in self.source.config.linear_stages:
+                if stage.half == "finish" and not states.mixed:
+                    states.mix(block)
+                for group in stage.groups:
+                    yield from self._quantize_group(block_name(number), block, group, states)
             if number + 1 < self.source.config.num_layers:
                 states.finish(block)
 
@@ -152,13 +149,10 @@ class Job:
         self, prefix: str, block: DecoderLayer, group: Sequence[str], states: HiddenStates
     ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
         """Quantize those layers of ``group`` that are to be, in ``block`` too: what follows sees what was lost."""
-        hessian: Tensor | None = None
-        for linear in group:
+        linears = [linear for linear in group if f"{prefix}.{linear}" in self.shapes]
+        hessian = states.second_moment(block, linears[0], f"{prefix}.{linears[0]}") if linears else None
+        for linear in linears:
             name = f"{prefix}.{linear}"
-            if name not in self.shapes:
-                continue
-            if hessian is None:
-                hessian = states.second_moment(block, linear, name)
             module = block.get_submodule(linear)
             assert isinstance(module, nn.Linear)
             quantized, report = self._quantize(name, module.weight.float(), hessian)

@@ -22,6 +22,7 @@ from llmq.runtime.graphs import MAX_ROWS, DecodeGraphs, padded_rows
 from llmq.runtime.kernels.attention import paged_attention
 from llmq.runtime.kernels.rope import rope_and_write
 from llmq.runtime.kv_cache import KVCache
+from llmq.runtime.rotary import Rotation
 from llmq.runtime.sampler import sample, score
 
 SCORED_ROWS = 256
@@ -55,7 +56,8 @@ class Runner:
         rows, columns = max(ROWS_PER_SEQUENCE * max_sequences, MAX_ROWS), blocks_for(max_tokens, cache.block_size)
         self._tables = [BlockTables(rows, columns, device) for _ in cache.groups]
         self._drawn = torch.zeros(rows, dtype=torch.int32, device=device)
-        graphed = device != "cpu" and not enforce_eager
+        # Of experts the host must know how many tokens each has: no graph can wait for that.
+        graphed = device != "cpu" and not enforce_eager and decoder.config.experts is None
         self._graphs = DecodeGraphs(self._forward, len(cache.groups), device) if graphed else None
         table = [0]
         self._padding = PlanRow(NOBODY, 0, (0,), tuple(table for _ in cache.groups), None)
@@ -99,9 +101,7 @@ class Runner:
             tables.update([row.block_tables[group] for row in rows])
 
     def _forward(self, batch: Batch) -> Tensor:
-        def attend(
-            attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
-        ) -> Tensor:
+        def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
             keys, values = self.cache.layer(attention.layer)
             group = self.cache.group_of(attention.layer)
             query = rope_and_write(
@@ -117,6 +117,8 @@ class Runner:
                 window=attention.window,
                 max_query_length=batch.shape.max_query_length,
                 max_kv_length=batch.shape.max_kv_length,
+                scale=attention.scale,
+                softcap=attention.softcap,
             )
 
         drawn_before = self._drawn[(-1 - batch.token_ids).clamp(min=0)]

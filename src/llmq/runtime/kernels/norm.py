@@ -17,8 +17,8 @@ def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float)
     """Add ``x`` to ``residual`` in place, and return the sum normalized.
 
     residual, x  [tokens, hidden], contiguous in hidden; x may be None: nothing is added
-    weight       [hidden]
-    The mean is fp32; the normalized value is rounded to the type of ``residual`` before the weight multiplies it.
+    weight       [hidden], of the type of ``residual`` or fp32
+    The mean is fp32; the normalized value is rounded to the wider type of the two before the weight multiplies it.
     """
     if not runs_triton(residual):
         return add_rms_norm_reference(residual, x, weight, eps)
@@ -33,7 +33,7 @@ def add_rms_norm_reference(residual: Tensor, x: Tensor | None, weight: Tensor, e
         residual += x
     wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * normal.to(residual.dtype)
+    return (weight * normal.to(torch.promote_types(residual.dtype, weight.dtype))).to(residual.dtype)
 
 
 def add_rms_norm_quantize(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float, number: str) -> QuantizedRows:

@@ -60,7 +60,8 @@ def add_rms_norm_kernel(
         tl.store(at, total, mask=inside)
     wide = total.to(tl.float32)
     normal = wide * tl.rsqrt(tl.sum(wide * wide, 0) / hidden + eps)
-    scaled = normal.to(total.dtype).to(tl.float32) * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=inside, other=0.0)
+    scaled = normal.to(w.dtype).to(tl.float32) * w.to(tl.float32)
     rounded = scaled.to(total.dtype)
     if LARGEST > 0:
         store_quantized(rounded.to(tl.float32), out, scales, token, column, inside, hidden, LARGEST)
