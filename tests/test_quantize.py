@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +18,16 @@ from tiny_models import VARIANTS, save_tiny, save_variant
 from llmq import quantize
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.formats.gptq import Gptq
+from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
 from llmq.quant import activations, pipeline
 from llmq.quant.activations import HiddenStates
 from llmq.quant.calibration import draw_windows
-from llmq.quant.methods import gptq
+from llmq.quant.methods import autoround, gptq
 from llmq.quant.options import Calibration
 from llmq.quant.report import QuantizationReport
-from llmq.quant.schemes import AWQ, GPTQ, RTN, SMOOTHQUANT
+from llmq.quant.schemes import AUTOROUND, AWQ, GPTQ, RTN, SMOOTHQUANT
 from llmq.runtime.decoder import CausalAttention, DecoderLayer
 from llmq.runtime.loader import load_decoder, load_layer, open_source
 from llmq.scheme import Scheme
@@ -117,6 +119,26 @@ def test_gptq_keeps_the_outputs_closer_than_rtn(tmp_path: Path, tiny: Path, text
         quantize(str(tiny), tmp_path / method, method=method, scheme=W4, calibration=calibration, device="cpu")
         losses[method] = float((logits(tmp_path / method, unseen) - before).square().mean())
     assert losses[GPTQ] < 0.7 * losses[RTN]
+
+
+def test_learned_rounding_goes_from_block_to_block(
+    tmp_path: Path, tiny: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[QuantizedWeight] = []
+
+    def quantize_block(*arguments: Any, **options: Any) -> dict[str, QuantizedWeight]:
+        made = original(*arguments, **options, steps=5)
+        learned.extend(made.values())
+        return made
+
+    original, out = autoround.quantize_block, tmp_path / "out"
+    monkeypatch.setattr(autoround, "quantize_block", quantize_block)
+    report = quantize(str(tiny), out, method=AUTOROUND, scheme=W4, calibration=calibration, device="cpu")
+    assert len(learned) == LINEARS
+    for layer, weight in zip(report.layers, learned, strict=True):
+        assert layer.method == AUTOROUND
+        written = Gptq.for_schemes({layer.name: W4}).unpack(layer.name, Tensors(out))
+        assert torch.equal(written.dequantize(), weight.dequantize())
 
 
 def test_the_report_tells_each_layer_s_error_and_what_became_of_the_bytes(
@@ -400,11 +422,21 @@ def damage(source: Path, name: str, value: float) -> None:
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize(("method", "scheme"), [(RTN, W4), (GPTQ, W4), (AWQ, W4), (SMOOTHQUANT, W8A8)])
 @pytest.mark.parametrize(("value", "message"), [(float("nan"), "NaN or infinite"), (1e6, "more than fp16 can")])
-def test_weights_that_cannot_be_quantized_are_named(tmp_path: Path, value: float, message: str) -> None:
+def test_weights_that_cannot_be_quantized_are_named(
+    tmp_path: Path, calibration: Calibration, value: float, message: str, method: str, scheme: Scheme
+) -> None:
     source = save_tiny(tmp_path / "model")
     damage(source, "model.layers.1.mlp.up_proj.weight", value)
-    refused(f"model.layers.1.mlp.up_proj.weight holds .*{message}"[:60], source, tmp_path / "out", scheme=W4)
+    refused(
+        f"model.layers.1.mlp.up_proj.weight holds .*{message}",
+        source,
+        tmp_path / "out",
+        method=method,
+        scheme=scheme,
+        calibration=calibration,
+    )
 
 
 def test_inputs_that_are_not_finite_are_named(tmp_path: Path, calibration: Calibration) -> None:
