@@ -51,13 +51,13 @@ def attention(
 ) -> Any:
     launch = (attention_triton.decode_launch if decode else attention_triton.prefill_launch)(group, head_dim, 2)
     pointers = dict.fromkeys(("query", "key_cache", "value_cache", "out"), "*bf16")
-    pointers |= dict.fromkeys(("block_tables", "query_starts", "kv_lengths"), "*i32")
+    pointers |= dict.fromkeys(("block_tables", "query_starts", "kv_lengths", "longest"), "*i32")
     pointers |= dict.fromkeys(("means", "logsums"), "*fp32")
     return compile_for(
         capability, attention_triton.attention_kernel, pointers | {"scale": "fp32", "cap_scale": "fp32"},
         launch.warps, launch.stages,
         GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-        WINDOWED=windowed, CAPPED=capped, SPLIT=256, DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
+        WINDOWED=windowed, CAPPED=capped, DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
     )  # fmt: skip
 
 
