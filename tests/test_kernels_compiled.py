@@ -111,6 +111,17 @@ def test_wna16_on_hopper(bits: int, rows: int, per_group: int, dtype: str, tmp_p
     assert spilled_bytes(compiled, tmp_path) == 0
 
 
+@pytest.mark.parametrize("chunk", [8, 32])
+def test_joining_splits_stays_out_of_memory(chunk: int, tmp_path: Path) -> None:
+    pointers = dict.fromkeys(("means", "logsums"), "*fp32") | {"out": "*bf16"}
+    pointers |= dict.fromkeys(("query_starts", "kv_lengths", "longest"), "*i32")
+    compiled = compile_for(
+        90, attention_triton.merge_kernel, pointers, 4, 3,
+        HEAD_DIM=128, DIM_PADDED=128, WINDOWED=True, CHUNK=chunk, PDL=True,
+    )  # fmt: skip
+    assert spilled_bytes(compiled, tmp_path) == 0
+
+
 @pytest.mark.parametrize("capability", [80, 100])
 def test_other_gpus(capability: int) -> None:
     assert MATRIX[capability] in attention(capability, 128, 64, 4, False, False).asm["ptx"]

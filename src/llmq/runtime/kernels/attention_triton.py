@@ -361,11 +361,11 @@ def merge_kernel(
     best = float("-inf")
     total = 0.0
     for start in range(0, row_splits, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        logsum = tl.load(logsums + at + split, mask=split < row_splits, other=float("-inf"))
+        part = start + tl.arange(0, CHUNK)
+        logsum = tl.load(logsums + at + part, mask=part < row_splits, other=float("-inf"))
         mean = tl.load(
-            means + (at + split)[:, None] * HEAD_DIM + dim[None, :],
-            mask=(split < row_splits)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
+            means + (at + part)[:, None] * HEAD_DIM + dim[None, :],
+            mask=(part < row_splits)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
         )  # fmt: skip
         new_best = tl.maximum(best, tl.max(logsum, 0))
         # A split may have nothing for an early query of the row: its logsum, and the best so far, are then −inf.
