@@ -51,13 +51,13 @@ def attention(
 ) -> Any:
     launch = (attention_triton.decode_launch if decode else attention_triton.prefill_launch)(group, head_dim, 2)
     pointers = dict.fromkeys(("query", "key_cache", "value_cache", "out"), "*bf16")
-    pointers |= dict.fromkeys(("block_tables", "query_starts", "kv_lengths"), "*i32")
+    pointers |= dict.fromkeys(("block_tables", "query_starts", "kv_lengths", "longest"), "*i32")
     pointers |= dict.fromkeys(("means", "logsums"), "*fp32")
     return compile_for(
         capability, attention_triton.attention_kernel, pointers | {"scale": "fp32", "cap_scale": "fp32"},
         launch.warps, launch.stages,
         GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-        WINDOWED=windowed, CAPPED=capped, SPLIT=256, DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
+        WINDOWED=windowed, CAPPED=capped, DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
     )  # fmt: skip
 
 
@@ -108,6 +108,17 @@ def test_capped_attention_on_hopper(decode: bool, tmp_path: Path) -> None:
 def test_wna16_on_hopper(bits: int, rows: int, per_group: int, dtype: str, tmp_path: Path) -> None:
     compiled = wna16(90, bits, rows, per_group, dtype)
     assert (MATRIX[90] if rows > 8 else "mma.sync") in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize("chunk", [8, 32])
+def test_joining_splits_stays_out_of_memory(chunk: int, tmp_path: Path) -> None:
+    pointers = dict.fromkeys(("means", "logsums"), "*fp32") | {"out": "*bf16"}
+    pointers |= dict.fromkeys(("query_starts", "kv_lengths", "longest"), "*i32")
+    compiled = compile_for(
+        90, attention_triton.merge_kernel, pointers, 4, 3,
+        HEAD_DIM=128, DIM_PADDED=128, WINDOWED=True, CHUNK=chunk, PDL=True,
+    )  # fmt: skip
     assert spilled_bytes(compiled, tmp_path) == 0
 
 
