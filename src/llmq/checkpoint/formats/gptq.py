@@ -71,8 +71,6 @@ class Gptq:
     multiple: ClassVar[int] = 32
     packs_head: ClassVar[bool] = True
     config_files: ClassVar[tuple[str, ...]] = ("quantize_config.json",)
-    caveat: ClassVar[str | None] = None
-
     default: Scheme
     checkpoint_format: str
     rules: tuple[tuple[str, Scheme | None], ...] = ()
@@ -83,6 +81,13 @@ class Gptq:
     def scheme(self) -> Scheme | None:
         """Of all layers; None when they have several."""
         return self.default if all(scheme in (None, self.default) for _, scheme in self.rules) else None
+
+    @property
+    def caveat(self) -> str | None:
+        """What whoever writes such a folder should know of its readers."""
+        if self.scheme is not None and not self.head:
+            return None
+        return "transformers reads GPTQ folders of one scheme, without a quantized head; GPTQModel and vLLM read this"
 
     @property
     def stored_zero_offset(self) -> int:
