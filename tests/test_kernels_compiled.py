@@ -154,7 +154,7 @@ def test_wna16_on_hopper(
 
 
 @pytest.mark.parametrize("number", [INT, E4M3])
-@pytest.mark.parametrize("rows", [1, 16, 32, 64, 256, 1000])
+@pytest.mark.parametrize("rows", [1, 32, 256, 1000])
 def test_w8a8_on_hopper(rows: int, number: str, tmp_path: Path) -> None:
     kernel, launch = w8a8_triton.kernel_for(rows, number)
     compiled = w8a8(90, kernel, launch, number)
