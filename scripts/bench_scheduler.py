@@ -15,7 +15,7 @@ from statistics import median
 
 from llmq.engine.blocks import BlockManager
 from llmq.engine.options import EngineOptions
-from llmq.engine.request import Request, SamplingParams
+from llmq.engine.request import Request, SamplingParams, token_array
 from llmq.engine.scheduler import Scheduler
 from llmq.plan import SampledToken, StepOutput
 
@@ -30,7 +30,7 @@ def measure(running: int, context: int, steps: int, block_size: int, samples: in
     scheduler = Scheduler(options, manager)
     for number in range(requests):
         # No two prompts begin alike: what is measured is the work of that many full contexts.
-        prompt = [(number * 7 + at * at) % 30_000 for at in range(context)]
+        prompt = token_array((number * 7 + at * at) % 30_000 for at in range(context))
         params = SamplingParams(max_tokens=None, n=samples, seed=0)
         scheduler.add(Request(number, prompt, params, 0, context + steps + block_size))
     while scheduler.waiting or any(sequence.pending != 1 for one in scheduler.running for sequence in one.live):

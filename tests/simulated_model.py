@@ -13,7 +13,7 @@ from itertools import chain
 
 from llmq.engine.blocks import BlockManager
 from llmq.engine.options import EngineOptions
-from llmq.engine.request import Request, SamplingParams
+from llmq.engine.request import Request, SamplingParams, token_array
 from llmq.engine.scheduler import Scheduler
 from llmq.plan import PlanRow, SampledToken, StepOutput, StepPlan
 
@@ -131,7 +131,7 @@ def make_request(number: int, prompt: int | Sequence[int], new: int = 4, **param
     """A request of ``new`` tokens behind a prompt that no other request has, or behind the one given."""
     ids = [1 + (number * 7919 + at) % 997 for at in range(prompt)] if isinstance(prompt, int) else list(prompt)
     sampling = SamplingParams(**({"max_tokens": new, "seed": number} | params))  # type: ignore[arg-type]
-    return Request(number, ids, sampling, sampling.seed or 0, len(ids) + new, frozenset([EOS]))
+    return Request(number, token_array(ids), sampling, sampling.seed or 0, len(ids) + new, frozenset([EOS]))
 
 
 def run(scheduler: Scheduler, token: int = 7) -> StepPlan:

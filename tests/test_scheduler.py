@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import tracemalloc
+from collections.abc import Callable
+from types import FrameType
+
 import pytest
 from simulated_model import (
     BLOCK,
@@ -141,12 +146,51 @@ def test_blocks_freed_in_an_update_are_used_in_the_next_step() -> None:
     assert [step(scheduler), step(scheduler)] == [{0: 31}, {1: 31}]
 
 
-def test_a_table_is_copied_into_plans_only_when_it_has_changed() -> None:
+def test_a_sequence_has_the_same_table_in_all_its_plans_which_grows_at_its_end() -> None:
     scheduler = make_scheduler(8)
     add(scheduler, make_request(0, 10, 20))
-    tables = [run(scheduler).rows[0].block_tables for _ in range(20)]
-    assert len({id(table) for table in tables}) == 2
-    assert all(tables[place] is tables[0] for place in range(7))
+    seen: list[int] = []
+    tables = []
+    for _ in range(20):
+        (table,) = run(scheduler).rows[0].block_tables
+        assert list(table[: len(seen)]) == seen
+        seen = list(table)
+        tables.append(table)
+    assert len(seen) == 2
+    assert all(table is tables[0] for table in tables)
+
+
+def work_of_a_cycle(context: int) -> tuple[list[int], list[int]]:
+    """Bytecode instructions and bytes allocated by each of the steps in which four sequences fill a block."""
+    scheduler = make_scheduler(4 * (context // BLOCK + 4), max_num_batched_tokens=4 * context)
+    add(scheduler, *(make_request(number, context, 3 * BLOCK) for number in range(4)))
+    for _ in range(BLOCK):
+        run(scheduler)
+    instructions: list[int] = []
+    allocated: list[int] = []
+
+    def count(frame: FrameType, event: str, _: object) -> Callable[..., object]:
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        instructions[-1] += event == "opcode"
+        return count
+
+    for _ in range(BLOCK):
+        instructions.append(0)
+        tracemalloc.start()
+        sys.settrace(count)
+        try:
+            run(scheduler)
+        finally:
+            sys.settrace(None)
+            allocated.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    return instructions, allocated
+
+
+def test_a_step_does_and_allocates_no_more_the_longer_the_contexts() -> None:
+    (few, small), (many, large) = work_of_a_cycle(2 * BLOCK), work_of_a_cycle(1024 * BLOCK)
+    assert many == few
+    assert max(large) <= max(small)
 
 
 # Ends
@@ -342,7 +386,7 @@ def test_when_blocks_run_out_the_newest_gives_its_own_back_and_keeps_its_tokens_
     assert step(scheduler) == {0: 1}
     assert scheduler.stats.preemptions == 1
     sequence = new.live[0]
-    assert (sequence.output_ids, sequence.computed, sequence.tables) == ([7], 0, [[]])
+    assert (sequence.output_ids, sequence.computed, sequence.tables) == ([7], 0, ([],))
     assert ids(scheduler.waiting) == [1, 2]
 
 

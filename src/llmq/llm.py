@@ -257,7 +257,7 @@ class LLM:
             self._check_stop_ids(params)
             new = request.Request(
                 request_id,
-                output.prompt_token_ids,
+                request.token_array(output.prompt_token_ids),
                 params,
                 secrets.randbits(62) if params.seed is None else params.seed,
                 self._limits.max_total(len(output.prompt_token_ids), params),

@@ -79,6 +79,8 @@ class History(NamedTuple):
 class PlanRow(NamedTuple):
     """One sequence in one step. A named tuple: a step makes hundreds, and they must cost little.
 
+    block_tables    as long as the sequence keeps its blocks the same list in every plan, which grows at its end: who
+                    remembers how much of it was read has to read no more than that
     sampling        None while the prompt is not complete: nothing is drawn
     banned          tokens that must not be drawn now
     history         None unless the row is penalized
@@ -89,7 +91,7 @@ class PlanRow(NamedTuple):
     sequence_id: int
     start: int
     tokens: tuple[int, ...]
-    block_tables: tuple[tuple[int, ...], ...]
+    block_tables: tuple[Sequence[int], ...]
     sampling: RowSampling | None
     banned: tuple[int, ...] = ()
     history: History | None = None

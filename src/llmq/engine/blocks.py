@@ -163,8 +163,7 @@ class BlockManager:
 
     def fork(self, parent: Tokens, child: Tokens) -> None:
         """Let ``child`` own all that ``parent`` owns."""
-        child.tables = [table.copy() for table in parent.tables]
-        child.table_view = parent.table_view
+        child.tables = tuple(table.copy() for table in parent.tables)
         child.computed = parent.computed
         child.published, child.entry = parent.published, parent.entry
         for block in chain(*child.tables):
@@ -180,8 +179,7 @@ class BlockManager:
             for block in reversed(table):
                 if block or sequence.request.swapped:
                     drop(block)
-            table.clear()
-        sequence.table_view = None
+        sequence.tables = tuple([] for _ in sequence.tables)
         sequence.computed = 0
         sequence.published, sequence.entry = 0, None
 
@@ -215,11 +213,10 @@ class BlockManager:
             for block in reversed(table):
                 if block:
                     self._drop(block)
-            table[:] = [homes[block] for block in table]
-            for block in table:
-                self._cpu_refs[block] += 1
         for sequence in request.live:
-            sequence.table_view = None
+            sequence.tables = tuple([homes[block] for block in table] for table in sequence.tables)
+            for home in chain(*sequence.tables):
+                self._cpu_refs[home] += 1
         return [(block, home) for block, home in homes.items() if block]
 
     def swap_in_cost(self, request: Request) -> int:
@@ -244,20 +241,21 @@ class BlockManager:
                 self._revive(block)
         moves: Moves = []
         for sequence in live:
+            tables: tuple[list[int], ...] = tuple([] for _ in sequence.tables)
             for group, table in enumerate(sequence.tables):
                 passed = self._first_seen(group, sequence.computed)
                 for index, block in enumerate(table):
                     if index < passed:
-                        table[index] = 0
+                        tables[group].append(0)
                     else:
                         if block not in homes:
                             homes[block] = self._take()
                             moves.append((block, homes[block]))
                             self._refs[homes[block]] = 0
-                        table[index] = homes[block]
+                        tables[group].append(homes[block])
                         self._refs[homes[block]] += 1
                     self._drop_cpu(block)
-            sequence.table_view = None
+            sequence.tables = tables
         return moves
 
     # Checks
@@ -338,18 +336,18 @@ class BlockManager:
         if lacking > 0:
             for table in sequence.tables:
                 table.extend(self._take() for _ in range(lacking))
-            sequence.table_view = None
 
     def _own_tail(self, sequence: Tokens, moves: Moves) -> None:
         """Make the block that the next token is written into the sequence's own."""
         index = sequence.computed // self.block_size
-        for table in sequence.tables:
+        tables = sequence.tables
+        for group, table in enumerate(tables):
             if index < len(table) and self._refs[table[index]] > 1:
                 copy = self._take()
                 moves.append((table[index], copy))
                 self._refs[table[index]] -= 1
-                table[index] = copy
-                sequence.table_view = None
+                own = [*table[:index], copy, *table[index + 1 :]]
+                sequence.tables = (*sequence.tables[:group], own, *sequence.tables[group + 1 :])
 
     def _missing(self, live: list[Tokens], refs: list[int] | None = None) -> int:
         """``missing`` of several sequences; ``refs``: where their blocks are counted, if not in the pool."""
@@ -384,8 +382,7 @@ class BlockManager:
                 if not table[index]:
                     break
                 self._drop(table[index])
-                table[index] = 0
-                sequence.table_view = None
+                table[index] = 0  # nobody looks there, so nobody needs to be told
 
     # Shared prefixes
 
@@ -400,7 +397,7 @@ class BlockManager:
         size = self.block_size
         while len(entries) < most:
             start = len(entries) * size
-            tokens = tuple(sequence.token_ids[start : start + size])
+            tokens = sequence.token_ids[start : start + size].tobytes()
             entry = self._cache.find(entries[-1] if entries else None, tokens)
             if entry is None:
                 break
@@ -427,13 +424,9 @@ class BlockManager:
         for elder in elders:
             most = min(elder.computed, sequence.total - 1) // size
             length = 0
-            while length < most and all(
-                mine == its
-                for mine, its in zip(
-                    sequence.token_ids[length * size : (length + 1) * size],
-                    elder.token_ids[length * size : (length + 1) * size],
-                    strict=True,
-                )
+            while length < most and (
+                sequence.token_ids[length * size : (length + 1) * size]
+                == elder.token_ids[length * size : (length + 1) * size]
             ):
                 length += 1
             if length > len(best[0]):
@@ -461,7 +454,7 @@ class BlockManager:
             sequence.published, sequence.entry = 0, None
         while sequence.published < sequence.computed // size:
             index = sequence.published
-            entry = self._cache.enter(sequence.entry, tuple(sequence.token_ids[index * size : (index + 1) * size]))
+            entry = self._cache.enter(sequence.entry, sequence.token_ids[index * size : (index + 1) * size].tobytes())
             for group, table in enumerate(sequence.tables):
                 block, known = table[index], entry.blocks[group]
                 if not block or block == known or self._refs[known]:

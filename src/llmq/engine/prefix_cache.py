@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Key = tuple[int, tuple[int, ...]]
+Key = tuple[int, bytes]
+"""The number of the entry before, and the block's tokens as an array's bytes."""
 ROOT = 0
 
 
@@ -48,10 +49,10 @@ class PrefixCache:
         """Blocks, not entries."""
         return len(self._homes)
 
-    def find(self, parent: Entry | None, tokens: tuple[int, ...]) -> Entry | None:
+    def find(self, parent: Entry | None, tokens: bytes) -> Entry | None:
         return self._entries.get((ROOT if parent is None else parent.number, tokens))
 
-    def enter(self, parent: Entry | None, tokens: tuple[int, ...]) -> Entry:
+    def enter(self, parent: Entry | None, tokens: bytes) -> Entry:
         """The entry of ``tokens`` behind ``parent``; a new one can be found once it is given a block."""
         entry = self.find(parent, tokens)
         if entry is None:

@@ -14,7 +14,8 @@ are all ``total − computed``.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from array import array
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -132,15 +133,22 @@ class SamplingParams:
         return self.beam_width or self.best_of or self.n
 
 
+def token_array(token_ids: Iterable[int]) -> array[int]:
+    """``token_ids`` in the form in which requests and sequences have them."""
+    return array("i", token_ids)
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A prompt and the sequences that continue it. Admission, preemption and counting act on it as a whole.
 
     ``number`` grows with arrival; ``order`` is where the request stands in every queue: the smaller, the sooner.
+    Tokens are in arrays: millions of them in lists would be walked by every full garbage collection, which took up to
+    a tenth of a second in the middle of a step.
     """
 
     request_id: Hashable
-    prompt_ids: list[int]
+    prompt_ids: array[int]
     params: SamplingParams
     seed: int
     max_total: int
@@ -198,18 +206,17 @@ class Sequence:
     sequence_id: int
     request: Request
     index: int
-    token_ids: list[int]
+    token_ids: array[int]
     """Of the prompt and of the completion."""
-    tables: list[list[int]]
-    """For each group of layers, the blocks that hold the keys and values; see ``engine.blocks``."""
+    tables: tuple[list[int], ...]
+    """For each group of layers, the blocks that hold the keys and values; see ``engine.blocks``. Plans hold these very
+    lists: they are only appended to. Whatever else becomes of a table, it becomes another list."""
     sampling: RowSampling
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative: float = 0.0
     """Log-probability of a beam, or of a sample of best_of."""
     computed: int = 0
     scheduled: int = 0
-    table_view: tuple[tuple[int, ...], ...] | None = None
-    """``tables`` as plans hold them, until they change."""
     published: int = 0
     """Full blocks that the prefix cache has been told of, and its entry of the last one."""
     entry: Entry | None = None
@@ -226,18 +233,11 @@ class Sequence:
 
     @property
     def output_ids(self) -> list[int]:
-        return self.token_ids[len(self.request.prompt_ids) :]
+        return self.token_ids[len(self.request.prompt_ids) :].tolist()
 
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_ids)
-
-    @property
-    def block_tables(self) -> tuple[tuple[int, ...], ...]:
-        # A table changes once in block_size tokens. Making it anew each step would cost more the longer the context.
-        if self.table_view is None:
-            self.table_view = tuple(map(tuple, self.tables))
-        return self.table_view
 
     @property
     def banned(self) -> tuple[int, ...]:
@@ -257,13 +257,13 @@ def first_sequence(request: Request, sequence_id: int, num_groups: int) -> Seque
         samples=1 if request.beams else request.params.width,
         beams=request.params.beam_width * (1 + max(1, len(request.stop_ids))),
     )
-    tables: list[list[int]] = [[] for _ in range(num_groups)]
-    return Sequence(sequence_id, request, 0, request.prompt_ids.copy(), tables, sampling)
+    tables: tuple[list[int], ...] = tuple([] for _ in range(num_groups))
+    return Sequence(sequence_id, request, 0, request.prompt_ids[:], tables, sampling)
 
 
 def fork_sequence(parent: Sequence, sequence_id: int, index: int) -> Sequence:
     """A sequence with the tokens of ``parent``, and noise of its own. Its blocks are the BlockManager's to fork."""
-    child = Sequence(sequence_id, parent.request, index, parent.token_ids.copy(), [], alone(parent, index))
+    child = Sequence(sequence_id, parent.request, index, parent.token_ids[:], (), alone(parent, index))
     child.logprobs = parent.logprobs.copy()
     child.cumulative = parent.cumulative
     return child

@@ -479,7 +479,7 @@ class Scheduler:
         draft.tokens -= tokens
         chunk = (token_ids[start],) if tokens == 1 else tuple(token_ids[start:end])
         sampling = sequence.sampling if end == len(token_ids) else None
-        tables = sequence.table_view or sequence.block_tables
+        tables = sequence.tables
         request = sequence.request
         if request.plain:
             row = PlanRow(sequence.sequence_id, start, chunk, tables, sampling)

@@ -49,27 +49,31 @@ class Batch:
 class TableBuffer:
     """The block tables of a step as a matrix on the host, of which only the rows that have changed are written anew.
 
-    A row of a plan names the very same tuple as in the step before unless its table has changed.
+    A row of a plan names the very same list as in the step before unless its table is another: then it has only grown.
     """
 
     def __init__(self) -> None:
-        self._tables: list[tuple[int, ...]] = []
+        self._tables: list[Sequence[int]] = []
+        self._lengths: list[int] = []
         self._matrix = torch.zeros((0, 0), dtype=torch.int32)
 
-    def fill(self, tables: list[tuple[int, ...]]) -> Tensor:
+    def fill(self, tables: list[Sequence[int]]) -> Tensor:
         """int32 [rows, longest], each row padded with 0; a copy: the next call changes nothing in it."""
         rows, columns = len(tables), max(map(len, tables))
         if rows > self._matrix.shape[0] or columns > self._matrix.shape[1]:
             # Twice what is needed: a table that grows by a block now and then must not mean a new matrix each time.
             self._matrix = torch.zeros((2 * rows, 2 * columns), dtype=torch.int32)
-            self._tables = []
+            self._tables, self._lengths = [], []
         self._tables += [()] * (rows - len(self._tables))
+        self._lengths += [0] * (rows - len(self._lengths))
         for row, table in enumerate(tables):
-            last = self._tables[row]
-            if table is not last:
-                self._matrix[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
-                self._matrix[row, len(table) : len(last)] = 0
-                self._tables[row] = table
+            same, filled = table is self._tables[row], self._lengths[row]
+            if same and filled == len(table):
+                continue
+            first = filled if same else 0
+            self._matrix[row, first : len(table)] = torch.tensor(table[first:], dtype=torch.int32)
+            self._matrix[row, len(table) : filled] = 0
+            self._tables[row], self._lengths[row] = table, len(table)
         return self._matrix[:rows, :columns].clone()
 
 
