@@ -167,7 +167,7 @@ def test_wna16_on_hopper(
 
 
 @pytest.mark.parametrize("number", [INT, E4M3])
-@pytest.mark.parametrize("rows", [1, 16, 32, 64, 256, 1000])
+@pytest.mark.parametrize("rows", [1, 32, 256, 1000])
 def test_w8a8_on_hopper(rows: int, number: str, tmp_path: Path) -> None:
     kernel, launch = w8a8_triton.kernel_for(rows, number)
     compiled = w8a8(90, kernel, launch, number)
@@ -178,7 +178,8 @@ def test_w8a8_on_hopper(rows: int, number: str, tmp_path: Path) -> None:
     assert re.search(product, compiled.asm["ptx"])
     assert spilled_bytes(compiled, tmp_path) == 0
     weights = launch.block_n * launch.block_k * (w8a8_triton.SLICES if kernel is w8a8_triton.sliced_kernel else 1)
-    assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= 2.2 * weights
+    products = weights * max(1, launch.block_m // 64)
+    assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= 2.2 * products
 
 
 @pytest.mark.parametrize("chunk", [8, 32])

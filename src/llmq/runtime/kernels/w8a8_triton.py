@@ -34,27 +34,27 @@ from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import E4M3, INT
 
 PROMOTE = tl.constexpr(128)
-PROGRAMS = 264  # that K is split for: two for each of an H200's 132 multiprocessors
 SPLIT_STEP = 256  # channels: what a split is a multiple of
 SLICES = 4
 GROUP = 8  # tiles of M whose programs are neighbours, so that they find the weight in the cache
 
 
 class Launch(NamedTuple):
-    """What a program takes."""
+    """What a program takes; and programs to split K for, on an H200, which has 132 multiprocessors."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
+    programs: int = 264
 
 
 # Rows up to → launch parameters, measured on an H200.
 SLICED = {8: Launch(8, 16, 256, 4, 3), 16: Launch(16, 32, 256, 4, 3)}
-SPLIT = {32: Launch(32, 128, 128, 4, 4), 64: Launch(64, 128, 128, 4, 4), 256: Launch(128, 64, 128, 4, 4)}
+SPLIT = {32: Launch(32, 64, 256, 4, 4, 132), 64: Launch(64, 64, 256, 4, 3), 256: Launch(128, 64, 128, 4, 4)}
 LARGE = {INT: Launch(128, 256, 128, 8, 4), E4M3: Launch(128, 128, 128, 8, 4)}
-LIBRARY_ROWS = 64  # above, PyTorch's FP8 product is faster
+LIBRARY_ROWS = 128  # above, PyTorch's FP8 product is faster
 
 
 def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -96,7 +96,7 @@ def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, 
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     tiles_n, tiles_m = triton.cdiv(out_features, launch.block_n), triton.cdiv(rows, launch.block_m)
     steps = triton.cdiv(in_features, SPLIT_STEP)
-    per_split = steps_per_split(tiles_n * tiles_m, steps, PROGRAMS)
+    per_split = steps_per_split(tiles_n * tiles_m, steps, launch.programs)
     splits = triton.cdiv(steps, per_split)
     total = torch.int32 if weight.number == INT else torch.float32
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=total, device=out.device)
@@ -145,13 +145,12 @@ def sliced_kernel(
     n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[:, None]
     at_weight = weight + n.to(tl.int64)[None, :, None] * in_features + k[:, None, :]
     at_x = x + m[None, None, :] * in_features + k[:, :, None]
-    is_w, is_x = is_n[None, :, None], is_m[None, None, :]
     wait(PDL)
     acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], dtype=TOTAL)
     for start in tl.range(0, in_features, SLICES * BLOCK_K, num_stages=STAGES):
-        if not WHOLE_STEPS:
-            is_k = start + k < in_features
-            is_w, is_x = is_n[None, :, None] & is_k[:, None, :], is_m[None, None, :] & is_k[:, :, None]
+        is_k = start + k < in_features
+        is_w = is_n[None, :, None] if WHOLE_STEPS else is_n[None, :, None] & is_k[:, None, :]
+        is_x = is_m[None, None, :] if WHOLE_STEPS else is_m[None, None, :] & is_k[:, :, None]
         w_tile = tl.load(at_weight + start, mask=is_w, other=0.0)
         x_tile = tl.load(at_x + start, mask=is_x, other=0.0)
         acc = tl.dot(w_tile, x_tile, acc, out_dtype=TOTAL)
@@ -177,16 +176,15 @@ def split_kernel(
     is_n, is_m = n < out_features, m < rows
     at_weight = weight + n.to(tl.int64)[:, None] * in_features + k[None, :]
     at_x = x + m.to(tl.int64)[None, :] * in_features + k[:, None]
-    is_w, is_x = is_n[:, None], is_m[None, :]
     first = tl.program_id(1) * steps_per_split
     last = tl.minimum(first + steps_per_split, tl.cdiv(in_features, BLOCK_K))
     wait(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=TOTAL)
     for step in tl.range(first, last, num_stages=STAGES):
         start = step * BLOCK_K
-        if not WHOLE_STEPS:
-            is_k = start + k < in_features
-            is_w, is_x = is_n[:, None] & is_k[None, :], is_m[None, :] & is_k[:, None]
+        is_k = start + k < in_features
+        is_w = is_n[:, None] if WHOLE_STEPS else is_n[:, None] & is_k[None, :]
+        is_x = is_m[None, :] if WHOLE_STEPS else is_m[None, :] & is_k[:, None]
         w_tile = tl.load(at_weight + start, mask=is_w, other=0.0)
         x_tile = tl.load(at_x + start, mask=is_x, other=0.0)
         acc = tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=PROMOTE, out_dtype=TOTAL)
