@@ -234,7 +234,13 @@ class CompressedTensors:
         return QuantizedWeight(scheme, codes, scales, zeros, index)
 
     def config_dict(
-        self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str, damp_percent: float | None = None
+        self,
+        *,
+        quantized: Sequence[str],
+        ignored: Sequence[str],
+        writer: str,
+        damp_percent: float | None = None,
+        act_order: bool = False,
     ) -> dict[str, Any]:
         """``quantization_config`` for config.json: a group for each scheme, layers named in full."""
         schemes = dict.fromkeys(scheme for _, scheme in self.targets)
