@@ -125,7 +125,7 @@ class Roofline:
         return float(batch / max(read / self.bandwidth, batch * self._operations(config) / self.rates[16]))
 
     def prefill(self, llm: LLM, bits: int) -> float:
-        return self.rates[bits] / self._operations(llm.config, head=False)
+        return float(self.rates[bits] / self._operations(llm.config, head=False))
 
     @staticmethod
     def _operations(config: ModelConfig, *, head: bool = True) -> float:
@@ -136,7 +136,7 @@ class Roofline:
 def _seconds(work: Callable[[], object]) -> float:
     for _ in range(3):
         work()
-    times = []
+    times: list[float] = []
     for _ in range(10):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
@@ -228,37 +228,47 @@ def measure(shape: str, scheme: str, parts: list[str], roofline: Roofline) -> di
 
 
 def profile(llm: LLM, batch: int, shape: str, scheme: str) -> None:
-    """Print where the time of a decode step goes."""
+    """Print where the time of a step of prompts goes, and of a decode step."""
     steps = 10
     for index, prompt in enumerate(prompts(llm, batch, PROMPT)):
         llm._submit(index, prompt, greedy(100), index)
 
     def advance(number: int) -> float:
+        torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(number):
             list(llm._step(streaming=False))
         torch.cuda.synchronize()
         return (time.perf_counter() - started) / number
 
+    def traced(number: int, name: str) -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            advance(number)
+        kernels = [event for event in trace.key_averages() if event.self_device_time_total]
+        busy = sum(event.self_device_time_total for event in kernels) / number
+        print(f"\n{shape} {scheme}, {batch} sequences, {name}: kernels {busy:.0f} µs a step")
+        print("| kernel | a step | µs each | µs a step | share |\n|---|---|---|---|---|")
+        for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:20]:
+            total = event.self_device_time_total
+            print(
+                f"| {event.key[:70]} | {event.count / number:.1f} | {total / event.count:.2f} | {total / number:.0f} "
+                f"| {total / number / busy:.1%} |"
+            )
+
+    if batch == BATCHES[-1]:
+        advance(2)
+        traced(4, "prompts")
     advance(-(-batch * PROMPT // llm.options.max_num_batched_tokens) + 8)
     wall = advance(steps)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        advance(steps)
-    kernels = [event for event in trace.key_averages() if event.self_device_time_total]
-    busy = sum(event.self_device_time_total for event in kernels) / steps
-    print(f"\n{shape} {scheme}, one decode step of {batch} sequences: {wall * 1e6:.0f} µs, kernels {busy:.0f} µs")
-    print("| kernel | a step | µs each | µs a step | share |\n|---|---|---|---|---|")
-    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:24]:
-        total = event.self_device_time_total
-        print(
-            f"| {event.key[:90]} | {event.count / steps:.1f} | {total / event.count:.2f} | {total / steps:.0f} "
-            f"| {total / steps / busy:.1%} |"
-        )
+    traced(steps, "decode")
+    print(f"wall {wall * 1e6:.0f} µs a step")
     host(llm, steps)
     for index in range(batch):
         llm.abort(index)
     while llm._live:
         list(llm._step(streaming=False))
+    llm._flights.clear()
+    llm._scheduler.forget_flights()
 
 
 def host(llm: LLM, steps: int) -> None:

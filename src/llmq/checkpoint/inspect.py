@@ -10,6 +10,7 @@ from typing import Any
 from llmq.checkpoint import folder as folders
 from llmq.checkpoint.config import ModelConfig, read_config, read_json
 from llmq.checkpoint.formats import Format, is_packed, open_format, packed_layers
+from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmq.checkpoint.formats.packed import HEAD, contradictions
 from llmq.checkpoint.tensors import Tensors
 
@@ -142,9 +143,12 @@ def _config_problems(folder: Path, config: ModelConfig, format: Format | None) -
 
 
 def _writer(config: ModelConfig) -> str | None:
-    """The program that wrote the folder, as GPTQModel and llmq say it; None where nobody does."""
-    meta = (config.quantization or {}).get("meta")
+    """The program that wrote the folder, as GPTQModel, llmq and compressed-tensors say it; None where nobody does."""
+    fields = config.quantization or {}
+    meta, version = fields.get("meta"), fields.get("version")
     quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
+    if quantizer is None and fields.get("quant_method") == CompressedTensors.name and version is not None:
+        return f"{CompressedTensors.name}:{version}"
     if isinstance(quantizer, list):
         return ", ".join(map(str, quantizer)) or None
     return None if quantizer is None else str(quantizer)

@@ -1,7 +1,7 @@
 """Batch: a step as tensors on the device. One copy takes all its integers there.
 
-buffer  int32   | token ids | positions | slots of group 0 | … | query starts | KV lengths |
-                  T           T           T                      R + 1          R
+buffer  int32   | token ids | positions | slots of group 0 | … | query starts | KV lengths | the longest of them |
+                  T           T           T                      R + 1          R            1
 
 T tokens of R rows lie end to end. Each part begins at a multiple of 16 bytes: kernels are compiled for that.
 """
@@ -35,7 +35,7 @@ class Shape:
     @property
     def parts(self) -> tuple[int, ...]:
         """Length of each part of the buffer."""
-        return (*[self.tokens] * (2 + self.groups), self.rows + 1, self.rows)
+        return (*[self.tokens] * (2 + self.groups), self.rows + 1, self.rows, 1)
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -48,6 +48,7 @@ class Batch:
     """token_ids, positions       [T]; the token id −1 − i stands for the i-th that the step before draws
     slots                      [T] for each group of layers: where the token's keys and values go
     query_starts, kv_lengths   [R + 1], [R]; see ``paged_attention``
+    longest                    [1]: the greatest of kv_lengths
     All int32, views of one buffer.
     """
 
@@ -57,6 +58,7 @@ class Batch:
     slots: tuple[Tensor, ...]
     query_starts: Tensor
     kv_lengths: Tensor
+    longest: Tensor
 
 
 def batch_shape(rows: Sequence[PlanRow]) -> Shape:
@@ -68,7 +70,7 @@ def batch_shape(rows: Sequence[PlanRow]) -> Shape:
 def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
     """What the buffer of a step of ``rows`` holds."""
     parts = [array("i") for _ in shape.parts]
-    token_ids, positions, *slots, query_starts, kv_lengths = parts
+    token_ids, positions, *slots, query_starts, kv_lengths, longest = parts
     query_starts.append(0)
     for row in rows:
         start, end = row.start, row.start + len(row.tokens)
@@ -81,6 +83,7 @@ def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
                 into.extend(table[place // block_size] * block_size + place % block_size for place in range(start, end))
         query_starts.append(len(token_ids))
         kv_lengths.append(end)
+    longest.append(max(kv_lengths))
     whole = array("i")
     for part in parts:
         whole.extend(part)
@@ -91,5 +94,5 @@ def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
 def view(buffer: Tensor, shape: Shape) -> Batch:
     """The batch of ``shape`` that lies in ``buffer``."""
     parts = [buffer[start : start + length] for start, length in zip(shape.starts, shape.parts, strict=False)]
-    token_ids, positions, *slots, query_starts, kv_lengths = parts
-    return Batch(shape, token_ids, positions, tuple(slots), query_starts, kv_lengths)
+    token_ids, positions, *slots, query_starts, kv_lengths, longest = parts
+    return Batch(shape, token_ids, positions, tuple(slots), query_starts, kv_lengths, longest)

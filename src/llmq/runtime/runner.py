@@ -49,7 +49,8 @@ class Runner:
         max_tokens: int,
         enforce_eager: bool = False,
     ) -> None:
-        """``max_sequences`` in a step, of ``max_tokens`` each. CUDA graphs on a GPU, unless ``enforce_eager``."""
+        """``max_sequences`` in a step, of ``max_tokens`` each. CUDA graphs on a GPU, unless ``enforce_eager``, or the
+        model has experts: the host waits for their router."""
         self.decoder = decoder
         self.cache = cache
         self.device = device
@@ -117,6 +118,7 @@ class Runner:
                 window=attention.window,
                 max_query_length=batch.shape.max_query_length,
                 max_kv_length=batch.shape.max_kv_length,
+                longest=batch.longest,
                 scale=attention.scale,
                 softcap=attention.softcap,
             )

@@ -5,6 +5,7 @@ What is drawn depends on (seed, position) alone: see ``kernels.gumbel``.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -89,18 +90,15 @@ def draw(
     """Token ids [rows]: the likeliest where temperature is 0, else one drawn from softmax(logits / temperature),
     cut to the top_k likeliest, the smallest set that reaches top_p, and what is at least min_p times as likely as the
     likeliest. ``positions``: where each token will stand; ``seeds``: instead of those of ``samplings``."""
-    if all(sampling.greedy for sampling in samplings):
-        return logits.argmax(dim=-1)
-    temperatures = _column([sampling.temperature for sampling in samplings], torch.float32, logits)
-    if any(sampling.top_k or sampling.top_p < 1 or sampling.min_p for sampling in samplings):
-        logits = _cut(logits, temperatures, samplings)
     own = [sampling.seed for sampling in samplings] if seeds is None else seeds
-    return draw_gumbel(
-        logits,
-        temperatures.squeeze(1),
-        on_device(own, torch.int64, logits.device),
-        on_device(positions, torch.int64, logits.device),
-    )
+    temperatures = array("d", [sampling.temperature for sampling in samplings])
+    # One copy takes all to the device: integers of 64 bits, and numbers of as many.
+    whole = on_device(array("q", [*own, *positions, *array("q", temperatures.tobytes())]), torch.int64, logits.device)
+    of_rows = whole.view(3, -1)
+    heat = of_rows[2].view(torch.float64)
+    if any(sampling.top_k or sampling.top_p < 1 or sampling.min_p for sampling in samplings):
+        logits = _cut(logits, heat[:, None].float(), samplings)
+    return draw_gumbel(logits, heat, of_rows[0], of_rows[1])
 
 
 def score(logits: Tensor, targets: Sequence[int], top: int) -> Callable[[], list[TokenLogprobs]]:

@@ -71,7 +71,6 @@ class Gptq:
     multiple: ClassVar[int] = 32
     packs_head: ClassVar[bool] = True
     config_files: ClassVar[tuple[str, ...]] = ("quantize_config.json",)
-    caveat: ClassVar[str | None] = None
 
     default: Scheme
     checkpoint_format: str
@@ -83,6 +82,13 @@ class Gptq:
     def scheme(self) -> Scheme | None:
         """Of all layers; None when they have several."""
         return self.default if all(scheme in (None, self.default) for _, scheme in self.rules) else None
+
+    @property
+    def caveat(self) -> str | None:
+        """What whoever writes such a folder should know of its readers."""
+        if self.scheme is not None and not self.head:
+            return None
+        return "transformers reads GPTQ folders of one scheme, without a quantized head; GPTQModel and vLLM read this"
 
     @property
     def stored_zero_offset(self) -> int:
@@ -111,10 +117,10 @@ class Gptq:
     def read(cls, quantization: Mapping[str, Any]) -> Gptq:
         """Read ``quantization_config``. LlmqError on what llmq does not read."""
         # Without a field it is version 1: auto-gptq had no other for long. GPTQModel writes both of these.
-        said = {quantization[key] for key in ("checkpoint_format", "format") if quantization.get(key)} or {V1}
+        said = {str(quantization[key]) for key in ("checkpoint_format", "format") if quantization.get(key)} or {V1}
         if len(said) > 1:
             raise LlmqError(f"quantization_config states two formats: {' and '.join(sorted(said))}", DAMAGED_CONFIG)
-        checkpoint_format = str(said.pop())
+        checkpoint_format = said.pop()
         if checkpoint_format not in (V1, V2):
             raise LlmqError(f"GPTQ folders in the layout {checkpoint_format!r} are not supported", "convert to 'gptq'")
         try:
@@ -169,7 +175,6 @@ class Gptq:
 
     def unpack(self, name: str, tensors: Tensors, device: str = "cpu") -> QuantizedWeight:
         """Read layer ``name``. Raises LlmqError when its tensors contradict the config."""
-
         scheme = stated_scheme(self, name)
         bits = scheme.bits
         word_rows, out_features = stored_shape(f"{name}.qweight", tensors)
@@ -188,13 +193,18 @@ class Gptq:
         return QuantizedWeight(scheme, codes, scales, zeros, index)
 
     def config_dict(
-        self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str, damp_percent: float | None = None
+        self,
+        *,
+        quantized: Sequence[str],
+        ignored: Sequence[str],
+        writer: str,
+        damp_percent: float | None = None,
+        act_order: bool = False,
     ) -> dict[str, Any]:
         """``quantization_config`` for config.json and quantize_config.json.
 
-        ``quantized`` and ``ignored`` are the names of the decoder blocks' linear layers, ``damp_percent`` is None where
-        the method has no such thing. ``desc_act`` tells loaders that groups are scattered by activation order; llmq
-        leaves them in place.
+        ``quantized`` and ``ignored`` are the names of the decoder blocks' linear layers, and of a quantized head;
+        ``damp_percent`` is None where the method has no such thing. With ``act_order``, loaders heed the group index.
 
         The format marks ignored layers in two ways, neither of which all loaders know: GPTQModel reads ``dynamic``,
         transformers ``modules_in_block_to_quantize``, vLLM both.
@@ -202,7 +212,7 @@ class Gptq:
         fields: dict[str, Any] = {
             "quant_method": self.name,
             **_scheme_fields(self.default),
-            "desc_act": False,
+            "desc_act": act_order,
             "lm_head": HEAD in quantized,
             "checkpoint_format": self.checkpoint_format,
             "pack_dtype": "int32",

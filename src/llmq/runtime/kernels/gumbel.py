@@ -28,7 +28,7 @@ def draw_gumbel(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: 
     """A token id for each row, int64 [rows], drawn from softmax(logits / temperature); at temperature 0 the likeliest.
 
     logits            [rows, vocabulary], contiguous in vocabulary; −inf: never drawn
-    temperatures      fp32 [rows]
+    temperatures      floating [rows]
     seeds, positions  int64 [rows]
     """
     if not runs_triton(logits):
@@ -41,7 +41,9 @@ def draw_gumbel(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: 
 def draw_gumbel_reference(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """``draw_gumbel`` in plain PyTorch."""
     greedy = (temperatures == 0)[:, None]
-    scores = logits.float() / torch.where(greedy, 1.0, temperatures[:, None])
+    if greedy.all():
+        return logits.argmax(dim=-1)
+    scores = logits.float() / torch.where(greedy, 1.0, temperatures[:, None].float())
     noise = exponential_noise(seeds[:, None], positions[:, None], logits.shape[1])
     return torch.where(greedy, scores, scores - noise.log()).argmax(dim=-1)
 

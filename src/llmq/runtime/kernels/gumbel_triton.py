@@ -48,7 +48,7 @@ def draw_kernel(
     """The best of one part of one row."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    temperature = tl.load(temperatures + row)
+    temperature = tl.load(temperatures + row).to(tl.float32)
     key = mix(tl.load(seeds + row) * GOLDEN + tl.load(positions + row), MIX_1, MIX_2)
     best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     of_best = part * PART + tl.arange(0, BLOCK)
