@@ -30,6 +30,7 @@ from llmq.evals.divergence import Predictions, predict, window_divergences
 from llmq.evals.perplexity import DEMO_TEXT, WINDOW, cut, read_text
 from llmq.quant.pipeline import quantize
 from llmq.quant.schemes import PRESETS
+from llmq.scheme import Scheme
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 twin = importlib.import_module("outlier_twin")
@@ -73,7 +74,7 @@ def held_out_windows(windows: int | None) -> list[list[int]]:
 
 
 def measure(
-    folder: Path, scheme: str, method: str, original: Predictions, windows: list[list[int]], device: str
+    folder: Path, scheme: Scheme, method: str, original: Predictions, windows: list[list[int]], device: str
 ) -> Score:
     """Quantize the model in ``folder`` and score what was written."""
     with tempfile.TemporaryDirectory() as scratch:
