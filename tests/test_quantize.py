@@ -30,7 +30,7 @@ from llmq.runtime.decoder import CausalAttention, DecoderLayer
 from llmq.runtime.loader import load_decoder, load_layer, open_source
 from llmq.scheme import Scheme
 
-W4 = Scheme(4, 32)
+W4, W8, W8A8 = Scheme(4, 32), Scheme(8, 32), Scheme(8, -1, activation_bits=8)
 LINEARS = 7 * 2
 
 
@@ -73,9 +73,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
-W8, W8A8, FP8 = Scheme(8, 32), Scheme(8, -1, activation_bits=8), Scheme(8, -1, number="e4m3", activation_bits=8)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +206,12 @@ def test_configs_say_how_it_was_quantized_and_no_file_says_where(
         assert b"secret-place" not in path.read_bytes(), path.name
 
 
-def test_the_same_run_writes_the_same_bytes(tmp_path: Path, tiny: Path, calibration: Calibration) -> None:
+@pytest.mark.parametrize(("method", "scheme"), [(GPTQ, W4), (AWQ, W4), (SMOOTHQUANT, W8A8)])
+def test_the_same_run_writes_the_same_bytes(
+    tmp_path: Path, tiny: Path, calibration: Calibration, method: str, scheme: Scheme
+) -> None:
     for _ in range(2):
-        quantize(str(tiny), tmp_path / "out", scheme=W4, calibration=calibration, device="cpu", overwrite=True)
+        quantize(str(tiny), tmp_path / "out", scheme=scheme, method=method, calibration=calibration, device="cpu")
         (tmp_path / "out").rename(tmp_path / f"out-{len(list(tmp_path.iterdir()))}")
     first, second = (digest(folder) for folder in sorted(tmp_path.iterdir()))
     assert first == second
@@ -420,6 +420,19 @@ def test_inputs_that_are_not_finite_are_named(tmp_path: Path, calibration: Calib
         calibration=calibration,
         scheme=W4,
     )
+
+
+def test_activations_beyond_fp16_are_calibrated_in_fp32(
+    tmp_path: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(pipeline, "resolve_dtype", lambda *_: torch.float16)  # as a GPU would have it
+    report = quantize(str(source), tmp_path / "out", scheme=W4, calibration=calibration, device="cpu")
+    assert "not finite in float16: calibrated in fp32" in report.warnings[0]
+    assert all(layer.method == GPTQ and 0 < layer.error < 0.05 for layer in report.layers)
 
 
 def test_a_model_that_cannot_generate_is_not_kept(tmp_path: Path) -> None:
