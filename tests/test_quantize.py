@@ -284,17 +284,38 @@ def test_hessians_are_those_of_the_inputs_that_layers_have_in_the_model(tmp_path
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("share", [4, 10**12], ids=["on the GPU", "in main memory"])
 def test_a_gpu_gives_the_errors_that_a_cpu_gives(
-    tmp_path: Path, tiny: Path, calibration: Calibration, share: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, calibration: Calibration, share: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activations, "GPU_SHARE", share)
+    model = save_tiny(tmp_path / "model", dtype=dtype)
     cpu, gpu = (
-        quantize(str(tiny), tmp_path / device, scheme=W4, calibration=calibration, device=device)
+        quantize(str(model), tmp_path / device, scheme=W4, calibration=calibration, device=device)
         for device in ("cpu", "cuda")
     )
     assert [layer.error for layer in gpu.layers] == pytest.approx([layer.error for layer in cpu.layers], rel=0.1)
     assert gpu.bytes_after == cpu.bytes_after
+
+
+@pytest.mark.gpu
+def test_a_gpu_sums_products_of_16_bits_in_fp32() -> None:
+    x = torch.randn(5000, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double().t() @ x.double()
+    assert (activations.moment(x.cuda()).cpu() - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("method", "scheme"), [(AWQ, W4), (SMOOTHQUANT, W8A8)])
+def test_a_gpu_folds_as_a_cpu_does(
+    tmp_path: Path, calibration: Calibration, method: str, scheme: Scheme, tiny: Path
+) -> None:
+    cpu, gpu = (
+        quantize(str(tiny), tmp_path / device, method=method, scheme=scheme, calibration=calibration, device=device)
+        for device in ("cpu", "cuda")
+    )
+    assert [layer.error for layer in gpu.layers] == pytest.approx([layer.error for layer in cpu.layers], rel=0.3)
 
 
 @pytest.mark.parametrize(
