@@ -248,6 +248,7 @@ def test_micro_batches_of_any_size_give_the_same_hessian(tiny: Path, monkeypatch
             monkeypatch.setattr(activations, "MICRO_BATCH_TOKENS", tokens)
             states = HiddenStates(source, windows)
             assert all(len(batch) <= max(tokens, 64) for batch in states.inputs)
+            assert len(states.sample(states.tokens).inputs) == len(states.inputs)
             states.mix(block)
             seen.append(states.second_moments(block, ["mlp.down_proj"], "")["mlp.down_proj"])
     torch.testing.assert_close(seen[0], seen[2], rtol=1e-4, atol=1e-4)

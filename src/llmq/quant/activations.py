@@ -59,9 +59,9 @@ class HiddenStates:
         self.mixed: list[Tensor] = []
 
     def sample(self, tokens: int) -> HiddenStates:
-        """The first batches, of about so many tokens in all, to pass the block on their own."""
+        """The first batches, with at least so many tokens if there are, to pass the block on their own."""
         some = copy.copy(self)
-        count = max(1, tokens // len(self.inputs[0]))
+        count = -(-tokens // len(self.inputs[0]))
         some.inputs, some.mixed = self.inputs[:count], self.mixed[:count]
         some.tokens = sum(len(part) for part in some.inputs)
         return some
