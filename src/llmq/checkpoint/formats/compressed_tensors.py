@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKED, INTEGERS, FLOATS, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
-MIXED = "mixed-precision"
+MIXED, DENSE = "mixed-precision", "dense"
 NUMBERS = {"int": INT, "float": E4M3}
 """``type`` → number. Floats of other widths than 8 bits are refused."""
 ELEMENTS = {INT: "I8", E4M3: "F8_E4M3"}
@@ -133,9 +133,12 @@ class CompressedTensors:
             groups = list(quantization["config_groups"].values())
             ignore = tuple(str(pattern) for pattern in quantization.get("ignore") or ())
             targets = {str(target): _read_group(group, kind) for group in groups for target in group["targets"]}
+            sparsity = (quantization.get("sparsity_config") or {}).get("format", DENSE)
             kv_known = not kv_cache or KV_CACHE.items() <= ({"symmetric": True, "dynamic": False} | kv_cache).items()
         except (KeyError, TypeError, AttributeError) as error:
             raise LlmqError(f"quantization_config has no usable config_groups: {error!r}", DAMAGED_CONFIG) from None
+        if quantization.get("transform_config") or sparsity != DENSE:
+            raise LlmqError("compressed-tensors folders of rotated or sparse weights are not supported", ORIGINAL)
         if not kv_known:
             raise LlmqError(
                 "a KV cache quantized otherwise than to e4m3, by one static scale, is not supported", ORIGINAL
