@@ -35,6 +35,7 @@ from llmq.errors import USAGE, LlmqError
 from llmq.scheme import ACTIVATION_BITS, BITS, E4M3, FP4, INT, NF4, WHOLE, WHOLE_TENSOR, Scheme
 
 NAME = "model.layers.0.mlp.up_proj"
+FIXTURES = Path(__file__).parent / "fixtures"
 NF = Scheme(4, 64, number=NF4)
 SCATTERED = torch.randperm(64, generator=torch.Generator().manual_seed(0)) // 32
 
@@ -266,6 +267,15 @@ def test_compressed_tensors_targets_are_matched_as_the_library_does() -> None:
     assert form.scheme_of("model.layers.0.self_attn.q_proj") is None
     assert form.scheme_of("model.layers.1.self_attn.q_proj") == Scheme(4, -1)
     assert form.caveat is not None
+
+
+def test_the_scales_of_a_kv_cache_are_announced_as_llm_compressor_does() -> None:
+    form = replace(CompressedTensors.for_schemes({NAME: Scheme(4, 32)}), kv_scales=True)
+    fields = form.config_dict(quantized=[NAME], ignored=[], writer="llmq:0")
+    written = json.loads((FIXTURES / "llmcompressor" / "fp8-kv" / "config.json").read_text())
+    assert fields["kv_cache_scheme"].items() <= written["quantization_config"]["kv_cache_scheme"].items()
+    assert CompressedTensors.read(fields).kv_scales
+    assert not CompressedTensors.read(fields | {"kv_cache_scheme": None}).kv_scales
 
 
 def test_autoawq_s_own_names_are_read() -> None:
