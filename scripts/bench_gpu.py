@@ -143,7 +143,7 @@ def _seconds(work: Callable[[], object]) -> float:
         work()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+        times.append(float(start.elapsed_time(end)) / 1e3)
     return statistics.median(times)
 
 

@@ -12,7 +12,7 @@ import pytest
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.backends.compiler")
 
-from llmq.runtime.kernels import attention_triton, gumbel_triton, norm_triton, rope_triton, wna16_triton  # noqa: E402
+from llmq.runtime.kernels import attention_triton, dense_triton, gumbel_triton, norm_triton, rope_triton, wna16_triton  # noqa: E402
 from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -108,6 +108,21 @@ def test_capped_attention_on_hopper(decode: bool, tmp_path: Path) -> None:
 def test_wna16_on_hopper(bits: int, rows: int, per_group: int, dtype: str, tmp_path: Path) -> None:
     compiled = wna16(90, bits, rows, per_group, dtype)
     assert (MATRIX[90] if rows > 8 else "mma.sync") in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize("launch", [dense_triton.WIDE, dense_triton.NARROW])
+@pytest.mark.parametrize("block_m", [16, 32])
+def test_a_dense_product_is_read_ahead_and_stays_out_of_memory(
+    launch: dense_triton.Launch, block_m: int, tmp_path: Path
+) -> None:
+    pointers = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16") | {"sums": "*fp32", "counters": "*i32"}
+    compiled = compile_for(
+        90, dense_triton.dense_kernel, pointers, launch.warps, 3, SPLIT=True, BLOCK_M=block_m, BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=dense_triton.PREFETCHED, PDL=True,
+    )  # fmt: skip
+    assert "mma" in compiled.asm["ptx"]
+    assert "cp.async.cg" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
 
 

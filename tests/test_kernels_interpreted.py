@@ -28,6 +28,7 @@ else:
     from test_kernels_reference import Rows, draw_paged, draw_weight
 
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
+    from llmq.runtime.kernels.dense import CHANNELS, dense_matmul
     from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
     from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
     from llmq.runtime.kernels.kv_write import write_kv, write_kv_reference
@@ -248,3 +249,14 @@ else:
         for narrow in (logits, logits.half()):
             expected = draw_gumbel_reference(narrow, temperatures, seeds, positions)
             assert draw_gumbel(narrow, temperatures, seeds, positions).equal(expected)
+
+    @pytest.mark.parametrize(("rows", "shape"), [(1, (40, 256)), (5, (100, 1024)), (17, (64, 512)), (32, (33, 128))])
+    def test_dense(rows: int, shape: tuple[int, int]) -> None:
+        torch.manual_seed(0)
+        x, weight, bias = (
+            torch.randn(rows, 2 * shape[1]).half()[:, : shape[1]],
+            *(torch.randn(size).half() for size in (shape, shape[:1])),
+        )
+        assert shape[1] % CHANNELS == 0
+        exact = x.double() @ weight.double().t() + bias.double()
+        assert (dense_matmul(x, weight, bias) - exact).norm() <= TOLERANCE[torch.float16] * exact.norm()
