@@ -77,7 +77,8 @@ else:
         exact = paged_attention_reference(*(x.double() for x in narrow), *tables, window=window, **bounds)
         # Splits of a length that is given, or shared out by the bound, or by the longest row within a looser bound.
         longest = torch.tensor([bounds["max_kv_length"]], dtype=torch.int32)
-        loose = bounds | {"max_kv_length": 1024, "longest": longest}
+        order = torch.tensor(sorted(range(len(rows)), key=lambda row: -rows[row][1]), dtype=torch.int32)
+        loose = bounds | {"max_kv_length": 1024, "longest": longest, "order": order}
         for split in (bounds | {"split": 128}, loose) if dtype == torch.float32 else (bounds,):
             out = paged_attention(*narrow, *tables, window=window, **split)
             assert (out - exact).norm() <= TOLERANCE[dtype] * exact.norm()
@@ -250,7 +251,7 @@ else:
             expected = draw_gumbel_reference(narrow, temperatures, seeds, positions)
             assert draw_gumbel(narrow, temperatures, seeds, positions).equal(expected)
 
-    @pytest.mark.parametrize(("rows", "shape"), [(1, (40, 256)), (5, (100, 1024)), (17, (64, 512)), (32, (33, 128))])
+    @pytest.mark.parametrize(("rows", "shape"), [(1, (40, 256)), (5, (100, 1024)), (17, (64, 1280)), (32, (2081, 256))])
     def test_dense(rows: int, shape: tuple[int, int]) -> None:
         torch.manual_seed(0)
         x, weight, bias = (

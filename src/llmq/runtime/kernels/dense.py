@@ -12,7 +12,7 @@ from llmq.runtime.kernels import runs_triton
 
 FEW_ROWS = 32
 """Up to here a product is the time it takes to read the weight, and the library's leaves bandwidth unused."""
-CHANNELS = 128
+CHANNELS = 256
 """K is a multiple of this where the kernel runs."""
 
 

@@ -23,18 +23,19 @@ PREFETCHED = 32768  # bytes of the weight that a program asks for before its act
 
 
 class Launch(NamedTuple):
-    """What a program takes, and how many there should be; found by measuring on an H200."""
+    """What a program takes; found by measuring on an H200."""
 
     block_n: int
     block_k: int
     warps: int
     stages: int
-    programs: int
+    shortest_split: int  # channels
 
 
-WIDE = Launch(64, 128, 4, 5, 400)
-NARROW = Launch(32, 128, 4, 5, 264)
-NARROW_FEATURES = 4096  # up to so many outputs
+NARROW = Launch(64, 256, 8, 3, 512)
+WIDE = Launch(64, 128, 4, 4, 1024)
+NARROW_FEATURES = 2048  # up to so many outputs
+PROGRAMS = 132  # one on each of an H200's multiprocessors
 
 
 def launch_for(out_features: int) -> Launch:
@@ -42,14 +43,14 @@ def launch_for(out_features: int) -> Launch:
     return NARROW if out_features <= NARROW_FEATURES else WIDE
 
 
-def dense_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None, launch: Launch | None = None) -> Tensor:
+def dense_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``dense_matmul`` through Triton."""
     (rows, in_features), out_features = x.shape, weight.shape[0]
     if x.stride(1) != 1:
         x = x.contiguous()
-    launch = launch or launch_for(out_features)
+    launch = launch_for(out_features)
     tiles, steps = triton.cdiv(out_features, launch.block_n), in_features // launch.block_k
-    per_split = triton.cdiv(steps, max(1, min(launch.programs // tiles, steps // 2)))
+    per_split = triton.cdiv(steps, max(1, min(PROGRAMS // tiles, in_features // launch.shortest_split)))
     splits = triton.cdiv(steps, per_split)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
