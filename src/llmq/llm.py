@@ -17,7 +17,7 @@ from typing import Any
 from llmq import memory
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import resolve
-from llmq.checkpoint.tokenizer import encode_chat, load_tokenizer
+from llmq.checkpoint.tokenizer import Tokenizer, encode_chat, has_tokenizer, load_tokenizer
 from llmq.engine import request
 from llmq.engine.admission import Limits, Rejected, format_cache_size
 from llmq.engine.baselines import BATCHINGS, BaselineScheduler, Batching
@@ -30,6 +30,7 @@ from llmq.engine.trace import open_trace
 from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.plan import TokenLogprobs, layer_groups
 from llmq.runtime.device import free_kv_cache_bytes, host_memory_bytes, resolve_device, resolve_dtype
+from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.kv_cache import KVCache
 from llmq.runtime.loader import load_decoder, open_source
 from llmq.runtime.runner import Runner
@@ -102,6 +103,8 @@ class LLM:
     """A loaded model that generates.
 
     Raises LlmqError when the model cannot be found, read or run here, or the KV cache has no room for one sequence.
+
+    A model with dummy weights needs no tokenizer: prompts are token ids then, and answers have no text.
     """
 
     def __init__(
@@ -118,8 +121,12 @@ class LLM:
         self.folder = resolve(model, revision)
         self.config = read_config(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.device)
-        self.tokenizer = load_tokenizer(self.folder)
-        self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype))
+        dummy = self.options.load_format == "dummy"
+        self._tokenizer = None if dummy and not has_tokenizer(self.folder) else load_tokenizer(self.folder)
+        if dummy:
+            self.decoder = dummy_decoder(self.config, self.device, self.dtype)
+        else:
+            self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype))
         self.max_model_len = self._max_model_len()
         cpu_blocks = self._cpu_blocks()
         num_blocks = self._num_blocks()
@@ -147,6 +154,13 @@ class LLM:
         self._ended: list[_Live] = []
         """Requests of which no more is to come, and the answers have not been handed out."""
         self._request_numbers = count()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """LlmqError when the folder has none."""
+        if self._tokenizer is None:
+            raise LlmqError(f"{self.folder} has no tokenizer", "give prompts as token ids, or add tokenizer.json")
+        return self._tokenizer
 
     @property
     def stats(self) -> EngineStats:
@@ -371,7 +385,7 @@ class LLM:
         return token_ids[:-1] if ended and not own.params.include_stop else token_ids
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return "" if self._tokenizer is None else self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not prompt:
