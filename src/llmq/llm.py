@@ -83,6 +83,27 @@ class TextDelta:
     finish_reason: FinishReason | None
 
 
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """A token that a completion has just got. The last one says why it ended: ``stop`` for a stop token."""
+
+    request_index: int
+    completion_index: int
+    token_id: int
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """Requests in each of the engine's queues, and blocks of the KV cache that they own."""
+
+    running: int
+    waiting: int
+    swapped: int
+    used_blocks: int
+
+
 @dataclass(slots=True)
 class _Live:
     """A request in the engine, and the answers it fills. Samples that are to be ranked are only looked at when all
@@ -115,14 +136,17 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         options: EngineOptions | None = None,
+        text: bool = True,
     ) -> None:
+        """``text=False``: load no tokenizer. Prompts are token ids then, and answers have no text."""
         self.options = options or EngineOptions()
         self.device = resolve_device(device)
         self.folder = resolve(model, revision)
         self.config = read_config(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.device)
         dummy = self.options.load_format == "dummy"
-        self._tokenizer = None if dummy and not has_tokenizer(self.folder) else load_tokenizer(self.folder)
+        without = not text or (dummy and not has_tokenizer(self.folder))
+        self._tokenizer = None if without else load_tokenizer(self.folder)
         if dummy:
             self.decoder = dummy_decoder(self.config, self.device, self.dtype)
         else:
@@ -228,6 +252,44 @@ class LLM:
         """
         return self._run(prompts, params, request_ids, streaming=True)
 
+    def submit(self, index: int, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request for ``step``, to be known by ``index``: for whoever serves requests as they come.
+
+        Raises LlmqError when it can never run here.
+        """
+        output = self._submit(index, prompt_ids, params, index)
+        if output.error is not None:
+            self._scheduler.reject(output.error.check if isinstance(output.error, Rejected) else None)
+            raise output.error
+
+    def step(self) -> Iterator[TokenDelta | RequestOutput]:
+        """Run one step of what was submitted: the tokens that it brought (but for beams, and samples that are ranked),
+        and the answers that are whole."""
+        return self._step(streaming=False, tokens=True)
+
+    @property
+    def idle(self) -> bool:
+        """Whether ``step`` would bring nothing."""
+        return not self._live
+
+    def finish(self, index: int, completion_index: int) -> None:
+        """End one answer of a submitted request now: its reader met a stop text. What has ended stays as it is."""
+        live = self._live.get(index)
+        if live is None:
+            return
+        for sequence in live.request.sequences:
+            if sequence.index == completion_index and sequence.finish_reason is None:
+                self._scheduler.finish(sequence, "stop")
+                self._complete(live, sequence, seen=False)
+                if live.output.finished:
+                    self._ended.append(live)
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How full the engine is now."""
+        queues = self._scheduler
+        return Occupancy(len(queues.running), len(queues.waiting), len(queues.swapped), self._blocks.used)
+
     def abort(self, request_id: Hashable) -> None:
         """End a request that a running ``stream`` or ``as_completed`` works on. Its answers so far come next."""
         if request_id in self._live:
@@ -289,7 +351,7 @@ class LLM:
         self._live[request_id] = _Live(new, output, detokenizers)
         return output
 
-    def _step(self, streaming: bool) -> Iterator[TextDelta | RequestOutput]:
+    def _step(self, streaming: bool, tokens: bool = False) -> Iterator[Any]:
         if not self._scheduler.idle:
             plan = self._scheduler.schedule()
             progress = self._scheduler.update(plan, self._runner.run(plan))
@@ -301,6 +363,8 @@ class LLM:
                         live.times.append(now)
                 else:
                     yield from self._extend(live, sequence, now, streaming)
+                    if tokens:
+                        yield _token_delta(live, sequence)
                     if live.output.finished:
                         self._ended.append(live)
             self._ended += [live for done in progress.finished if (live := self._live[done.request_id]).ranked]
@@ -315,7 +379,7 @@ class LLM:
 
     def _extend(
         self, live: _Live, sequence: request.Sequence, now: float, streaming: bool
-    ) -> Iterator[TextDelta | RequestOutput]:
+    ) -> Iterator[TextDelta]:
         """Take in the token that ``sequence`` has just got."""
         completion, detokenizer = live.output.completions[sequence.index], live.detokenizers[sequence.index]
         completion.token_times.append(now)
@@ -451,3 +515,8 @@ class LLM:
                 exit_code=CHECK_FAILED,
             )
         return min(affordable, useful + memory.RESERVED_BLOCKS)
+
+
+def _token_delta(live: _Live, sequence: request.Sequence) -> TokenDelta:
+    logprobs = None if live.request.params.logprobs is None else sequence.logprobs[-1]
+    return TokenDelta(live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason)
