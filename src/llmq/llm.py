@@ -24,6 +24,7 @@ from llmq.engine.baselines import BATCHINGS, BaselineScheduler, Batching
 from llmq.engine.blocks import BlockManager
 from llmq.engine.detokenizer import Detokenizer
 from llmq.engine.options import EngineOptions
+from llmq.engine.outputs import TokenDelta
 from llmq.engine.request import FinishReason, SamplingParams
 from llmq.engine.scheduler import EngineStats, Scheduler
 from llmq.engine.trace import open_trace
@@ -80,17 +81,6 @@ class TextDelta:
     request_index: int
     completion_index: int
     text: str
-    finish_reason: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
-    """A token that a completion has just got. The last one says why it ended: ``stop`` for a stop token."""
-
-    request_index: int
-    completion_index: int
-    token_id: int
-    logprobs: TokenLogprobs | None
     finish_reason: FinishReason | None
 
 
@@ -163,13 +153,13 @@ class LLM:
             cpu_blocks=cpu_blocks,
             prefix_caching=options.prefix_caching,
         )
-        self._limits = Limits(self.max_model_len, self._block_bytes, options, self._blocks)
+        self.limits = Limits(self.max_model_len, self._block_bytes, options, self._blocks)
         if options.max_model_len is not None and options.max_model_len > self._blocks.longest(1, 1):
             blocks = self._blocks.worst_case(1, options.max_model_len, 1)
             raise LlmqError(
                 f"the KV cache holds {self._blocks.longest(1, 1)} tokens, and a sequence of --max-model-len "
                 f"{options.max_model_len} does not fit",
-                f"lower --max-model-len, or raise --kv-cache-memory to {self._limits.cache_size(blocks)}",
+                f"lower --max-model-len, or raise --kv-cache-memory to {self.limits.cache_size(blocks)}",
                 exit_code=CHECK_FAILED,
             )
         self._scheduler: Scheduler = Scheduler(options, self._blocks, trace=open_trace())
@@ -329,14 +319,14 @@ class LLM:
     def _submit(self, index: int, prompt: Prompt, params: SamplingParams, request_id: Hashable) -> RequestOutput:
         output = RequestOutput(index, prompt, [], time.perf_counter())
         try:
-            output.prompt_token_ids = self._limits.truncated(self._encode(prompt), params)
+            output.prompt_token_ids = self.limits.truncated(self._encode(prompt), params)
             self._check_stop_ids(params)
             new = request.Request(
                 request_id,
                 request.token_array(output.prompt_token_ids),
                 params,
                 secrets.randbits(62) if params.seed is None else params.seed,
-                self._limits.max_total(len(output.prompt_token_ids), params),
+                self.limits.max_total(len(output.prompt_token_ids), params),
                 frozenset(self.config.eos_token_ids),
             )
             self._scheduler.add(new)
@@ -377,9 +367,7 @@ class LLM:
             live.output.prompt_logprobs = live.request.prompt_logprobs
             yield live.output
 
-    def _extend(
-        self, live: _Live, sequence: request.Sequence, now: float, streaming: bool
-    ) -> Iterator[TextDelta]:
+    def _extend(self, live: _Live, sequence: request.Sequence, now: float, streaming: bool) -> Iterator[TextDelta]:
         """Take in the token that ``sequence`` has just got."""
         completion, detokenizer = live.output.completions[sequence.index], live.detokenizers[sequence.index]
         completion.token_times.append(now)

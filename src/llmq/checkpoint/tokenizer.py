@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     chat_template: str | None
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def apply_chat_template(self, conversation: Sequence[dict[str, Any]], **options: Any) -> Any: ...
 
@@ -144,6 +144,4 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> lis
     except Exception as error:  # templates are programs, and raise what they like
         raise LlmqError(f"the chat template refuses these messages: {error}") from error
     # The template writes the special tokens itself: adding them again would double the BOS.
-    encode: Any = tokenizer.encode
-    token_ids: list[int] = encode(text, add_special_tokens=False)
-    return token_ids
+    return tokenizer.encode(text, add_special_tokens=False)
