@@ -118,6 +118,8 @@ class Service:
             return encode(self.tokenizer, prompt, *arguments)
         except LlmqError as error:
             raise ApiError(400, error.message) from None
+        except TypeError:  # JSON can spell halves of characters, which tokenizers takes for no text at all
+            raise ApiError(400, "the prompt is not Unicode text") from None
 
 
 def _encode(tokenizer: Tokenizer, text: str, special_tokens: bool) -> list[int]:
