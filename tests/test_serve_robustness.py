@@ -290,7 +290,8 @@ def test_sigterm_finishes_what_runs_and_a_second_one_ends_at_once(tiny: Path) ->
         assert server.process.wait(PATIENCE) == 0
     with served(tiny) as server:
         with server.http.stream("POST", COMPLETIONS, json={**ENDLESS, "stream": True}) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             server.process.send_signal(signal.SIGTERM)
             assert eventually(lambda: "ending: 1 requests" in server.log)
             engine = server.engine_pid()

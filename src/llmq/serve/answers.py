@@ -55,6 +55,7 @@ class Generation:
         self._reasons: list[FinishReason | None] = [None] * params.n
         self._numbers = [0] * params.n
         self._stream: RequestStream = client.submit(prompt_ids, params)
+        client.metrics.prompt_tokens += len(prompt_ids)
 
     async def pieces(self) -> AsyncIterator[list[Answer]]:
         """Whatever there is to be read of the answers, as soon as there is something.
@@ -82,8 +83,6 @@ class Generation:
         metrics = self._client.metrics
         for reason in self._reasons:
             metrics.finished[reason or "abort"] += 1
-        metrics.generation_tokens += self.completion_tokens
-        metrics.prompt_tokens += len(self.prompt_ids)
         metrics.request_prompt_tokens.observe(len(self.prompt_ids))
         metrics.request_generation_tokens.observe(self.completion_tokens)
         metrics.request_params_n.observe(self.params.n)
@@ -95,7 +94,7 @@ class Generation:
         if self._reasons[index] is not None:
             return  # the engine had not heard yet that a stop text ended this one
         self._numbers[index] += 1
-        self.completion_tokens += 1
+        self._count(1)
         detokenizer, reason = self._detokenizers[index], token.finish_reason
         piece = pieces.setdefault(index, Answer(index, len(detokenizer.text)))
         piece.token_ids.append(token.token_id)
@@ -126,7 +125,11 @@ class Generation:
         logprobs = [] if params.logprobs is None else ranked.logprobs
         pieces[index] = Answer(index, 0, text, ranked.token_ids, logprobs, reason)
         self._reasons[index] = reason
-        self.completion_tokens += len(ranked.token_ids)
+        self._count(len(ranked.token_ids))
+
+    def _count(self, tokens: int) -> None:
+        self.completion_tokens += tokens
+        self._client.metrics.generation_tokens += tokens
 
     async def _await_prompt_logprobs(self) -> None:
         while not self.prompt_logprobs and len(self.prompt_ids) > 1:
