@@ -71,7 +71,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
         service.check_model(body.model)
-        params = body.params(service.config.vocab_size)
+        params = body.params()
         prompts = [await service.encode(prompt) for prompt in body.prompts]
 
         def echo(generation: Generation) -> Echo | None:
@@ -98,7 +98,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a conversation."""
         service.check_model(body.model)
-        params = body.params(service.config.vocab_size)
+        params = body.params()
         prompts = [await service.encode_chat(body.conversation)]
         top = params.logprobs
 

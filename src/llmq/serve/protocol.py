@@ -20,6 +20,13 @@ DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's max_tokens of a completion; a chat answer may be as long as there is room."""
 
 
+_SAME_NAMES = (
+    "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty",
+    "ignore_eos", "min_tokens", "best_of", "priority",
+)  # fmt: skip
+"""Fields that SamplingParams has under the same names."""
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -62,37 +69,23 @@ class _Generate(_Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _params(
-        self, vocab_size: int, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+        self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
     ) -> SamplingParams:
-        """The fields under SamplingParams' names, those that are not given left to its defaults. ApiError when one of
-        them is out of range."""
-        asked = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "n": self.n,
-            "stop": None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-            "seed": self.seed,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            # vLLM says "all" with -1; more than there are is all of them too.
-            "top_k": None if self.top_k is None else 0 if self.top_k == -1 else min(self.top_k, vocab_size),
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "ignore_eos": self.ignore_eos,
-            "min_tokens": self.min_tokens,
-            "stop_token_ids": None if self.stop_token_ids is None else tuple(self.stop_token_ids),
+        """What is not given is left to SamplingParams' defaults. ApiError when something is out of range."""
+        self._refuse_what_is_missing()
+        given: dict[str, Any] = {name: getattr(self, name) for name in _SAME_NAMES}
+        given |= {
+            "top_k": 0 if self.top_k == -1 else self.top_k,  # vLLM says "all" with -1
+            "stop": (self.stop,) if isinstance(self.stop, str) else self.stop and tuple(self.stop),
+            "stop_token_ids": self.stop_token_ids and tuple(self.stop_token_ids),
             "include_stop": self.include_stop_str_in_output,
-            "best_of": self.best_of,
-            "priority": self.priority,
             "logprobs": logprobs,
             "prompt_logprobs": prompt_logprobs,
         }
-        self._refuse_what_is_missing()
-        if max(self.stop_token_ids or [], default=0) >= vocab_size:
-            raise ApiError(400, f"a stop token is outside the vocabulary of {vocab_size}", param="stop_token_ids")
         try:
-            given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-            return SamplingParams(max_tokens=max_tokens, **given)
+            return SamplingParams(
+                max_tokens=max_tokens, **{name: value for name, value in given.items() if value is not None}
+            )
         except LlmqError as error:
             raise ApiError(400, error.message, param=error.message.split(" ", 1)[0]) from None
 
@@ -123,7 +116,7 @@ class CompletionRequest(_Generate):
             return [prompt]
         return prompt
 
-    def params(self, vocab_size: int) -> SamplingParams:
+    def params(self) -> SamplingParams:
         """ApiError when a field is out of range, or asks for what llmq does not do."""
         if self.suffix:
             raise unsupported("suffix")
@@ -133,7 +126,6 @@ class CompletionRequest(_Generate):
                 400, "log-probabilities of the prompt cannot be streamed: leave echo or stream out", param="echo"
             )
         return self._params(
-            vocab_size,
             max_tokens=DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if scored else None,
@@ -184,7 +176,7 @@ class ChatRequest(_Generate):
         """The messages as a chat template takes them."""
         return [message.flat() for message in self.messages]
 
-    def params(self, vocab_size: int) -> SamplingParams:
+    def params(self) -> SamplingParams:
         """ApiError when a field is out of range, or asks for what llmq does not do."""
         for field in ("tools", "functions", "audio"):
             if getattr(self, field):
@@ -196,7 +188,7 @@ class ChatRequest(_Generate):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs goes with logprobs: true", param="top_logprobs")
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._params(vocab_size, max_tokens=most, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        return self._params(max_tokens=most, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
 class TokenizeRequest(_Body):

@@ -77,13 +77,14 @@ class Service:
         """The conversation's token ids. ApiError when the model has no chat template, or it refuses the messages."""
         return await self._tokenize(encode_chat, messages)
 
-    def check_token_ids(self, token_ids: Sequence[int]) -> None:
+    def check_token_ids(self, token_ids: Sequence[int], *, param: str | None = None) -> None:
         """ApiError unless all are in the vocabulary."""
         if not all(0 <= token < self.config.vocab_size for token in token_ids):
-            raise ApiError(400, f"a token id is outside the vocabulary of {self.config.vocab_size}")
+            raise ApiError(400, f"a token id is outside the vocabulary of {self.config.vocab_size}", param=param)
 
     def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         """Hand ``prompts`` to the engine, all or none. ApiError when one can never run, or the queue is full."""
+        self.check_token_ids(params.stop_token_ids, param="stop_token_ids")
         for prompt_ids in prompts:
             self._check_limits(len(prompt_ids), params)
         if self.client.waiting + len(prompts) > self.options.max_queue:
