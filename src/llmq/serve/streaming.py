@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 from llmq.serve.answers import Answer, Generation
 from llmq.serve.client import EngineDied
 from llmq.serve.errors import ApiError
+from llmq.serve.remote import DONE
 
 T = TypeVar("T")
-DONE = "[DONE]"
 
 
 class ClientLeft(Exception):
