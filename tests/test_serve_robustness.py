@@ -304,7 +304,7 @@ def test_sigterm_finishes_what_runs_and_a_second_one_ends_at_once(tiny: Path) ->
 def test_a_deadline_ends_a_request_and_a_dead_engine_the_server(tiny: Path, tmp_path: Path) -> None:
     """A model without a tokenizer, too: prompts are token ids."""
     bare = Path(shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "*.jinja")))
-    with served(bare, "--request-timeout", 0.2) as server:
+    with served(bare, "--request-timeout", 1) as server:
         brief = server.http.post(COMPLETIONS, json={"prompt": [1, 2], "max_tokens": 1})
         assert (brief.status_code, brief.json()["usage"]["completion_tokens"]) == (200, 1)
         assert server.http.post(COMPLETIONS, json={"prompt": "text"}).status_code == 400
@@ -314,7 +314,11 @@ def test_a_deadline_ends_a_request_and_a_dead_engine_the_server(tiny: Path, tmp_
         assert '"type":"timeout_error"' in stream
         assert stream.endswith("data: [DONE]\n\n")
         assert eventually(lambda: is_empty(server))
-        os.kill(server.engine_pid(), signal.SIGKILL)
+        with server.http.stream("POST", COMPLETIONS, json={**long, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(server.engine_pid(), signal.SIGKILL)
+            assert any('"error"' in line for line in lines)
         assert server.process.wait(PATIENCE) == 1
         assert "error: the engine's process ended (-9), and so does the server" in server.log
         with pytest.raises(httpx.ConnectError):

@@ -68,10 +68,10 @@ class EngineClient:
         threading.Thread(target=self._write, daemon=True).start()
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> RequestStream:
-        """Hand the engine a request that is within its limits."""
-        stream = RequestStream(self, next(self._numbers), len(prompt_ids), params)
+        """Hand the engine a request that is within its limits. EngineDied when there is none any more."""
         if self.died.is_set():
             raise EngineDied
+        stream = RequestStream(self, next(self._numbers))
         self.streams[stream.request_id] = stream
         self.send(Submit(stream.request_id, token_array(prompt_ids), params))
         return stream
@@ -83,7 +83,7 @@ class EngineClient:
     @property
     def waiting(self) -> int:
         """Requests that have not been let in yet, as far as the engine's last step tells."""
-        return len(self.streams) - self.load.running
+        return max(0, len(self.streams) - self.load.running)
 
     def close(self) -> None:
         """End the engine's process, between two steps if it has not long to go there."""
@@ -109,7 +109,7 @@ class EngineClient:
         try:
             while True:
                 loop.call_soon_threadsafe(self._take, self._connection.recv())
-        except (EOFError, OSError):
+        except (EOFError, OSError, RuntimeError):  # RuntimeError: the loop has ended before the engine
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._lose)
 
@@ -140,10 +140,8 @@ class EngineClient:
 class RequestStream:
     """A request in the engine: what comes of it, as it comes."""
 
-    def __init__(self, client: EngineClient, request_id: int, prompt_tokens: int, params: SamplingParams) -> None:
+    def __init__(self, client: EngineClient, request_id: int) -> None:
         self.request_id = request_id
-        self.prompt_tokens = prompt_tokens
-        self.params = params
         self.arrival = time.perf_counter()
         self._client = client
         self._events: list[Event] = []
@@ -152,11 +150,12 @@ class RequestStream:
 
     async def next(self) -> list[Event]:
         """All that has come since the last call, once there is something. EngineDied when nothing more can."""
-        await self._come.wait()
-        self._come.clear()
+        while not self._events:
+            if self._client.died.is_set():
+                raise EngineDied
+            self._come.clear()
+            await self._come.wait()
         events, self._events = self._events, []
-        if not events:
-            raise EngineDied
         return events
 
     def take(self, event: Event, now: float) -> None:

@@ -86,6 +86,8 @@ class Service:
         """Hand ``prompts`` to the engine, all or none. ApiError when one can never run, or the queue is full."""
         self.check_token_ids(params.stop_token_ids, param="stop_token_ids")
         for prompt_ids in prompts:
+            if not prompt_ids:
+                raise ApiError(400, "the prompt has no tokens")
             self._check_limits(len(prompt_ids), params)
         if self.client.waiting + len(prompts) > self.options.max_queue:
             self.client.metrics.refused += len(prompts)

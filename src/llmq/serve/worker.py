@@ -35,7 +35,7 @@ def run(connection: Connection, model: str, settings: dict[str, Any], options: E
             events = _obey(llm, connection)
             events += [one if isinstance(one, TokenDelta) else _done(one) for one in llm.step()]
             connection.send(Step(events, _load_of(llm)))
-    except (EOFError, OSError):
+    except (EOFError, ConnectionError):
         return  # the server is gone
 
 
