@@ -208,3 +208,78 @@ def test_ctrl_c_ends_with_130_and_keeps_what_is_done(tiny: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in talk
     assert 0 < len(read_lines("out.jsonl")) < 400
+
+
+# OpenAI's batch files
+
+BATCH: list[dict[str, Any]] = [
+    {"custom_id": "c", "method": "POST", "url": "/v1/completions",
+     "body": {"model": "m", "prompt": "one", "max_tokens": 5, "seed": 1, "n": 2, "logprobs": 1, "ignore_eos": True}},
+    {"custom_id": "a", "url": "/v1/chat/completions",
+     "body": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "seed": 1, "ignore_eos": True}},
+    {"prompt": "a plain line", "mine": 1},
+    {"custom_id": "long", "url": "/v1/completions", "body": {"prompt": "x" * 600}},
+]  # fmt: skip
+
+
+def write_batch(path: str = "batch.jsonl") -> None:
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in BATCH))
+
+
+def test_openai_batch_lines_have_openai_answers_among_plain_ones(tiny: Path) -> None:
+    from openai.types import Completion
+    from openai.types.chat import ChatCompletion
+
+    write_batch()
+    assert llmq("generate", tiny, "-i", "batch.jsonl", "-o", "out.jsonl", *SEEDED).code == 1
+    completion, chat, plain, long = read_lines("out.jsonl")
+    assert [line.get("custom_id") for line in (completion, chat, plain, long)] == ["c", "a", None, "long"]
+    assert (plain["mine"], plain["index"], plain["finish_reason"]) == (1, 2, "length")
+    first = Completion.model_validate(completion["response"]["body"], strict=True)
+    assert [(choice.index, choice.finish_reason) for choice in first.choices] == [(0, "length"), (1, "length")]
+    assert first.usage is not None
+    assert first.usage.completion_tokens == 10
+    second = ChatCompletion.model_validate(chat["response"]["body"], strict=True)
+    llmq("generate", tiny, "-p", "hi", "--chat", "-o", "chat.jsonl", *SEEDED)
+    assert second.choices[0].message.content == read_lines("chat.jsonl")[0]["text"]
+    assert long["response"]["status_code"] == 400
+    assert "context" in long["response"]["body"]["error"]["message"]
+
+
+def test_resume_finds_openai_answers_by_their_ids(tiny: Path) -> None:
+    write_batch()
+    llmq("generate", tiny, "-i", "batch.jsonl", "-o", "whole.jsonl", *SEEDED)
+    lines = Path("whole.jsonl").read_text().splitlines(keepends=True)
+    Path("part.jsonl").write_text(lines[1] + lines[3])
+    result = llmq("generate", tiny, "-i", "batch.jsonl", "-o", "part.jsonl", "--resume", *SEEDED)
+    assert "1 of 4 prompts are answered already" in result.err
+    whole, part = read_lines("whole.jsonl"), read_lines("part.jsonl")
+    assert [line.get("custom_id") for line in part] == [line.get("custom_id") for line in whole]
+    texts = [[choice["text"] for choice in lines[0]["response"]["body"]["choices"]] for lines in (whole, part)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"url": "/v1/completions", "body": {"prompt": "x"}}, "custom_id"),
+        ({"custom_id": "a", "url": "/v1/embeddings", "body": {}}, "there is no /v1/embeddings"),
+        ({"custom_id": "a", "url": "/v1/completions", "body": {}}, "prompt"),
+        ({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x", "top_p": 7}}, "top_p must be"),
+        ({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": ["x", "y"]}}, "one prompt"),
+        ({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x", "stream": True}}, "stream"),
+        ({"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [], "tools": [1]}}, "messages"),
+    ],
+)
+def test_a_batch_line_that_cannot_be_run_is_found_before_any_is(tiny: Path, line: dict[str, Any], reason: str) -> None:
+    Path("batch.jsonl").write_text(json.dumps(BATCH[2]) + "\n" + json.dumps(line))
+    result = llmq("generate", tiny, "-i", "batch.jsonl", "-o", "out.jsonl")
+    assert (result.code, result.out) == (1, "")
+    assert "batch.jsonl, line 2" in result.err
+    assert reason in result.err
+    assert not Path("out.jsonl").exists()
+
+
+def test_two_requests_of_one_custom_id_are_refused(tiny: Path) -> None:
+    Path("batch.jsonl").write_text(json.dumps(BATCH[0]) + "\n" + json.dumps(BATCH[0]))
+    assert "several requests with custom_id 'c'" in llmq("generate", tiny, "-i", "batch.jsonl").err

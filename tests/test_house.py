@@ -21,7 +21,8 @@ SOURCE = REPOSITORY / "src" / "llmq"
 FLOORS = (
     {"__main__"},
     {"cli"},
-    {"batchfile", "bench", "evals", "quant"},
+    {"batchfile"},
+    {"bench", "evals", "quant", "serve"},
     {"llm", "memplan"},
     {"engine", "runtime"},
     {"checkpoint"},

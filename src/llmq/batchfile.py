@@ -1,7 +1,8 @@
 """Prompts from a file, completions to a file: what ``llmq generate -i … -o …`` reads and writes.
 
 An input line is a JSON object with ``prompt`` or ``messages``, perhaps a ``priority``, and whatever else the user keeps
-there; of a .txt file, the prompt itself. An output line is a JSON object: the fields of its input line, and
+there; of a .txt file, the prompt itself; or a request of OpenAI's batch files. An output line is a JSON object: the
+fields of its input line, and
 
     index              of the input line among the prompts, from 0
     sample             of n, where n > 1
@@ -10,6 +11,10 @@ there; of a .txt file, the prompt itself. An output line is a JSON object: the f
     prompt_logprobs    the same of the prompt's tokens from the second on; where asked for
     score              of a beam, or of best_of
     error              where the prompt was refused; finish_reason is then "error"
+
+An OpenAI request, ``{"custom_id": …, "url": "/v1/chat/completions", "body": {…}}``, says itself how to sample, and has
+an answer of OpenAI's form: ``{"id": …, "custom_id": …, "response": {"status_code": …, "body": {…}}, "error": null}``.
+Format: https://platform.openai.com/docs/api-reference/batch
 
 Lines are appended as prompts finish, each whole, so that a run that was killed goes on from there; when all are done
 the file is put in the order of the prompts.
@@ -20,19 +25,34 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from llmq.checkpoint.tokenizer import Tokenizer
 from llmq.engine.request import SamplingParams
 from llmq.errors import LlmqError
 from llmq.llm import Completion, Prompt, RequestOutput
+from llmq.serve.answers import Answer
+from llmq.serve.errors import ApiError
+from llmq.serve.protocol import ChatRequest, CompletionRequest
+from llmq.serve.replies import Echo, Envelope, Kind, chat_choice, completion_choice, usage
 
 STDIO = "-"
+_PROMPT_KEYS = ("prompt", "messages")
+_LINE_HINT = (
+    'a line is a JSON object with "prompt": a text, or "messages": [{"role": …, "content": …}], '
+    'or a request of OpenAI: "custom_id", "url", "body"'
+)
+BODIES: dict[str, type[CompletionRequest] | type[ChatRequest]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+}
 
 
 class _Message(BaseModel):
@@ -56,16 +76,28 @@ class _Line(BaseModel):
         return self
 
 
+class _OpenAILine(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    custom_id: str = Field(min_length=1)
+    method: Literal["POST"] = "POST"
+    url: str
+    body: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt of the input. ``fields`` is its line, to be repeated in the output."""
+    """One prompt of the input. ``fields`` is its line, to be repeated in the output; ``body`` of an OpenAI request."""
 
     index: int
     prompt: Prompt
     fields: Mapping[str, Any] = field(default_factory=dict)
+    body: CompletionRequest | ChatRequest | None = None
 
     def params(self, common: SamplingParams) -> SamplingParams:
-        """``common``, with the line's own priority."""
+        """``common``, with the line's own priority; of an OpenAI request, its own."""
+        if self.body is not None:
+            return self.body.params()
         return replace(common, priority=int(self.fields["priority"])) if "priority" in self.fields else common
 
 
@@ -79,12 +111,13 @@ def read_jobs(path: str, *, chat: bool) -> list[Job]:
     is_json = path.endswith((".jsonl", ".json")) or (path == STDIO and text.lstrip().startswith("{"))
     jobs: list[Job] = []
     for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        fields = _parse_line(line, f"{path}, line {number}") if is_json else {"prompt": line}
-        jobs.append(Job(len(jobs), to_prompt(fields, chat=chat), fields))
+        if line.strip():
+            jobs.append(_read_job(line, len(jobs), f"{path}, line {number}", is_json=is_json, chat=chat))
     if not jobs:
         raise LlmqError(f"{path} holds no prompts", 'write one a line, or {"prompt": "…"} a line in a .jsonl file')
+    repeated = [name for name, count in Counter(map(_custom_id, jobs)).items() if name is not None and count > 1]
+    if repeated:
+        raise LlmqError(f"{path} has several requests with custom_id {repeated[0]!r}", "give each one of its own")
     return jobs
 
 
@@ -95,8 +128,11 @@ def to_prompt(fields: Mapping[str, Any], *, chat: bool) -> Prompt:
     return [{"role": "user", "content": fields["prompt"]}] if chat else str(fields["prompt"])
 
 
-def output_lines(job: Job, output: RequestOutput) -> list[dict[str, Any]]:
-    """The lines of the output file for one prompt: one for each completion, or one that says why there is none."""
+def output_lines(job: Job, output: RequestOutput, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The lines of the output file for one prompt: one for each completion, or one that says why there is none; one
+    for an OpenAI request."""
+    if job.body is not None:
+        return [_openai_answer(job, job.body, output, tokenizer)]
     start = {**job.fields, "index": job.index}
     prompt_tokens = len(output.prompt_token_ids)
     if output.error is not None:
@@ -117,8 +153,8 @@ class OutputFile:
         self._path = path
         self._stream = path.open("a", encoding="utf-8")
 
-    def write(self, job: Job, output: RequestOutput) -> None:
-        lines = output_lines(job, output)
+    def write(self, job: Job, output: RequestOutput, tokenizer: Tokenizer) -> None:
+        lines = output_lines(job, output, tokenizer)
         # One write for all lines of a prompt, and flushed: a kill leaves at most one line cut short, the last.
         self._stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         self._stream.flush()
@@ -126,7 +162,7 @@ class OutputFile:
 
     def close(self, *, complete: bool) -> None:
         self._stream.close()
-        if not any("error" not in line for lines in self.done.values() for line in lines):
+        if all(_failed(line) for lines in self.done.values() for line in lines):
             self._path.unlink()  # nothing was answered: nothing is left behind
         elif complete:
             _write_whole(self._path, self.done)
@@ -171,19 +207,85 @@ def _read_text(path: str) -> str:
         raise LlmqError(f"{path} is not UTF-8 text: byte {error.start} is not", "save it as UTF-8") from None
 
 
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    hint = 'a line is a JSON object with "prompt": a text, or "messages": [{"role": …, "content": …}]'
+def _read_job(line: str, index: int, where: str, *, is_json: bool, chat: bool) -> Job:
+    """LlmqError, which names ``where``, when the line cannot be used."""
+    fields: Any = {"prompt": line}
     try:
-        fields = json.loads(line)
+        if is_json:
+            fields = json.loads(line)
+        if isinstance(fields, dict) and "body" in fields:
+            return _read_openai(fields, index)
         _Line.model_validate(fields)
     except json.JSONDecodeError as error:
-        raise LlmqError(f"{where} is not JSON: {error.msg} at column {error.colno}", hint) from None
+        raise LlmqError(f"{where} is not JSON: {error.msg} at column {error.colno}", _LINE_HINT) from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise LlmqError(f"{where}: {place + ': ' if place else ''}{first['msg']}", hint) from None
-    result: dict[str, Any] = fields
-    return result
+        raise LlmqError(f"{where}: {place + ': ' if place else ''}{first['msg']}", _LINE_HINT) from None
+    except ApiError as error:
+        raise LlmqError(f"{where}: {error.message}", "a body is what llmq serve takes at that url") from None
+    return Job(index, to_prompt(fields, chat=chat), fields)
+
+
+def _read_openai(fields: Mapping[str, Any], index: int) -> Job:
+    """ValidationError, or ApiError, when the request is none that can be run as a line."""
+    line = _OpenAILine.model_validate(fields)
+    if line.url not in BODIES:
+        raise ApiError(404, f"there is no {line.url}, only {' and '.join(BODIES)}")
+    body = BODIES[line.url].model_validate(line.body)
+    body.params()
+    if body.stream:
+        raise ApiError(400, "a line cannot be streamed: leave stream out")
+    if isinstance(body, ChatRequest):
+        return Job(index, body.conversation, fields, body)
+    if len(body.prompts) > 1:
+        raise ApiError(400, "a line has one prompt: write a line for each")
+    return Job(index, body.prompts[0], fields, body)
+
+
+def _openai_answer(
+    job: Job, body: CompletionRequest | ChatRequest, output: RequestOutput, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    status, answer = 200, _openai_body(body, output, tokenizer)
+    if output.error is not None:
+        error = ApiError(400, output.error.message)
+        status, answer = error.status, error.body
+    response = {"status_code": status, "request_id": f"req-{job.index}", "body": answer}
+    return {"id": f"batch_req-{job.index}", "custom_id": _custom_id(job), "response": response, "error": None}
+
+
+def _openai_body(body: CompletionRequest | ChatRequest, output: RequestOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What ``llmq serve`` answers to ``body``."""
+
+    def token_text(token_id: int) -> str:
+        return tokenizer.decode([token_id], skip_special_tokens=False)
+
+    answers = [
+        Answer(one.index, 0, one.text, one.token_ids, one.logprobs, one.finish_reason) for one in output.completions
+    ]
+    prompt_ids, params = output.prompt_token_ids, body.params()
+    if isinstance(body, ChatRequest):
+        kind: Kind = "chat.completion"
+        choices = [chat_choice(one, one.index, token_text, top=params.logprobs) for one in answers]
+    else:
+        kind = "text_completion"
+        echo = None
+        if body.echo:
+            text = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+            echo = Echo(text, prompt_ids, [None, *output.prompt_logprobs])
+        choices = [completion_choice(one, one.index, token_text, top=params.logprobs, echo=echo) for one in answers]
+    counts = usage(len(prompt_ids), sum(len(one.token_ids) for one in answers))
+    return Envelope(kind, body.model or "").around(choices, usage=counts)
+
+
+def _custom_id(job: Job) -> str | None:
+    return None if job.body is None else str(job.fields["custom_id"])
+
+
+def _failed(line: Mapping[str, Any]) -> bool:
+    if "custom_id" in line and "response" in line:
+        return bool(line["response"]["status_code"] != 200)
+    return line.get("error") is not None
 
 
 def _answer(completion: Completion, output: RequestOutput) -> dict[str, Any]:
@@ -205,18 +307,22 @@ def _answer(completion: Completion, output: RequestOutput) -> dict[str, Any]:
 def _read_done(path: Path, jobs: Sequence[Job], samples: int) -> dict[int, list[dict[str, Any]]]:
     """The prompts that ``path`` answers in full. A last line that was cut short, and errors, do not count."""
     found: dict[int, list[dict[str, Any]]] = {}
+    by_custom_id = {_custom_id(job): job.index for job in jobs}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             fields = json.loads(line)
-            index, error = fields["index"], fields.get("error")
+            is_openai = "response" in fields
+            index = by_custom_id.get(fields["custom_id"], -1) if is_openai else fields["index"]
+            failed = _failed(fields)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-        asked = jobs[index].fields if index in range(len(jobs)) else {}
-        if not asked or any(fields.get(key) != asked.get(key) for key in ("prompt", "messages")):
+        job = jobs[index] if index in range(len(jobs)) else None
+        if job is None or not (is_openai or all(fields.get(key) == job.fields.get(key) for key in _PROMPT_KEYS)):
             raise LlmqError(f"{path} holds answers to other prompts", "choose another --output, or pass --overwrite")
-        if error is None:
+        if not failed:
             found.setdefault(index, []).append(fields)
-    return {index: lines for index, lines in found.items() if len(lines) == samples}
+    lines_each = {job.index: samples if job.body is None else 1 for job in jobs}
+    return {index: lines for index, lines in found.items() if len(lines) == lines_each[index]}
 
 
 def _write_whole(path: Path, lines_by_index: Mapping[int, list[dict[str, Any]]]) -> None:

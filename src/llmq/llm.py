@@ -25,6 +25,7 @@ from llmq.engine.baselines import BATCHINGS, BaselineScheduler, Batching
 from llmq.engine.blocks import BlockManager
 from llmq.engine.detokenizer import Detokenizer
 from llmq.engine.options import EngineOptions
+from llmq.engine.outputs import TokenDelta
 from llmq.engine.request import FinishReason, SamplingParams
 from llmq.engine.scheduler import EngineStats, Scheduler
 from llmq.engine.trace import open_trace
@@ -84,6 +85,16 @@ class TextDelta:
     finish_reason: FinishReason | None
 
 
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """Requests in each of the engine's queues, and blocks of the KV cache that they own."""
+
+    running: int
+    waiting: int
+    swapped: int
+    used_blocks: int
+
+
 @dataclass(slots=True)
 class _Live:
     """A request in the engine, and the answers it fills. Samples that are to be ranked are only looked at when all
@@ -116,14 +127,17 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         options: EngineOptions | None = None,
+        text: bool = True,
     ) -> None:
+        """``text=False``: load no tokenizer. Prompts are token ids then, and answers have no text."""
         self.options = options or EngineOptions()
         self.device = resolve_device(device)
         self.folder = resolve(model, revision)
         self.config = read_config(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.device)
         dummy = self.options.load_format == "dummy"
-        self._tokenizer = None if dummy and not has_tokenizer(self.folder) else load_tokenizer(self.folder)
+        without = not text or (dummy and not has_tokenizer(self.folder))
+        self._tokenizer = None if without else load_tokenizer(self.folder)
         self.max_model_len = self._max_model_len()
         if dummy:
             self.decoder = dummy_decoder(self.config.for_context(self.max_model_len), self.device, self.dtype)
@@ -140,13 +154,13 @@ class LLM:
             cpu_blocks=cpu_blocks,
             prefix_caching=options.prefix_caching,
         )
-        self._limits = Limits(self.max_model_len, self._block_bytes, options, self._blocks)
+        self.limits = Limits(self.max_model_len, self._block_bytes, options, self._blocks)
         if options.max_model_len is not None and options.max_model_len > self._blocks.longest(1, 1):
             blocks = self._blocks.worst_case(1, options.max_model_len, 1)
             raise LlmqError(
                 f"the KV cache holds {self._blocks.longest(1, 1)} tokens, and a sequence of --max-model-len "
                 f"{options.max_model_len} does not fit",
-                f"lower --max-model-len, or raise --kv-cache-memory to {self._limits.cache_size(blocks)}",
+                f"lower --max-model-len, or raise --kv-cache-memory to {self.limits.cache_size(blocks)}",
                 exit_code=CHECK_FAILED,
             )
         self._scheduler: Scheduler = Scheduler(options, self._blocks, trace=open_trace())
@@ -238,6 +252,44 @@ class LLM:
         """
         return self._run(prompts, params, request_ids, streaming=True)
 
+    def submit(self, index: int, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request for ``step``, to be known by ``index``: for whoever serves requests as they come.
+
+        Raises LlmqError when it can never run here.
+        """
+        output = self._submit(index, prompt_ids, params, index)
+        if output.error is not None:
+            self._scheduler.reject(output.error.check if isinstance(output.error, Rejected) else None)
+            raise output.error
+
+    def step(self) -> Iterator[TokenDelta | RequestOutput]:
+        """Run one step of what was submitted: the tokens that it brought (but for beams, and samples that are ranked),
+        and the answers that are whole."""
+        return self._step(streaming=False, tokens=True)
+
+    @property
+    def idle(self) -> bool:
+        """Whether ``step`` would bring nothing."""
+        return not self._live
+
+    def finish(self, index: int, completion_index: int) -> None:
+        """End one answer of a submitted request now: its reader met a stop text. What has ended stays as it is."""
+        live = self._live.get(index)
+        if live is None:
+            return
+        for sequence in live.request.sequences:
+            if sequence.index == completion_index and sequence.finish_reason is None:
+                self._scheduler.finish(sequence, "stop")
+                self._complete(live, sequence, seen=False)
+                if live.output.finished:
+                    self._ended.append(live)
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How full the engine is now."""
+        queues = self._scheduler
+        return Occupancy(len(queues.running), len(queues.waiting), len(queues.swapped), self._blocks.used)
+
     def abort(self, request_id: Hashable) -> None:
         """End a request that a running ``stream`` or ``as_completed`` works on. Its answers so far come next."""
         if request_id in self._live:
@@ -280,14 +332,14 @@ class LLM:
     def _submit(self, index: int, prompt: Prompt, params: SamplingParams, request_id: Hashable) -> RequestOutput:
         output = RequestOutput(index, prompt, [], time.perf_counter())
         try:
-            output.prompt_token_ids = self._limits.truncated(self._encode(prompt), params)
+            output.prompt_token_ids = self.limits.truncated(self._encode(prompt), params)
             self._check_stop_ids(params)
             new = request.Request(
                 request_id,
                 request.token_array(output.prompt_token_ids),
                 params,
                 secrets.randbits(62) if params.seed is None else params.seed,
-                self._limits.max_total(len(output.prompt_token_ids), params),
+                self.limits.max_total(len(output.prompt_token_ids), params),
                 frozenset(self.config.eos_token_ids),
             )
             self._scheduler.add(new)
@@ -302,13 +354,13 @@ class LLM:
         self._live[request_id] = _Live(new, output, detokenizers)
         return output
 
-    def _step(self, streaming: bool) -> Iterator[TextDelta | RequestOutput]:
+    def _step(self, streaming: bool, tokens: bool = False) -> Iterator[Any]:
         """Launch a step, and take in the one before: the device computes while the host works. Where a plan hangs on
         tokens that are not known yet, one after the other."""
         scheduler, flights = self._scheduler, self._flights
         ahead = scheduler.foresees
         if flights and not ahead:
-            yield from self._take_in(streaming)
+            yield from self._take_in(streaming, tokens)
         elif flights:
             scheduler.presume(flights[-1][0])
         launched = scheduler.has_work
@@ -316,10 +368,10 @@ class LLM:
             plan = scheduler.schedule()
             flights.append((plan, self._runner.launch(plan)))
         if flights and not (ahead and launched and len(flights) == 1):
-            yield from self._take_in(streaming)
+            yield from self._take_in(streaming, tokens)
         yield from self._hand_out(streaming)
 
-    def _take_in(self, streaming: bool) -> Iterator[TextDelta | RequestOutput]:
+    def _take_in(self, streaming: bool, tokens: bool) -> Iterator[Any]:
         """Book what the oldest step gives that was launched."""
         plan, result = self._flights.popleft()
         progress = self._scheduler.update(plan, result())
@@ -331,6 +383,8 @@ class LLM:
                     live.times.append(now)
             else:
                 yield from self._extend(live, sequence, now, streaming)
+                if tokens:
+                    yield _token_delta(live, sequence)
                 if live.output.finished:
                     self._ended.append(live)
         self._ended += [live for done in progress.finished if (live := self._live[done.request_id]).ranked]
@@ -346,9 +400,7 @@ class LLM:
             live.output.prompt_logprobs = live.request.prompt_logprobs
             yield live.output
 
-    def _extend(
-        self, live: _Live, sequence: request.Sequence, now: float, streaming: bool
-    ) -> Iterator[TextDelta | RequestOutput]:
+    def _extend(self, live: _Live, sequence: request.Sequence, now: float, streaming: bool) -> Iterator[TextDelta]:
         """Take in the token that ``sequence`` has just got."""
         completion, detokenizer = live.output.completions[sequence.index], live.detokenizers[sequence.index]
         completion.token_times.append(now)
@@ -484,3 +536,8 @@ class LLM:
                 exit_code=CHECK_FAILED,
             )
         return min(affordable, useful + memory.RESERVED_BLOCKS)
+
+
+def _token_delta(live: _Live, sequence: request.Sequence) -> TokenDelta:
+    logprobs = None if live.request.params.logprobs is None else sequence.logprobs[-1]
+    return TokenDelta(live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmq import __version__
-from llmq.cli import bench, convert, env, eval_, generate, inspect_, memplan, quantize
+from llmq.cli import bench, chat, convert, env, eval_, generate, inspect_, memplan, quantize, serve
 from llmq.cli.console import print_error
 from llmq.errors import FAILED, LlmqError
 
@@ -24,6 +24,8 @@ app.command("convert")(convert.convert)
 app.command("inspect")(inspect_.inspect)
 app.command("memplan")(memplan.memplan)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
 app.add_typer(bench.app, name="bench")
 app.command("eval")(eval_.evaluate)
 app.command("env")(env.env)

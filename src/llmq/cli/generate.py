@@ -181,7 +181,7 @@ def generate(
             started = time.perf_counter()
             results = []
             for job, result in _as_completed(llm, todo, params):
-                file.write(job, result)
+                file.write(job, result, llm.tokenizer)
                 results.append(result)
     else:
         llm = load()
@@ -214,7 +214,10 @@ def _print_results(
     results: list[RequestOutput] = []
     if lines:
         for job, result in _as_completed(llm, jobs, params):
-            print("\n".join(dumps(line, ensure_ascii=False) for line in output_lines(job, result)), flush=True)
+            print(
+                "\n".join(dumps(line, ensure_ascii=False) for line in output_lines(job, result, llm.tokenizer)),
+                flush=True,
+            )
             results.append(result)
     elif stream and not json and len(jobs) == 1 and params.width == 1:
         for event in llm.stream(prompts, params):
@@ -228,7 +231,7 @@ def _print_results(
     else:
         results = llm.generate(prompts, params)
         everything: list[dict[str, Any]] = [
-            line for job, result in zip(jobs, results, strict=True) for line in output_lines(job, result)
+            line for job, result in zip(jobs, results, strict=True) for line in output_lines(job, result, llm.tokenizer)
         ]
         if json:
             print_json("llmq.generate/1", {"outputs": everything})

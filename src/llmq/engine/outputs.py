@@ -1,0 +1,19 @@
+"""What comes out of the engine token by token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llmq.engine.request import FinishReason
+from llmq.plan import TokenLogprobs
+
+
+class TokenDelta(NamedTuple):
+    """A token that completion ``sample`` of a request has just got. The last one says why it ended: ``stop``, by that
+    token, or ``length``."""
+
+    request_index: int
+    sample: int
+    token_id: int
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None

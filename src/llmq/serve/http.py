@@ -1,0 +1,85 @@
+"""uvicorn, with a deadline for a request's head, and an end by signals that is graceful once and sudden twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_SECONDS = 10.0
+"""How long a client may take to send a request line and headers."""
+KEEP_ALIVE_SECONDS = 60
+"""Longer than clients keep idle connections (httpx: 5 s): it is they who close them, so that no request meets a
+closing connection."""
+BACKLOG = 2048
+KILLED_BY_SIGNAL = 128
+
+
+class Server(uvicorn.Server):
+    """Calls ``announce`` when it listens. ``at_once`` is called before a second signal ends the process."""
+
+    def __init__(self, app: Any, announce: Callable[[], None], at_once: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=TimedHead,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                backlog=BACKLOG,
+            )
+        )
+        self._announce = announce
+        self._at_once = at_once
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets=sockets)
+        self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self._at_once()
+            os._exit(KILLED_BY_SIGNAL + sig)
+        self.should_exit = True
+        running = len(self.server_state.tasks)
+        print(f"ending: {running} requests to finish; the same signal again ends at once", file=sys.stderr, flush=True)
+
+
+class TimedHead(H11Protocol):
+    """A connection that is closed when the head of a request does not come in time."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()  # it is a body that comes now
+        elif self.conn.trailing_data[0]:
+            self._time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _time_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
