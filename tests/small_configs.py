@@ -66,6 +66,50 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", BASE | {"head_dim": 32}),
     "gemma2": ("gemma2", BASE | SLIDING | {"head_dim": 32}),
     "gemma3": ("gemma3_text", BASE | SLIDING | {"head_dim": 32, "num_hidden_layers": 7}),
+    "gemma3n": (
+        "gemma3n_text",
+        BASE
+        | SLIDING
+        | {
+            "head_dim": 16,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "vocab_size_per_layer_input": 50,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        BASE
+        | SLIDING
+        | {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "vocab_size_per_layer_input": 50,
+            "hidden_size_per_layer_input": 8,
+        },
+    ),
+    "gemma4-moe": (
+        "gemma4_text",
+        BASE
+        | SLIDING
+        | {
+            "head_dim": 16,
+            "num_hidden_layers": 6,
+            "global_head_dim": 32,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
+    ),
     "glm": ("glm", BASE | {"head_dim": 16}),
     "glm4": ("glm4", BASE | {"head_dim": 16}),
     "glm4-moe": ("glm4_moe", BASE | FINE_EXPERTS | {"use_qk_norm": True, "head_dim": 16}),
@@ -88,7 +132,8 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan": ("hunyuan_v1_dense", BASE | {"head_dim": 16}),
     "jamba": (
         "jamba",
-        BASE | {"num_experts": 6, "attn_layer_period": 4, "attn_layer_offset": 2, "mamba_d_state": 8, "mamba_dt_rank": 5},
+        BASE
+        | {"num_experts": 6, "attn_layer_period": 4, "attn_layer_offset": 2, "mamba_d_state": 8, "mamba_dt_rank": 5},
     ),
     "lfm2": ("lfm2", BASE | {"full_attn_idxs": [1, 3], "block_multiple_of": 16}),
     "llama": ("llama", BASE),
@@ -108,7 +153,15 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 50, "use_bias": True}),
     "mamba2": (
         "mamba2",
-        {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 50, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "vocab_size": 50,
+            "num_heads": 8,
+            "head_dim": 16,
+            "state_size": 16,
+            "n_groups": 2,
+        },
     ),
     "minicpm3": ("minicpm3", BASE | MLA),
     "minimax-m2": ("minimax_m2", BASE | EXPERTS | {"head_dim": 32}),
@@ -140,7 +193,13 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("qwen2", BASE | SLIDING | {"use_sliding_window": True, "max_window_layers": 3}),
     "qwen2-moe": (
         "qwen2_moe",
-        BASE | {"num_experts": 6, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+        BASE
+        | {
+            "num_experts": 6,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [0],
+        },
     ),
     "qwen3": ("qwen3", BASE | {"head_dim": 32}),
     "qwen3-moe": ("qwen3_moe", BASE | {"num_experts": 12, "moe_intermediate_size": 24, "decoder_sparse_step": 2}),

@@ -13,10 +13,12 @@ from llmq.memplan.architecture import Architecture, LayerCache, Weight, merge
 from llmq.memplan.families import FAMILIES, UNKNOWN, Bias, Family, LayerKind
 from llmq.memplan.fields import Fields, class_defaults
 
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1000
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 SAME_AS = {
     "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
     "kimi_k2": "deepseek_v3",
     "llama4": "llama4_text",
     "llava": "llama",
@@ -31,11 +33,11 @@ SAME_AS = {
     "qwen3_vl_text": "qwen3",
 }
 """Text models under another name, or under that of the whole of which they are a part."""
-CROSS_ATTENTION = (
-    "bart bigbird_pegasus blenderbot encoder-decoder fsmt idefics led longt5 m2m_100 marian mbart mllama "
-    "mllama_text_model moonshine mt5 mvp nllb-moe pegasus pegasus_x plbart prophetnet seamless_m4t speech_to_text "
-    "switch_transformers t5 t5gemma t5gemma2 trocr udop umt5 whisper"
-).split()
+CROSS_ATTENTION = {
+    *("bart", "blenderbot", "encoder-decoder", "idefics", "led", "longt5", "m2m_100", "marian", "mbart", "mllama"),
+    *("mllama_text_model", "moonshine", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet"),
+    *("seamless_m4t", "speech_to_text", "switch_transformers", "t5", "t5gemma", "trocr", "udop", "umt5", "whisper"),
+}
 LAYER_TYPES: dict[str, LayerKind] = {
     "full_attention": "full",
     "attention": "full",
@@ -75,16 +77,16 @@ def describe(raw: Mapping[str, Any], path: str = "config.json") -> Architecture:
         assumptions.append("layers that predict further tokens (MTP) are not counted")
 
     kinds = _layer_kinds(fields, family)
-    layers = [_cache(fields, family, kind) for kind in kinds]
-    shared = min(fields.maybe_size("num_kv_shared_layers") or 0, len(layers))
-    layers[len(layers) - shared :] = [LayerCache("shared")] * shared
+    keeping = len(kinds) - min(fields.maybe_size("num_kv_shared_layers") or 0, len(kinds))
+    layers = [_cache(fields.of_layer(layer), family, kind) for layer, kind in enumerate(kinds[:keeping])]
+    layers += [LayerCache("shared")] * (len(kinds) - keeping)
     return Architecture(
         model_type=model_type,
         hidden_size=fields.size("hidden_size"),
         vocab_size=fields.size("vocab_size"),
-        inner_size=max(_inner_size(fields, family, layer) for layer in range(len(kinds))),
+        inner_size=max(_inner_size(fields.of_layer(layer), family, layer) for layer in range(len(kinds))),
         layers=tuple(layers),
-        weights=merge(_weights(fields, family, kinds)),
+        weights=merge(_weights(fields, family, kinds, keeping)),
         dtype=_dtype(fields, "dtype") or "float32",
         context_length=fields.maybe_size("max_position_embeddings"),
         state_dtype=_dtype(fields, "mamba_ssm_dtype"),
@@ -166,8 +168,8 @@ def _cache(fields: Fields, family: Family, kind: LayerKind) -> LayerCache:
     latent = fields.maybe_size("kv_lora_rank")
     if latent is not None:
         return LayerCache("latent", token_elements=latent + fields.size("qk_rope_head_dim"))
-    heads = _kv_heads(fields, family)
-    cache = LayerCache(kind, heads, token_elements=2 * heads * _head_dim(fields))
+    heads = _kv_heads(fields, family, kind)
+    cache = LayerCache(kind, heads, token_elements=2 * heads * _head_dim(fields, family, kind))
     window = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}.get(kind)
     return cache if window is None else replace(cache, window=fields.size(window))
 
@@ -183,23 +185,25 @@ def _state(fields: Fields, family: Family) -> LayerCache:
         )
     inner, states = _mamba_width(fields, family), fields.size("state_size")
     convolved = inner if family.mixer == "mamba" else inner + 2 * fields.size("mamba_n_groups") * states
-    return LayerCache(
-        "state", conv_elements=convolved * fields.size("conv_kernel"), state_elements=inner * states
-    )
+    return LayerCache("state", conv_elements=convolved * fields.size("conv_kernel"), state_elements=inner * states)
 
 
 # Sizes
 
 
-def _kv_heads(fields: Fields, family: Family) -> int:
+def _kv_heads(fields: Fields, family: Family, kind: LayerKind) -> int:
     heads, kv_heads = fields.size("num_attention_heads"), family.kv_heads(fields)
+    if kind == "full" and family.global_dim and fields.flag("attention_k_eq_v"):
+        kv_heads = fields.maybe_size("num_global_key_value_heads") or kv_heads
     if heads % kv_heads:
         raise fields.wrong("num_key_value_heads", f"must divide the {heads} attention heads", kv_heads)
     return kv_heads
 
 
-def _head_dim(fields: Fields) -> int:
+def _head_dim(fields: Fields, family: Family, kind: LayerKind) -> int:
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    if kind == "full" and family.global_dim and fields.value("per_layer_config") is None:
+        return fields.maybe_size("global_head_dim") or family.global_dim
     named = fields.maybe_size("head_dim")
     if named is None and hidden < heads:
         raise fields.wrong("num_attention_heads", f"must be at most hidden_size, {hidden}", heads)
@@ -239,7 +243,8 @@ def _inner_size(fields: Fields, family: Family, layer: int) -> int:
         return _mamba_width(fields, family)
     if not _has_experts(fields, family, layer):
         return _dense_width(fields, family)
-    return fields.size("num_experts_per_tok") * _expert_width(fields) + _shared_width(fields, family)
+    dense = _dense_width(fields, family) if family.experts_beside else _shared_width(fields, family)
+    return fields.size("num_experts_per_tok") * _expert_width(fields) + dense
 
 
 def _mamba_width(fields: Fields, family: Family) -> int:
@@ -263,25 +268,32 @@ def _is_on(fields: Fields, bias: Bias) -> bool:
 # What it weighs
 
 
-def _weights(fields: Fields, family: Family, kinds: list[LayerKind]) -> Iterator[Weight]:
+def _weights(fields: Fields, family: Family, kinds: list[LayerKind], keeping: int) -> Iterator[Weight]:
+    """Those of the whole model, whose first ``keeping`` layers have keys and values of their own."""
     yield from _ends(fields, family)
+    model = fields
     for layer, kind in enumerate(kinds):
+        fields = model.of_layer(layer)
         match kind:
             case "conv":
                 yield from _short_convolution(fields)
             case "recurrent":
                 yield from _mixer(fields, family)
-            case "both":
-                yield from _mixer(fields, family)
-                yield from _attention(fields, family)
             case _:
-                yield from _attention(fields, family)
+                yield from _attention(fields, family, kind, keeps=layer < keeping)
+        if kind == "both":
+            yield from _mixer(fields, family)
         if family.mlp:
-            yield from _mlp(fields, family, layer)
+            yield from _mlp(fields, family, layer, wide=layer >= keeping and fields.flag("use_double_wide_mlp"))
         norms = family.norms if isinstance(family.norms, int) else family.norms(fields)
         yield Weight("norm", _norm_size(fields, family), copies=norms, active=norms)
         if family.block_vector:
             yield Weight("other", family.block_vector)
+        if family.altup:
+            yield from _altup_block(fields)
+    per_layer = fields.maybe_size("hidden_size_per_layer_input")
+    if per_layer is not None:
+        yield from _per_layer_inputs(fields, per_layer, len(kinds))
 
 
 def _ends(fields: Fields, family: Family) -> Iterator[Weight]:
@@ -301,26 +313,51 @@ def _ends(fields: Fields, family: Family) -> Iterator[Weight]:
         yield Weight("head", vocab, embedded, sharded=True)
     if _is_on(fields, family.head_bias):
         yield Weight("head_bias", vocab, sharded=True)
+    if family.altup:
+        projections = 2 * (fields.size("altup_num_inputs") - 1)
+        yield Weight("altup_projection", hidden, hidden, projections, projections)
+
+
+def _altup_block(fields: Fields) -> Iterator[Weight]:
+    """Gemma 3n: the mixing of a block's streams (AltUp), and its path of low rank (LAuReL)."""
+    hidden, streams = fields.size("hidden_size"), fields.size("altup_num_inputs")
+    yield Weight("altup", streams * (streams + streams**2) + (streams + 2) * hidden)
+    yield Weight("laurel_left", fields.size("laurel_rank"), hidden, linear=True)
+    yield Weight("laurel_right", hidden, fields.size("laurel_rank"), linear=True)
+    yield Weight("laurel_norm", hidden)
+
+
+def _per_layer_inputs(fields: Fields, size: int, layers: int) -> Iterator[Weight]:
+    """Gemma 3n and 4: a second embedding, of which each block adds its part."""
+    hidden = fields.size("hidden_size")
+    yield Weight("embedding_per_layer", fields.size("vocab_size_per_layer_input"), layers * size, sharded=True)
+    yield Weight("per_layer_projection", layers * size, hidden)
+    yield Weight("per_layer_norm", size)
+    yield Weight("per_layer_input_gate", size, hidden, layers, layers, linear=True)
+    yield Weight("per_layer_projection", hidden, size, layers, layers, linear=True)
+    yield Weight("per_layer_norm", hidden, 1, layers, layers)
 
 
 def _norm_size(fields: Fields, family: Family) -> int:
     return family.norm_vectors * fields.size("hidden_size")
 
 
-def _attention(fields: Fields, family: Family) -> Iterator[Weight]:
+def _attention(fields: Fields, family: Family, kind: LayerKind, *, keeps: bool) -> Iterator[Weight]:
     if fields.maybe_size("kv_lora_rank") is not None:
         yield from _latent_attention(fields)
         return
-    hidden, dim = fields.size("hidden_size"), _head_dim(fields)
-    heads, kv_heads = fields.size("num_attention_heads"), _kv_heads(fields, family)
+    hidden, dim = fields.size("hidden_size"), _head_dim(fields, family, kind)
+    heads, kv_heads = fields.size("num_attention_heads"), _kv_heads(fields, family, kind)
     query, value = heads * dim, kv_heads * dim
     projected = query * (2 if family.query_gate else 1)
     if family.fused_qkv:
         yield Weight("qkv_proj", projected + 2 * value, hidden, linear=True, sharded=True)
     else:
         yield Weight("q_proj", projected, hidden, linear=True, sharded=True)
+    if keeps and not family.fused_qkv:
         yield Weight("k_proj", value, hidden, linear=True, sharded=True, kv_heads=kv_heads)
-        yield Weight("v_proj", value, hidden, linear=True, sharded=True, kv_heads=kv_heads)
+        if not (kind == "full" and fields.flag("attention_k_eq_v")):
+            yield Weight("v_proj", value, hidden, linear=True, sharded=True, kv_heads=kv_heads)
     yield Weight("o_proj", hidden, query, linear=True, sharded=True)
     if _is_on(fields, family.qkv_bias):
         yield Weight("qkv_bias", projected + 2 * value)
@@ -329,8 +366,14 @@ def _attention(fields: Fields, family: Family) -> Iterator[Weight]:
     if family.sinks:
         yield Weight("sinks", heads)
     if family.qk_norm and (family.qk_norm_if is None or fields.flag(family.qk_norm_if)):
-        each = {"head": 2 * dim, "heads": query + value, "full": query + value}[family.qk_norm]
-        yield Weight("qk_norm", each * (2 if family.norm_vectors == 2 and family.qk_norm == "head" else 1))
+        yield from _qk_norm(family, dim, heads, kv_heads, keeps=keeps)
+
+
+def _qk_norm(family: Family, dim: int, heads: int, kv_heads: int, *, keeps: bool) -> Iterator[Weight]:
+    if family.qk_norm == "head":
+        yield Weight("qk_norm", (1 + keeps) * family.norm_vectors * dim)
+    else:
+        yield Weight("qk_norm", (heads + kv_heads) * dim)
 
 
 def _latent_attention(fields: Fields) -> Iterator[Weight]:
@@ -356,10 +399,11 @@ def _latent_attention(fields: Fields) -> Iterator[Weight]:
         yield Weight("latent_bias", latent + rope + hidden)
 
 
-def _mlp(fields: Fields, family: Family, layer: int) -> Iterator[Weight]:
-    if not _has_experts(fields, family, layer):
-        # A mixture without experts has its shared expert left.
-        yield from _feed_forward(fields, family, _dense_width(fields, family))
+def _mlp(fields: Fields, family: Family, layer: int, *, wide: bool) -> Iterator[Weight]:
+    has_experts = _has_experts(fields, family, layer)
+    if not has_experts or family.experts_beside:
+        yield from _feed_forward(fields, family, _dense_width(fields, family) * (1 + wide))
+    if not has_experts:
         return
     hidden, width = fields.size("hidden_size"), _expert_width(fields)
     experts, active = fields.size("num_experts"), fields.size("num_experts_per_tok")
@@ -368,6 +412,8 @@ def _mlp(fields: Fields, family: Family, layer: int) -> Iterator[Weight]:
     yield Weight("router", experts, hidden)
     if family.router_bias:
         yield Weight("router_bias", experts)
+    if family.experts_beside:
+        yield Weight("router_scales", experts + 4 * hidden)
     for name, out, inp in (("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)):
         yield Weight(f"experts.{name}", out, inp, experts, active, linear=True, sharded=True)
     if family.expert_bias:

@@ -45,7 +45,10 @@ class Family:
     dense_size    the field with the width of MLPs without experts
     sparse        has a layer experts, where ``num_experts`` are named at all
     shared_expert one of the experts' size that every token goes through; shared_gate: weighed by a gate
+    experts_beside  beside an MLP without experts, with norms and scales of their own (Gemma 4)
     positions     rows of a table of positions beyond the context; None: there is no table
+    global_dim    of heads of layers that attend to all, where nothing else is said (Gemma 4)
+    altup         several streams of hidden states, and a second, narrow path through each block (Gemma 3n)
     block_vector  further numbers in a block
     """
 
@@ -73,7 +76,10 @@ class Family:
     shared_expert: bool = False
     shared_gate: bool = False
     head_bias: Bias = False
+    experts_beside: bool = False
     positions: int | None = None
+    global_dim: int | None = None
+    altup: bool = False
     embedding_norm: bool = False
     block_vector: int = 0
 
@@ -188,6 +194,10 @@ def _stablelm_norms(fields: Fields) -> int:
     return 1 if fields.flag("use_parallel_residual") else 2
 
 
+def _gemma4_experts(fields: Fields, layer: int) -> bool:
+    return fields.flag("enable_moe_block")
+
+
 def _mpt_heads(fields: Fields) -> int:
     return fields.within("attn_config").maybe_size("kv_n_heads") or fields.size("num_attention_heads")
 
@@ -217,18 +227,30 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": _NO_MLP_BIAS,
     "deepseek_v3": _NO_MLP_BIAS,
     "ernie4_5": Family(qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias"),
-    "exaone4": replace(
-        _NO_BIAS, layer_kinds=one_full_in(4, "sliding", "sliding_window_pattern"), qk_norm="head"
-    ),
+    "exaone4": replace(_NO_BIAS, layer_kinds=one_full_in(4, "sliding", "sliding_window_pattern"), qk_norm="head"),
     "falcon": Family(
-        kv_heads=_falcon_heads, norms=_falcon_norms, norm_vectors=2, gated=False, qkv_bias="bias", o_bias="bias", mlp_bias="bias", fused_qkv=True
+        kv_heads=_falcon_heads,
+        norms=_falcon_norms,
+        norm_vectors=2,
+        gated=False,
+        qkv_bias="bias",
+        o_bias="bias",
+        mlp_bias="bias",
+        fused_qkv=True,
     ),
     "falcon_h1": replace(LLAMA, layer_kinds=every_layer("both")),
     "falcon_mamba": _MAMBA,
     "gemma": _NO_MLP_BIAS,
     "gemma2": _GEMMA2,
-    "gemma3_text": replace(
-        _GEMMA2, layer_kinds=one_full_in(6, "sliding", "sliding_window_pattern"), qk_norm="head"
+    "gemma3_text": replace(_GEMMA2, layer_kinds=one_full_in(6, "sliding", "sliding_window_pattern"), qk_norm="head"),
+    "gemma3n_text": replace(_GEMMA2, layer_kinds=one_full_in(5, "sliding"), qk_norm="head", altup=True),
+    "gemma4_text": replace(
+        _GEMMA2,
+        layer_kinds=one_full_in(6, "sliding"),
+        qk_norm="head",
+        global_dim=512,
+        sparse=_gemma4_experts,
+        experts_beside=True,
     ),
     "glm": Family(o_bias=False, fused_mlp=True),
     "glm4": Family(o_bias=False, fused_mlp=True, norms=4),
@@ -236,9 +258,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
     "gpt_bigcode": replace(_GPT2, kv_heads=_multi_query),
     "gpt_neox": replace(_LAYER_NORMS, fused_qkv=True, qkv_bias="attention_bias", o_bias="attention_bias"),
-    "gpt_oss": Family(
-        layer_kinds=one_full_in(2, "sliding"), sinks=True, router_bias=True, expert_bias=True
-    ),
+    "gpt_oss": Family(layer_kinds=one_full_in(2, "sliding"), sinks=True, router_bias=True, expert_bias=True),
     "gptj": replace(_LAYER_NORMS, qkv_bias=False, o_bias=False, norms=1, head_bias=True),
     "granite": LLAMA,
     "granitemoe": _NO_MLP_BIAS,
@@ -248,9 +268,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoeshared": Family(fused_mlp=True),
     "helium": replace(LLAMA, o_bias=False),
     "hunyuan_v1_dense": Family(qk_norm="head"),
-    "jamba": replace(
-        _NO_BIAS, layer_kinds=periodic, mixer="mamba", mixer_norm=True, sparse=_jamba_experts
-    ),
+    "jamba": replace(_NO_BIAS, layer_kinds=periodic, mixer="mamba", mixer_norm=True, sparse=_jamba_experts),
     "lfm2": replace(_NO_BIAS, layer_kinds=listed_full("conv", without_list="full"), qk_norm="head"),
     "llama": LLAMA,
     "llama4_text": Family(
@@ -274,9 +292,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": replace(_NO_BIAS, layer_kinds=uniform, fused_qkv=True, fused_mlp=True),
     "phimoe": Family(layer_kinds=uniform, norm_vectors=2, head_bias="lm_head_bias"),
     "qwen2": replace(_NO_BIAS, layer_kinds=from_max_window_layers, qkv_bias=True),
-    "qwen2_moe": replace(
-        _NO_BIAS, layer_kinds=even_below_max_window_layers, qkv_bias="qkv_bias", shared_gate=True
-    ),
+    "qwen2_moe": replace(_NO_BIAS, layer_kinds=even_below_max_window_layers, qkv_bias="qkv_bias", shared_gate=True),
     "qwen3": Family(layer_kinds=from_max_window_layers, qk_norm="head"),
     "qwen3_5_moe_text": _DELTA,
     "qwen3_5_text": _DELTA,
@@ -284,7 +300,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": _DELTA,
     "seed_oss": replace(LLAMA, o_bias="attention_out_bias"),
     "smollm3": replace(LLAMA, layer_kinds=sliding_without_rope),
-    "stablelm": replace(_NO_BIAS, norms=_stablelm_norms, norm_vectors=2, qkv_bias="use_qkv_bias", qk_norm="heads", qk_norm_if="qk_layernorm"),
+    "stablelm": replace(
+        _NO_BIAS,
+        norms=_stablelm_norms,
+        norm_vectors=2,
+        qkv_bias="use_qkv_bias",
+        qk_norm="heads",
+        qk_norm_if="qk_layernorm",
+    ),
     "starcoder2": replace(
         _LAYER_NORMS, layer_kinds=uniform, qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias"
     ),

@@ -62,7 +62,7 @@ class Fields:
     """
 
     def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any], path: str) -> None:
-        self._raw, self._defaults, self._path = raw, defaults, path
+        self._raw, self._defaults, self._path = dict(raw), defaults, path
 
     def value(self, name: str) -> Any:
         return self._find(name)[1]
@@ -75,9 +75,9 @@ class Fields:
         return found
 
     def maybe_size(self, name: str) -> int | None:
-        """A number above 0; None where there is none. Some write 0 for none."""
+        """A number above 0; None where there is none, which some write as 0."""
         found, value = self._find(name)
-        if value is None or value == "auto" or (value == 0 and value is not False):
+        if value is None or value == "auto" or (type(value) is int and value == 0):
             return None
         if type(value) is not int or not 0 < value <= LARGEST:
             raise self.wrong(found, f"must be a whole number from 1 to {LARGEST:,}", value)
@@ -112,6 +112,16 @@ class Fields:
         if value is not None and not isinstance(value, dict):
             raise self.wrong(found, "must be an object", value)
         return Fields(value or {}, {}, f"{self._path}: {found}")
+
+    def of_layer(self, layer: int) -> Fields:
+        """The fields as one layer has them: with what ``per_layer_config`` says of it, and of a list its entry."""
+        own = self.within("per_layer_config").within(str(layer))._raw
+        widths = self.value("intermediate_size")
+        if isinstance(widths, list):
+            if layer >= len(widths):
+                raise self.wrong("intermediate_size", "must have an entry for each layer", widths)
+            own = {"intermediate_size": widths[layer]} | own
+        return Fields(self._raw | own, self._defaults, self._path) if own else self
 
     def wrong(self, name: str, rule: str, value: object) -> LlmqError:
         shown = repr(value)
