@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmq.checkpoint.config import DTYPE_BYTES, read_json
 from llmq.errors import LlmqError
@@ -76,17 +77,15 @@ def describe(raw: Mapping[str, Any], path: str = "config.json") -> Architecture:
     if fields.maybe_size("num_nextn_predict_layers") is not None:
         assumptions.append("layers that predict further tokens (MTP) are not counted")
 
-    kinds = _layer_kinds(fields, family)
-    keeping = len(kinds) - min(fields.maybe_size("num_kv_shared_layers") or 0, len(kinds))
-    layers = [_cache(fields.of_layer(layer), family, kind) for layer, kind in enumerate(kinds[:keeping])]
-    layers += [LayerCache("shared")] * (len(kinds) - keeping)
+    blocks = _blocks(fields, family)
+    caches = {block: _cache(block, family) for block in set(blocks)}
     return Architecture(
         model_type=model_type,
         hidden_size=fields.size("hidden_size"),
         vocab_size=fields.size("vocab_size"),
-        inner_size=max(_inner_size(fields.of_layer(layer), family, layer) for layer in range(len(kinds))),
-        layers=tuple(layers),
-        weights=merge(_weights(fields, family, kinds, keeping)),
+        inner_size=max(_inner_size(block, family) for block in caches),
+        layers=tuple(caches[block] for block in blocks),
+        weights=merge(_weights(fields, family, blocks)),
         dtype=_dtype(fields, "dtype") or "float32",
         context_length=fields.maybe_size("max_position_embeddings"),
         state_dtype=_dtype(fields, "mamba_ssm_dtype"),
@@ -135,6 +134,26 @@ def _quantization(raw: Mapping[str, Any], fields: Fields) -> Mapping[str, Any] |
     return quantization
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A decoder block. ``keeps``: it has keys and values of its own."""
+
+    fields: Fields
+    kind: LayerKind
+    keeps: bool
+    has_experts: bool
+
+
+def _blocks(fields: Fields, family: Family) -> list[_Block]:
+    kinds = _layer_kinds(fields, family)
+    keeping = len(kinds) - (fields.maybe_size("num_kv_shared_layers") or 0)
+    has_experts = fields.maybe_size("num_experts") is not None
+    return [
+        _Block(fields.of_layer(layer), kind, layer < keeping, has_experts and family.sparse(fields, layer))
+        for layer, kind in enumerate(kinds)
+    ]
+
+
 def _layer_kinds(fields: Fields, family: Family) -> list[LayerKind]:
     layers = fields.size("num_hidden_layers")
     if layers > MAX_LAYERS:
@@ -155,23 +174,30 @@ def _layer_kinds(fields: Fields, family: Family) -> list[LayerKind]:
 # What a layer keeps
 
 
-def _cache(fields: Fields, family: Family, kind: LayerKind) -> LayerCache:
-    match kind:
+def _cache(block: _Block, family: Family) -> LayerCache:
+    fields = block.fields
+    if not block.keeps:
+        return LayerCache("shared")
+    match block.kind:
         case "conv":
             return LayerCache("state", conv_elements=fields.size("hidden_size") * fields.size("conv_L_cache"))
         case "recurrent":
             return _state(fields, family)
         case "both":
-            state = _state(fields, family)
-            attention = _cache(fields, family, "full")
+            state, attention = _state(fields, family), _cache(replace(block, kind="full"), family)
             return replace(attention, conv_elements=state.conv_elements, state_elements=state.state_elements)
+        case kind:
+            return _attention_cache(fields, family, kind)
+
+
+def _attention_cache(fields: Fields, family: Family, kind: Literal["full", "sliding", "chunked"]) -> LayerCache:
     latent = fields.maybe_size("kv_lora_rank")
     if latent is not None:
         return LayerCache("latent", token_elements=latent + fields.size("qk_rope_head_dim"))
     heads = _kv_heads(fields, family, kind)
-    cache = LayerCache(kind, heads, token_elements=2 * heads * _head_dim(fields, family, kind))
-    window = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}.get(kind)
-    return cache if window is None else replace(cache, window=fields.size(window))
+    window = {"full": None, "sliding": "sliding_window", "chunked": "attention_chunk_size"}[kind]
+    tokens = None if window is None else fields.size(window)
+    return LayerCache(kind, heads, 2 * heads * _head_dim(fields, family, kind), tokens)
 
 
 def _state(fields: Fields, family: Family) -> LayerCache:
@@ -234,14 +260,11 @@ def _shared_width(fields: Fields, family: Family) -> int:
     return fields.maybe_size("shared_expert_intermediate_size") or shared * _expert_width(fields)
 
 
-def _has_experts(fields: Fields, family: Family, layer: int) -> bool:
-    return fields.maybe_size("num_experts") is not None and family.sparse(fields, layer)
-
-
-def _inner_size(fields: Fields, family: Family, layer: int) -> int:
+def _inner_size(block: _Block, family: Family) -> int:
+    fields = block.fields
     if not family.mlp:
         return _mamba_width(fields, family)
-    if not _has_experts(fields, family, layer):
+    if not block.has_experts:
         return _dense_width(fields, family)
     dense = _dense_width(fields, family) if family.experts_beside else _shared_width(fields, family)
     return fields.size("num_experts_per_tok") * _expert_width(fields) + dense
@@ -268,32 +291,39 @@ def _is_on(fields: Fields, bias: Bias) -> bool:
 # What it weighs
 
 
-def _weights(fields: Fields, family: Family, kinds: list[LayerKind], keeping: int) -> Iterator[Weight]:
-    """Those of the whole model, whose first ``keeping`` layers have keys and values of their own."""
+def _weights(fields: Fields, family: Family, blocks: list[_Block]) -> Iterator[Weight]:
     yield from _ends(fields, family)
-    model = fields
-    for layer, kind in enumerate(kinds):
-        fields = model.of_layer(layer)
-        match kind:
-            case "conv":
-                yield from _short_convolution(fields)
-            case "recurrent":
-                yield from _mixer(fields, family)
-            case _:
-                yield from _attention(fields, family, kind, keeps=layer < keeping)
-        if kind == "both":
-            yield from _mixer(fields, family)
-        if family.mlp:
-            yield from _mlp(fields, family, layer, wide=layer >= keeping and fields.flag("use_double_wide_mlp"))
-        norms = family.norms if isinstance(family.norms, int) else family.norms(fields)
-        yield Weight("norm", _norm_size(fields, family), copies=norms, active=norms)
-        if family.block_vector:
-            yield Weight("other", family.block_vector)
-        if family.altup:
-            yield from _altup_block(fields)
+    for block, number in Counter(blocks).items():
+        for weight in _block_weights(block, family):
+            yield replace(weight, copies=number * weight.copies, active=number * weight.active)
     per_layer = fields.maybe_size("hidden_size_per_layer_input")
     if per_layer is not None:
-        yield from _per_layer_inputs(fields, per_layer, len(kinds))
+        yield from _per_layer_inputs(fields, per_layer, len(blocks))
+
+
+def _block_weights(block: _Block, family: Family) -> Iterator[Weight]:
+    fields = block.fields
+    match block.kind:
+        case "conv":
+            yield from _short_convolution(fields)
+        case "recurrent":
+            yield from _mixer(fields, family)
+        case "both":
+            yield from _mixer(fields, family)
+            yield from _attention(fields, family, "full", keeps=True)
+        case kind:
+            yield from _attention(fields, family, kind, keeps=block.keeps)
+    if family.mlp and (not block.has_experts or family.experts_beside):
+        wide = not block.keeps and fields.flag("use_double_wide_mlp")
+        yield from _feed_forward(fields, family, _dense_width(fields, family) * (1 + wide))
+    if block.has_experts:
+        yield from _experts(fields, family)
+    norms = family.norms if isinstance(family.norms, int) else family.norms(fields)
+    yield Weight("norm", _norm_size(fields, family), copies=norms, active=norms)
+    if family.block_vector:
+        yield Weight("other", family.block_vector)
+    if family.altup:
+        yield from _altup_block(fields)
 
 
 def _ends(fields: Fields, family: Family) -> Iterator[Weight]:
@@ -399,12 +429,7 @@ def _latent_attention(fields: Fields) -> Iterator[Weight]:
         yield Weight("latent_bias", latent + rope + hidden)
 
 
-def _mlp(fields: Fields, family: Family, layer: int, *, wide: bool) -> Iterator[Weight]:
-    has_experts = _has_experts(fields, family, layer)
-    if not has_experts or family.experts_beside:
-        yield from _feed_forward(fields, family, _dense_width(fields, family) * (1 + wide))
-    if not has_experts:
-        return
+def _experts(fields: Fields, family: Family) -> Iterator[Weight]:
     hidden, width = fields.size("hidden_size"), _expert_width(fields)
     experts, active = fields.size("num_experts"), fields.size("num_experts_per_tok")
     if active > experts:
