@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 CacheKind = Literal["full", "sliding", "chunked", "latent", "state", "shared"]
@@ -38,11 +39,10 @@ class LayerCache:
     conv_elements: int = 0
     state_elements: int = 0
 
-    def kept_tokens(self, tokens: int) -> int:
-        """Tokens of a sequence of ``tokens`` that the layer has anything of."""
-        if not self.token_elements:
-            return 0
-        return tokens if self.window is None else min(tokens, self.window)
+    @property
+    def token_scales(self) -> int:
+        """Of a cache that is quantized token by token: one for each head's keys, and one for its values."""
+        return 2 * self.kv_heads if self.kv_heads else int(self.token_elements > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,13 @@ class Weight:
         return self.out_features * self.in_features
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Architecture:
     """A model as its config.json describes it.
 
     layers               what each decoder layer keeps
     weights              all there are; a tied head is none of them
-    inner_size           of the MLP, or of all the experts that one token goes through
+    mlp_elements         numbers that the MLP, or the experts of one token, have for it at once
     context_length       tokens that it was made for; None: it does not say, or has no limit
     state_dtype          of ``state_elements``; None: as the cache
     quantization_method  of the folder's weights, or None
@@ -87,7 +87,7 @@ class Architecture:
     model_type: str
     hidden_size: int
     vocab_size: int
-    inner_size: int
+    mlp_elements: int
     layers: tuple[LayerCache, ...]
     weights: tuple[Weight, ...]
     dtype: str
@@ -97,7 +97,7 @@ class Architecture:
     assumptions: tuple[str, ...] = ()
     known: bool = True
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         return sum(weight.copies * weight.size for weight in self.weights)
 
@@ -106,7 +106,12 @@ class Architecture:
         """Those that one token meets: all, but for a mixture of experts."""
         return sum(weight.active * weight.size for weight in self.weights)
 
-    @property
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer."""
+        return tuple(layer.window for layer in self.layers)
+
+    @cached_property
     def kinds(self) -> dict[LayerCache, int]:
         """The different layers and how many there are of each, in the order of their first."""
         return dict(Counter(self.layers))

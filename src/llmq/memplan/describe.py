@@ -83,7 +83,7 @@ def describe(raw: Mapping[str, Any], path: str = "config.json") -> Architecture:
         model_type=model_type,
         hidden_size=fields.size("hidden_size"),
         vocab_size=fields.size("vocab_size"),
-        inner_size=max(_inner_size(block, family) for block in caches),
+        mlp_elements=max(_mlp_elements(block, family) for block in caches),
         layers=tuple(caches[block] for block in blocks),
         weights=merge(_weights(fields, family, blocks)),
         dtype=_dtype(fields, "dtype") or "float32",
@@ -260,14 +260,16 @@ def _shared_width(fields: Fields, family: Family) -> int:
     return fields.maybe_size("shared_expert_intermediate_size") or shared * _expert_width(fields)
 
 
-def _inner_size(block: _Block, family: Family) -> int:
+def _mlp_elements(block: _Block, family: Family) -> int:
+    """Of one token: what gates, what is gated, and their product; of experts also each one's output."""
     fields = block.fields
     if not family.mlp:
-        return _mamba_width(fields, family)
+        return 3 * _mamba_width(fields, family)
     if not block.has_experts:
-        return _dense_width(fields, family)
-    dense = _dense_width(fields, family) if family.experts_beside else _shared_width(fields, family)
-    return fields.size("num_experts_per_tok") * _expert_width(fields) + dense
+        return 3 * _dense_width(fields, family)
+    beside = _dense_width(fields, family) if family.experts_beside else _shared_width(fields, family)
+    each = 3 * _expert_width(fields) + fields.size("hidden_size")
+    return fields.size("num_experts_per_tok") * each + 3 * beside
 
 
 def _mamba_width(fields: Fields, family: Family) -> int:
