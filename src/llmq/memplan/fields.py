@@ -124,9 +124,10 @@ class Fields:
         return Fields(self._raw | own, self._defaults, self._path) if own else self
 
     def wrong(self, name: str, rule: str, value: object) -> LlmqError:
+        """What to raise for a ``value`` that cannot be."""
         shown = repr(value)
         return LlmqError(
-            f"{self._path}: field {name!r} {rule}, not {shown if len(shown) <= 40 else shown[:39] + '…'}",
+            f"{self._path}: field {self._find(name)[0]!r} {rule}, not {shown if len(shown) <= 40 else shown[:39] + '…'}",
             "mend config.json, or fetch it again",
         )
 
