@@ -125,9 +125,9 @@ class Fields:
 
     def wrong(self, name: str, rule: str, value: object) -> LlmqError:
         """What to raise for a ``value`` that cannot be."""
-        shown = repr(value)
+        shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:39]}…"
         return LlmqError(
-            f"{self._path}: field {self._find(name)[0]!r} {rule}, not {shown if len(shown) <= 40 else shown[:39] + '…'}",
+            f"{self._path}: field {self._find(name)[0]!r} {rule}, not {shown}",
             "mend config.json, or fetch it again",
         )
 
