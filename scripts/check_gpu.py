@@ -1,4 +1,4 @@
-"""Check every kernel on a GPU against float64, then time it against what the device can do.
+"""Check every kernel on a GPU against float64, every architecture against transformers, then time the kernels.
 
     PYTHONPATH=src python scripts/check_gpu.py            both parts; exit code 1 if a check fails
     PYTHONPATH=src python scripts/check_gpu.py --checks   the checks alone
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import torch
@@ -31,9 +32,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from tiny_models import VARIANTS, save_variant
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention
+from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
 from llmq.runtime.kernels.kv_write import write_kv
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_reference
 from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
@@ -51,7 +56,7 @@ Rows = Sequence[tuple[int, int]]  # (queries, tokens in the cache) of each row
 class Outcome:
     error: float
     tolerance: float
-    repeats: bool  # a second run gave the same bits
+    repeats: bool  # a second run gave the same bits; of a model: its tokens are transformers'
 
     @property
     def ok(self) -> bool:
@@ -122,14 +127,17 @@ class Paged:
             tables.cuda(), starts.cuda(), torch.tensor([kv for _, kv in rows], dtype=torch.int32).cuda(), rows,
         )  # fmt: skip
 
-    def run(self, window: int | None = None, split: int | None = None) -> Tensor:
+    def run(
+        self, window: int | None = None, split: int | None = None,
+        scale: float | None = None, softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
         return paged_attention(
             self.query, self.key_cache, self.value_cache, self.block_tables, self.query_starts, self.kv_lengths,
             window=window, max_query_length=max(queries for queries, _ in self.rows),
-            max_kv_length=max(kv for _, kv in self.rows), split=split,
+            max_kv_length=max(kv for _, kv in self.rows), scale=scale, softcap=softcap, split=split,
         )  # fmt: skip
 
-    def exact(self, window: int | None) -> Tensor:
+    def exact(self, window: int | None, scale: float | None = None, softcap: float | None = None) -> Tensor:
         out = torch.zeros(self.query.shape, dtype=torch.float64, device="cuda")
         block_size, kv_heads, head_dim = self.key_cache.shape[1:]
         start = 0
@@ -141,7 +149,9 @@ class Paged:
                     for cache in (self.key_cache, self.value_cache)
                 )
                 query = self.query[start : start + queries].double().view(queries, kv_heads, -1, head_dim)
-                scores = torch.einsum("qhgd,hkd->hgqk", query, key) / math.sqrt(head_dim)
+                scores = torch.einsum("qhgd,hkd->hgqk", query, key) * (scale or 1 / math.sqrt(head_dim))
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
                 distance = torch.arange(kv - queries, kv, device="cuda")[:, None] - torch.arange(kv, device="cuda")
                 seen = distance >= 0
                 if window is not None:
@@ -165,13 +175,16 @@ class AttentionCase:
     num_blocks: int = 0
     interleaved: bool = False
     split: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
 
     def check(self) -> Outcome:
         paged = Paged.draw(
             self.rows, self.heads, self.kv_heads, self.head_dim, self.block_size, self.dtype,
             self.num_blocks, self.interleaved,
         )  # fmt: skip
-        return compare(lambda: paged.run(self.window, self.split), paged.exact(self.window))
+        scores = (self.scale, self.softcap)
+        return compare(lambda: paged.run(self.window, self.split, *scores), paged.exact(self.window, *scores))
 
 
 @dataclass
@@ -211,16 +224,20 @@ class SmallCase:
     head_dim: int
     dtype: torch.dtype
     normed: bool
+    rotated: int = 0  # channels of a head; 0: all
+    wide: bool = False  # norms' weights are fp32
 
     def check(self) -> Outcome:
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, device="cuda").to(self.dtype)
+        def draw(*shape: int, wide: bool = False) -> Tensor:
+            return torch.randn(*shape, device="cuda").to(FP32 if wide else self.dtype)
 
-        residual, x, weight = draw(self.tokens, self.hidden), draw(self.tokens, self.hidden), draw(self.hidden)
+        residual, x = draw(self.tokens, self.hidden), draw(self.tokens, self.hidden)
+        weight = draw(self.hidden, wide=self.wide)
         gate, up = draw(self.tokens, 2 * self.hidden).chunk(2, dim=1)
         fused = draw(self.tokens, self.heads + 2 * self.kv_heads, self.head_dim)
-        angles = torch.randn(self.tokens, 1, self.head_dim // 2, device="cuda")
-        norms = (draw(self.head_dim), draw(self.head_dim)) if self.normed else None
+        angles = torch.randn(self.tokens, 1, (self.rotated or self.head_dim) // 2, device="cuda")
+        query_norm, key_norm = (draw(self.head_dim, wide=self.wide) for _ in range(2))
+        norms = (query_norm, key_norm) if self.normed else None
         slots = torch.randperm(self.tokens + 64, device="cuda")[: self.tokens]
         query, key, value = fused.tensor_split([self.heads, self.heads + self.kv_heads], dim=1)
 
@@ -229,7 +246,8 @@ class SmallCase:
             normal = add_rms_norm(total, x, weight, 1e-5)
             rotation = (angles.cos(), angles.sin())
             turned = rope_and_write(query, key, value, rotation, pool[0], pool[1], slots, norms=norms, eps=1e-5)
-            return torch.cat([y.flatten() for y in (normal, total, silu_mul(gate, up), turned, pool)])
+            gated = (silu_mul(gate, up), gelu_mul(gate, up))
+            return torch.cat([y.flatten() for y in (normal, total, *gated, turned, pool)])
 
         total, pool = residual.double(), self.pool(torch.float64)
         normal = add_rms_norm_reference(total, x.double(), weight.double(), 1e-5)
@@ -238,8 +256,8 @@ class SmallCase:
         turned = rope_and_write_reference(
             query.double(), key.double(), value.double(), rotation, pool[0], pool[1], slots, norms=wide_norms, eps=1e-5
         )  # fmt: skip
-        gated = silu_mul_reference(gate.double(), up.double())
-        return compare(kernels, torch.cat([y.flatten() for y in (normal, total, gated, turned, pool)]), 1.2)
+        gated = [reference(gate.double(), up.double()) for reference in (silu_mul_reference, gelu_mul_reference)]
+        return compare(kernels, torch.cat([y.flatten() for y in (normal, total, *gated, turned, pool)]), 1.2)
 
     def pool(self, dtype: torch.dtype) -> Tensor:
         blocks = -(-(self.tokens + 64) // 64)
@@ -348,6 +366,44 @@ class GraphCase:
         return Outcome(worst, TOLERANCE[BF16], True)
 
 
+@dataclass
+class ModelCase:
+    """A tiny model: in fp32 transformers' greedy tokens, in bf16 no more than 1.2 × transformers' error in bf16."""
+
+    variant: str
+
+    def check(self) -> Outcome:
+        from transformers import AutoModelForCausalLM
+
+        from llmq import LLM, SamplingParams
+        from llmq.engine.options import EngineOptions
+        from llmq.runtime.decoder import CausalAttention
+        from llmq.runtime.loader import load_decoder, open_source
+
+        with TemporaryDirectory() as folder:
+            save_variant(Path(folder), self.variant)
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=FP32).eval().cuda()
+            prompts = [torch.randint(0, 250, (1, length), device="cuda") for length in (1, 17, 100, 450)]
+            params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+            llm = LLM(folder, device="cuda", dtype="float32", options=EngineOptions(kv_cache_memory=2**24))
+            answers = llm.generate([prompt[0].tolist() for prompt in prompts], params)
+            same = True
+            with torch.inference_mode():
+                for prompt, answer in zip(prompts, answers, strict=True):
+                    whole = theirs.generate(
+                        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False,
+                        eos_token_id=None, pad_token_id=0,
+                    )  # fmt: skip
+                    same &= whole[0, prompt.shape[1] :].tolist() == answer.completions[0].token_ids
+                ids = prompts[-1]
+                exact = theirs(ids).logits[0].double()
+                narrow = theirs.to(BF16)(ids).logits[0].double()
+                model = load_decoder(open_source(Path(folder), "cuda", BF16))
+                positions = torch.arange(ids.shape[1], device="cuda")
+                ours = model.logits(model(ids[0], positions, CausalAttention(ids.shape[1]))).double()
+        return Outcome(((ours - exact).norm() / (narrow - exact).norm()).item(), 1.2, same)
+
+
 def all_cases() -> list[Case]:
     cases: list[Case] = []
     mixed = [(1, 1328), (5, 18), (129, 463)]
@@ -382,6 +438,11 @@ def all_cases() -> list[Case]:
     for split in (128, 256, 512, 1024):
         cases.append(AttentionCase(chunks + edges, 32, 8, 128, 64, BF16, split=split))
         cases.append(AttentionCase(chunks + edges, 32, 8, 128, 64, BF16, window=300, split=split))
+    for softcap in (5.0, 50.0):  # Gemma-2's, and one that bends every score; its heads of 256 and windows
+        for dtype in (BF16, FP16, FP32):
+            for window in (None, 128):
+                cases.append(AttentionCase(chunks, 8, 4, 256, 64, dtype, window, scale=0.15, softcap=softcap))
+                cases.append(AttentionCase(decode, 8, 4, 256, 64, dtype, window, scale=0.15, softcap=softcap))
     cases.append(AttentionCase([(1, 131072)], 32, 8, 128, 64, BF16))
     cases.append(AttentionCase(chunks, 32, 8, 128, 64, BF16, num_blocks=40000))  # 2.6e9 elements
     for block_size, head_dim, kv_heads, interleaved in ((16, 128, 8, True), (64, 64, 3, False), (48, 80, 2, True)):
@@ -394,6 +455,9 @@ def all_cases() -> list[Case]:
         cases.append(SmallCase(67, 2048, 32, 8, 64, dtype, True))
         cases.append(SmallCase(5, 3000, 9, 3, 80, dtype, True))
         cases.append(SmallCase(300, 8192, 64, 8, 128, dtype, True))
+        cases.append(SmallCase(67, 3072, 24, 8, 128, dtype, False, rotated=96))
+        cases.append(SmallCase(67, 3000, 9, 3, 80, dtype, True, rotated=20, wide=True))
+        cases.append(SmallCase(5, 2304, 8, 4, 256, dtype, True, wide=True))
     # Marlin's batches, then vLLM's Marlin factors, then odd sizes.
     for batch in (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 118, 128, 152, 256, 257, 1024):
         for bits in (4, 8):
@@ -418,7 +482,7 @@ def all_cases() -> list[Case]:
             for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
                 for batch in (1, 16, 64, 130):
                     cases.append(LinearCase(batch, out_features, in_features, bits, 128, True, dtype))
-    return [*cases, AloneCase(), GraphCase()]
+    return [*map(ModelCase, VARIANTS), *cases, AloneCase(), GraphCase()]
 
 
 def run_case(index: int) -> tuple[int, Outcome | str]:

@@ -28,10 +28,10 @@ from llmq.quant.affine import MAX_WEIGHT, energy, group_blocks
 from llmq.quant.calibration import draw_windows
 from llmq.quant.check import check_generates
 from llmq.quant.folding import linear, round_inputs
-from llmq.quant.methods import awq, bnb, gptq, rtn, smoothquant
+from llmq.quant.methods import autoround, awq, bnb, gptq, rtn, smoothquant
 from llmq.quant.options import DEFAULTS, Calibration, QuantizeOptions, Rule
 from llmq.quant.report import LayerReport, QuantizationReport, model_card
-from llmq.quant.schemes import AWQ, BNB, CALIBRATED, GPTQ, RTN, SMOOTHQUANT, choose
+from llmq.quant.schemes import AUTOROUND, AWQ, BNB, CALIBRATED, GPTQ, RTN, SMOOTHQUANT, choose
 from llmq.runtime.decoder import DecoderLayer
 from llmq.runtime.device import peak_memory_bytes, resolve_device, resolve_dtype
 from llmq.runtime.loader import HEAD, Source, block_name, load_layer
@@ -94,7 +94,7 @@ def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) 
     started = time.monotonic()
     layers: list[LayerReport] = []
     changed: dict[str, Tensor] = {}
-    with folders.write_folder(output, overwrite=overwrite) as partial, torch.inference_mode(), _full_fp32():
+    with folders.write_folder(output, overwrite=overwrite) as partial, torch.no_grad(), _full_fp32():
         writer = ShardWriter(partial)
         for weight, layer in job.quantized_layers(changed):
             writer.add_all(job.format.pack(layer.name, weight))
@@ -169,27 +169,39 @@ class Job:
                 weight = self.source.tensors.load(f"{name}.weight", self.source.device)
                 yield from self._round({name: weight.float()}, None)
             return
-        states = HiddenStates(self.source, self.windows)
         config = self.source.config
+        states = HiddenStates(self.source, self.windows)
+        # As they pass the model that is quantized: what learned rounding brings the others back to.
+        original = states.sample(states.tokens) if self.options.choice.method == AUTOROUND else None
         for number in range(config.num_layers):
             prefix, block = block_name(number), load_layer(self.source, number)
+            learned: Mapping[str, QuantizedWeight] = {}
+            if original is not None:
+                original.mix(block)
+                original.finish(block)
+                seed = self.options.calibration.seed
+                learned = autoround.quantize_block(block, self._local(prefix), states, original.inputs, seed=seed)
             for name, tensor in self._fold(prefix, block, states).items():
                 changed[f"{prefix}.{name}"] = tensor
             for stage in config.linear_stages:
                 if stage.half == "finish" and not states.mixed:
                     states.mix(block)
-                yield from self._quantize_stage(prefix, block, stage, states)
+                yield from self._quantize_stage(prefix, block, stage, states, learned)
             if number + 1 < config.num_layers or HEAD in self.schemes:
                 states.finish(block)
         if HEAD in self.schemes:
             weight = self.source.load(f"{HEAD}.weight").float()
             yield from self._round({HEAD: weight}, states.head_moment(self.source))
 
+    def _local(self, prefix: str) -> dict[str, Scheme]:
+        """The schemes of the layers of a block that are to be quantized, by their names within it."""
+        names = {name: f"{prefix}.{name}" for name in self.source.config.linears}
+        return {name: self.schemes[full] for name, full in names.items() if full in self.schemes}
+
     def _fold(self, prefix: str, block: DecoderLayer, states: HiddenStates) -> dict[str, Tensor]:
         """Scale channels of ``block`` as the method does. Returns what changed beside the linears to be quantized."""
         config, method, alpha = self.source.config, self.options.choice.method, self.options.alpha
-        names = {name: f"{prefix}.{name}" for name in config.linears}
-        schemes = {name: self.schemes[full] for name, full in names.items() if full in self.schemes}
+        schemes = self._local(prefix)
         if method == AWQ:
             return awq.fold(block, config, states, schemes)
         if method == SMOOTHQUANT:
@@ -198,7 +210,12 @@ class Job:
         return {}
 
     def _quantize_stage(
-        self, prefix: str, block: DecoderLayer, stage: LinearStage, states: HiddenStates
+        self,
+        prefix: str,
+        block: DecoderLayer,
+        stage: LinearStage,
+        states: HiddenStates,
+        learned: Mapping[str, QuantizedWeight],
     ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
         """Quantize those layers of ``stage`` that are to be, in ``block`` too: what follows sees what was lost."""
         wanted = [[name for name in group if f"{prefix}.{name}" in self.schemes] for group in stage.groups]
@@ -209,7 +226,8 @@ class Job:
         for group in groups:
             modules = {f"{prefix}.{name}": linear(block, name) for name in group}
             weights = {name: module.weight.float() for name, module in modules.items()}
-            for quantized, report in self._round(weights, hessians.pop(group[0], None)):
+            made = {f"{prefix}.{name}": learned[name] for name in group if name in learned}
+            for quantized, report in self._round(weights, hessians.pop(group[0], None), made):
                 module = modules[report.name]
                 module.weight.copy_(quantized.dequantize())
                 if quantized.scheme.activation_bits == 8:
@@ -217,12 +235,12 @@ class Job:
                 yield quantized, report
 
     def _round(
-        self, weights: Mapping[str, Tensor], hessian: Tensor | None
+        self, weights: Mapping[str, Tensor], hessian: Tensor | None, made: Mapping[str, QuantizedWeight] | None = None
     ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Round ``weights``, fp32 by the names of their layers, whose inputs are the same."""
+        """Round ``weights``, fp32 by the names of their layers, whose inputs are the same; or take what is ``made``."""
         for name, weight in weights.items():
             _check_finite(name, weight)
-        method, made = self.options.choice.method, self._made(weights, hessian)
+        method, made = self.options.choice.method, made or self._made(weights, hessian)
         for name, weight in weights.items():
             plain = made[name] if method == BNB else rtn.quantize_weight(weight, self.schemes[name])
             used, quantized = (method, made[name]) if name in made else (RTN, plain)
@@ -235,31 +253,32 @@ class Job:
     def _made(self, weights: Mapping[str, Tensor], hessian: Tensor | None) -> dict[str, QuantizedWeight]:
         """What the method's rounding makes of ``weights``; nothing where it has to give up."""
         method, schemes = self.options.choice.method, self.schemes
-        if method == GPTQ and hessian is not None:
-            together: dict[Scheme, list[str]] = {}
-            for name in weights:
-                together.setdefault(schemes[name], []).append(name)
-            made: dict[str, QuantizedWeight] = {}
-            with suppress(gptq.NotPositiveDefinite):
-                for scheme, names in together.items():
-                    layers = [weights[name] for name in names]
-                    rounded = gptq.quantize_weights(layers, scheme, hessian, self.options.act_order)
-                    made |= zip(names, rounded, strict=True)
-            return made
+        if method == GPTQ:
+            return {} if hessian is None else self._made_by_gptq(weights, hessian)
         if method == BNB:
             return {name: bnb.quantize_weight(weight, schemes[name]) for name, weight in weights.items()}
         return {
-            name: rtn.quantize_weight(weight, schemes[name], self._clipping(name, schemes[name], hessian))
+            name: rtn.quantize_weight(weight, schemes[name], self._clipping(name, weight, hessian))
             for name, weight in weights.items()
         }
 
-    def _clipping(self, name: str, scheme: Scheme, hessian: Tensor | None) -> Tensor | None:
+    def _made_by_gptq(self, weights: Mapping[str, Tensor], hessian: Tensor) -> dict[str, QuantizedWeight]:
+        together: dict[Scheme, list[str]] = {}
+        for name in weights:
+            together.setdefault(self.schemes[name], []).append(name)
+        made: dict[str, QuantizedWeight] = {}
+        with suppress(gptq.NotPositiveDefinite):
+            for scheme, names in together.items():
+                layers = [weights[name] for name in names]
+                made |= zip(names, gptq.quantize_weights(layers, scheme, hessian, self.options.act_order), strict=True)
+        return made
+
+    def _clipping(self, name: str, weight: Tensor, hessian: Tensor | None) -> Tensor | None:
         """By what clipping is judged; None: there is none."""
         if self.options.clip:
-            in_features = _shape(name, self.source.tensors)[1]
-            return torch.ones(in_features, device=self.source.device)
+            return weight.new_ones(weight.shape[1])
         if self.options.choice.method == AWQ and hessian is not None and not name.endswith(awq.UNCLIPPED):
-            return group_blocks(hessian, scheme)
+            return group_blocks(hessian, self.schemes[name])
         return None
 
 

@@ -55,10 +55,13 @@ def load_decoder(source: Source) -> Decoder:
         model = Decoder(source.config)
     _fill(model.embed_tokens, EMBEDDING, source)
     for layer in range(source.config.num_layers):
-        model.layers[layer] = load_layer(source, layer)
+        model.layers[layer] = block = load_layer(source, layer)
+        block.merge()
     _fill(model.norm, FINAL_NORM, source)
     if source.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+    elif is_packed(source.format, HEAD, source.tensors):
+        model.set_submodule(HEAD, _unpacked(model.lm_head, HEAD, source))
     else:
         _fill(model.lm_head, HEAD, source)
     return model.eval().requires_grad_(False)

@@ -100,6 +100,8 @@ class CompressedTensors:
         """What whoever writes such a folder should know of its readers."""
         if all(scheme.symmetric for _, scheme in self.targets):
             return None
+        if self.scheme is None:
+            return "transformers does not read compressed-tensors folders of several schemes, one of them asymmetric"
         return (
             "transformers reads asymmetric compressed-tensors folders only by "
             "quantization_config=CompressedTensorsConfig(dequantize=True)"
@@ -235,7 +237,7 @@ class CompressedTensors:
         self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str, damp_percent: float | None = None
     ) -> dict[str, Any]:
         """``quantization_config`` for config.json: a group for each scheme, layers named in full."""
-        schemes = dict.fromkeys(scheme for _, scheme in reversed(self.targets))
+        schemes = dict.fromkeys(scheme for _, scheme in self.targets)
         kinds = {_kind(scheme) for scheme in schemes}
         return {
             "quant_method": self.name,

@@ -44,12 +44,12 @@ from llmq.checkpoint.formats.packed import (
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
+from llmq.memory import GPTQ_BITS
 from llmq.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
 
 
@@ -71,8 +71,6 @@ class Gptq:
     multiple: ClassVar[int] = 32
     packs_head: ClassVar[bool] = True
     config_files: ClassVar[tuple[str, ...]] = ("quantize_config.json",)
-    caveat: ClassVar[str | None] = None
-
     default: Scheme
     checkpoint_format: str
     rules: tuple[tuple[str, Scheme | None], ...] = ()
@@ -85,6 +83,13 @@ class Gptq:
         return self.default if all(scheme in (None, self.default) for _, scheme in self.rules) else None
 
     @property
+    def caveat(self) -> str | None:
+        """What whoever writes such a folder should know of its readers."""
+        if self.scheme is not None and not self.head:
+            return None
+        return "transformers reads GPTQ folders of one scheme, without a quantized head; GPTQModel and vLLM read this"
+
+    @property
     def stored_zero_offset(self) -> int:
         """What is added to a stored zero point to get the real one."""
         return 1 if self.checkpoint_format == V1 else 0
@@ -95,7 +100,7 @@ class Gptq:
         for scheme in schemes:
             if reason := why_not_packed(scheme):
                 return reason
-            if scheme.bits not in BITS:
+            if scheme.bits not in GPTQ_BITS:
                 return f"the GPTQ format holds codes of 2, 3, 4 or 8 bits, and these have {scheme.bits}"
         return None
 

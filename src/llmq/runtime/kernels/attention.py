@@ -35,6 +35,7 @@ def paged_attention(
     max_kv_length: int,
     scale: float | None = None,
     softcap: float | None = None,
+    longest: Tensor | None = None,
     split: int | None = None,
 ) -> Tensor:
     """Causal attention of each row's queries over the row's pages → [tokens, heads, head_dim].
@@ -51,9 +52,10 @@ def paged_attention(
                   bounds over all rows, known to the host: they set the grid, so that a CUDA graph can replay it
     scale         multiplies the scores; None: 1/√head_dim
     softcap       a score s then becomes softcap · tanh(s / softcap) (Gemma 2); None: it stays as it is
-    split         on a GPU a row's positions are divided among programs, this many to each (128, 256, 512 or 1024), and
-                  the parts joined in order. None: what is fastest for this many rows and these bounds, so that the
-                  last bits of a row's result depend on its batch. With a number they do not
+    longest       int32 [1], on the device: the greatest of kv_lengths, where max_kv_length is a loose bound
+    split         on a GPU a row's positions are divided among programs, this many to each, a multiple of 64, and the
+                  parts joined in order. None: what is fastest for this many rows and these bounds, so that the last
+                  bits of a row's result depend on its batch. With a number they do not
     """
     inputs = (query, key_cache, value_cache, block_tables, query_starts, kv_lengths)
     if not runs_triton(query):
@@ -74,6 +76,7 @@ def paged_attention(
         max_kv_length=max_kv_length,
         scale=scale,
         softcap=softcap,
+        longest=longest,
         split=split,
     )
 

@@ -12,6 +12,9 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
 
         positions   | split 0 | split 1 | split 2 … |         split boundaries are multiples of the split length
 
+                             the longest row and the grid decide on that length, on the device: a CUDA graph has one
+                             grid for all lengths up to a bound, and its programs share out what there is
+
     many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
                              and leaves the mask out where every query of the tile sees every key
 """
@@ -27,7 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SPLITS = (128, 256, 512, 1024)  # positions
+from llmq.runtime.kernels.pdl_triton import pdl, wait
+
+SHORTEST_SPLIT = 64  # positions; a multiple of every tile
+LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
 
@@ -58,11 +64,10 @@ def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
     return Launch(128, 64, 8, 3)
 
 
-def split_length(tiles: int, max_kv_length: int) -> int:
-    """Positions that one program takes of each of ``tiles`` (rows × KV heads): few for a small batch, to fill the
-    device; at most 1024, so that one long row among short ones does not keep the rest waiting."""
-    wanted = max_kv_length * tiles / PROGRAMS
-    return next((length for length in SPLITS if length >= wanted), SPLITS[-1])
+def splits_for(tiles: int, span: int) -> int:
+    """Splits of a row that sees ``span`` positions: enough to fill the device, of ``tiles`` (rows × KV heads)."""
+    wanted = max(triton.cdiv(PROGRAMS, max(tiles, 1)), triton.cdiv(span, LONGEST_SPLIT))
+    return int(max(1, min(wanted, triton.cdiv(span, SHORTEST_SPLIT))))
 
 
 def paged_attention_triton(
@@ -78,6 +83,7 @@ def paged_attention_triton(
     max_kv_length: int,
     scale: float | None = None,
     softcap: float | None = None,
+    longest: Tensor | None = None,
     split: int | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
@@ -93,10 +99,10 @@ def paged_attention_triton(
 
     # Rows of up to few_queries go to the decode grid, the others to the prefill grid.
     few_queries = min(decode.block_m // group, max_query_length)
-    split = split or split_length(rows * kv_heads, max_kv_length)
-    splits = max(1, triton.cdiv(max_kv_length, split))
-    if window is not None:
-        splits = min(splits, (window + few_queries - 2) // split + 2)
+    span = max_kv_length if window is None else min(max_kv_length, window + few_queries - 1)
+    shared = splits_for(rows * kv_heads, span) if split is None else triton.cdiv(span, split)
+    # A window may begin in the middle of a split.
+    splits = shared + (window is not None)
     shape = (rows, few_queries, heads, splits)
     means = torch.empty(*shape, head_dim, dtype=torch.float32, device=query.device)
     logsums = torch.empty(*shape, dtype=torch.float32, device=query.device)
@@ -105,13 +111,14 @@ def paged_attention_triton(
 
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
-            query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
+            query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, out, means, logsums,
             *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
-            heads, rows, few_queries, splits, window or 0, LOG2_E * (softcap or scale), cap_scale,
+            heads, rows, few_queries, splits, shared, span, split or 0, window or 0,
+            LOG2_E * (softcap or scale), cap_scale,
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_SIZE=block_size, WINDOWED=window is not None, CAPPED=softcap is not None, SPLIT=split,
-            DECODE=is_decode,
+            BLOCK_SIZE=block_size, WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
             BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
+            **pdl(query.device),
         )  # fmt: skip
 
     attend_rows(decode, splits, rows, True)
@@ -119,11 +126,24 @@ def paged_attention_triton(
         attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
     if splits > 1:
         merge_kernel[rows * few_queries, heads](
-            means, logsums, out, query_starts, kv_lengths, out.stride(0), few_queries, splits, window or 0,
-            HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), WINDOWED=window is not None, SPLIT=split,
-            CHUNK=32, num_warps=4,
+            means, logsums, out, query_starts, kv_lengths, longest, out.stride(0), few_queries, splits, shared, span,
+            split or 0, window or 0,
+            HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), WINDOWED=window is not None,
+            CHUNK=8 if splits <= 8 else 32, num_warps=2 if splits <= 8 else 4, **pdl(query.device),
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def split_length(longest, shared, span, split):
+    """Positions in a split: ``split`` if it is given, or what ``shared`` programs take of the longest row, or of the
+    ``span`` that a window lets it see."""
+    if split == 0:
+        if longest is not None:
+            span = tl.minimum(span, tl.load(longest))
+        split = tl.cdiv(tl.cdiv(span, shared), 64) * 64  # SHORTEST_SPLIT
+        split = tl.maximum(split, 64)
+    return split
 
 
 @triton.jit
@@ -136,14 +156,14 @@ def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
     return first
 
 
-@triton.jit(do_not_specialize=["rows", "few_queries", "splits", "window"])
+@triton.jit(do_not_specialize=["rows", "few_queries", "splits", "shared", "span", "split", "window"])
 def attention_kernel(
-    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
+    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, out, means, logsums,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
-    table_stride, out_token_stride, heads, rows, few_queries, splits, window, scale, cap_scale,
+    table_stride, out_token_stride, heads, rows, few_queries, splits, shared, span, split, window, scale, cap_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one KV head, over one split of the row's positions (DECODE) or all of them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
@@ -167,6 +187,9 @@ def attention_kernel(
     query_start = tl.load(query_starts + row)
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
+    if DECODE:
+        split = split_length(longest, shared, span, split)
+    wait(PDL)
     if DECODE:
         if (queries == 0) | (queries > few_queries):
             return
@@ -192,12 +215,12 @@ def attention_kernel(
     last = tl.minimum(kv_length - queries + last_query + 1, kv_length)
     first = first_seen(kv_length, queries - first_query, window, WINDOWED)
     if DECODE:
-        split = first // SPLIT + tl.program_id(0)
-        row_splits = tl.maximum(tl.cdiv(kv_length, SPLIT) - first // SPLIT, 1)
+        own = first // split + tl.program_id(0)
+        row_splits = tl.maximum(tl.cdiv(kv_length, split) - first // split, 1)
         if tl.program_id(0) >= row_splits:
             return
-        first = tl.maximum(first, split * SPLIT)
-        last = tl.minimum(last, (split + 1) * SPLIT)
+        first = tl.maximum(first, own * split)
+        last = tl.minimum(last, (own + 1) * split)
     first = first // TILE * TILE
 
     acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
@@ -314,10 +337,11 @@ def load_pages(table, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
     return pages
 
 
-@triton.jit(do_not_specialize=["few_queries", "splits", "window"])
+@triton.jit(do_not_specialize=["few_queries", "splits", "shared", "span", "split", "window"])
 def merge_kernel(
-    means, logsums, out, query_starts, kv_lengths, out_token_stride, few_queries, splits, window,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+    means, logsums, out, query_starts, kv_lengths, longest, out_token_stride, few_queries, splits, shared, span, split,
+    window,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Mean of the splits' means, weighted by 2^logsum, CHUNK of them at a time, always in the same order."""
     row = tl.program_id(0) // few_queries
@@ -326,7 +350,9 @@ def merge_kernel(
     query_start = tl.load(query_starts + row)
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
-    row_splits = tl.cdiv(kv_length, SPLIT) - first_seen(kv_length, queries, window, WINDOWED) // SPLIT
+    split = split_length(longest, shared, span, split)
+    row_splits = tl.cdiv(kv_length, split) - first_seen(kv_length, queries, window, WINDOWED) // split
+    wait(PDL)
     if (queries > few_queries) | (query_index >= queries) | (row_splits <= 1):
         return
     dim = tl.arange(0, DIM_PADDED)
@@ -335,11 +361,11 @@ def merge_kernel(
     best = float("-inf")
     total = 0.0
     for start in range(0, row_splits, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        logsum = tl.load(logsums + at + split, mask=split < row_splits, other=float("-inf"))
+        part = start + tl.arange(0, CHUNK)
+        logsum = tl.load(logsums + at + part, mask=part < row_splits, other=float("-inf"))
         mean = tl.load(
-            means + (at + split)[:, None] * HEAD_DIM + dim[None, :],
-            mask=(split < row_splits)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
+            means + (at + part)[:, None] * HEAD_DIM + dim[None, :],
+            mask=(part < row_splits)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
         )  # fmt: skip
         new_best = tl.maximum(best, tl.max(logsum, 0))
         # A split may have nothing for an early query of the row: its logsum, and the best so far, are then −inf.
