@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llmq.engine.options import EngineOptions
+from llmq.engine.options import EngineOptions, LoadFormat
 from llmq.engine.request import SamplingParams
 from llmq.errors import USAGE, LlmqError
 from llmq.llm import LLM
@@ -47,7 +47,14 @@ class Line:
         return [self.name, format_bytes(self.predicted), format_bytes(self.measured), off]
 
 
-def verify(model: str, plan: MemoryPlan, *, revision: str | None = None, device: str = "auto") -> list[Line]:
+def verify(
+    model: str,
+    plan: MemoryPlan,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    load_format: LoadFormat = "auto",
+) -> list[Line]:
     """Run ``plan``, a plan of ``model``, and compare. The engine's KV cache gets as much as was planned, and a batch
     of as many sequences as long as was planned is decoded.
 
@@ -72,6 +79,7 @@ def verify(model: str, plan: MemoryPlan, *, revision: str | None = None, device:
         kv_cache_memory=plan.kv_cache + plan.reserved,
         max_model_len=plan.max_model_len,
         prefix_caching=False,
+        load_format=load_format,
     )
     llm = LLM(model, revision=revision, device=device, options=options)
     _run_batch(llm, plan)

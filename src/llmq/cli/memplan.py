@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from llmq.cli import options
 from llmq.cli.console import out, print_json, table
-from llmq.engine.options import EngineOptions
+from llmq.engine.options import EngineOptions, LoadFormat
 from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.memory import KV_DTYPE_BYTES, format_bytes, parse_bytes
 from llmq.memplan import engines, report
@@ -90,6 +90,7 @@ def memplan(
         Path | None, typer.Option(metavar="FILE", help="Draw memory against context: .png, .svg, .pdf.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Load it, run a full batch, and compare.")] = False,
+    load_format: options.LoadFormat = _ENGINE.load_format,
     list_gpus: Annotated[
         bool, typer.Option("--list-gpus", help="Print the GPUs known by name.", callback=_list_gpus, is_eager=True)
     ] = False,
@@ -141,7 +142,7 @@ def memplan(
     if verify:
         from llmq.bench.memory import verify as compare
 
-        lines = compare(model, result, revision=revision)
+        lines = compare(model, result, revision=revision, load_format=cast(LoadFormat, load_format))
     if plot is not None:
         from llmq.memplan.plot import draw
 

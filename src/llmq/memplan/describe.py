@@ -111,13 +111,13 @@ def _language_model(raw: Mapping[str, Any], path: str, assumptions: list[str]) -
 def _model_type(raw: Mapping[str, Any], path: str) -> str:
     fields = Fields(raw, {}, path)
     model_type = fields.text("model_type")
-    if model_type is not None:
-        return SAME_AS.get(model_type, model_type)
-    classes = fields.list_of(str, "architectures")
-    if not classes:
-        raise LlmqError(f"{path}: field 'model_type' is missing", "point at the config.json of a language model")
-    name = classes[0].split("For")[0].removesuffix("LMHeadModel").lower()  # LlamaForCausalLM → llama
-    return next((known for known in FAMILIES if known.replace("_", "") == name), name)
+    if model_type is None:
+        classes = fields.list_of(str, "architectures")
+        if not classes:
+            raise LlmqError(f"{path}: field 'model_type' is missing", "point at the config.json of a language model")
+        name = classes[0].split("For")[0].removesuffix("LMHeadModel").lower()  # LlamaForCausalLM → llama
+        model_type = next((known for known in (*FAMILIES, *SAME_AS) if known.replace("_", "") == name), name)
+    return SAME_AS.get(model_type, model_type)
 
 
 def _dtype(fields: Fields, name: str) -> str | None:
