@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from command_line import llmq
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from known_models import LLAMA_2_7B, LLAMA_31_8B, QWEN_25_05B, config_of, write_config
+from rich.console import Console
 from small_configs import SMALL
 
 from llmq import memory
@@ -599,6 +601,21 @@ def test_planning_needs_no_torch(llama: Path) -> None:
 
 
 # Against the engine
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", "-p", "x", "--max-tokens", 1), ("quantize", "--method", "rtn", "-o", "q")]
+)
+def test_a_run_at_a_terminal_begins_with_its_plan(
+    command: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    talk = io.StringIO()
+    terminal = Console(file=talk, force_terminal=True, color_system=None, width=200)
+    monkeypatch.setattr(f"llmq.cli.{command[0]}.err", terminal)
+    assert llmq(command[0], "demo", *command[1:]).code == 0
+    first = talk.getvalue().splitlines()[0]
+    assert first.startswith("weights 19.01 MiB, KV cache" if command[0] == "generate" else "about ")
 
 
 @pytest.mark.parametrize("flags", [(), ("--block-size", 16, "--max-num-batched-tokens", 64)], ids=str)

@@ -105,6 +105,7 @@ def from_max_window_layers(fields: Fields, layers: int) -> list[LayerKind]:
 
 
 def even_below_max_window_layers(fields: Fields, layers: int) -> list[LayerKind]:
+    """Every other layer below max_window_layers slides, if the window is used."""
     most = fields.maybe_size("max_window_layers") or 0
     kinds = uniform_if_used(fields, layers)
     return [kind if layer % 2 == 0 and layer < most else "full" for layer, kind in enumerate(kinds)]
@@ -138,6 +139,7 @@ def chunked_with_rope(fields: Fields, layers: int) -> list[LayerKind]:
 
 
 def sliding_without_rope(fields: Fields, layers: int) -> list[LayerKind]:
+    """The layers without positions slide, if the window is used."""
     kinds = uniform_if_used(fields, layers)
     return ["full" if rope else kind for rope, kind in zip(_has_rope(fields, layers), kinds, strict=True)]
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from llmq.memory import format_bytes
+from llmq.memory import KV_DTYPE_BYTES, format_bytes
 from llmq.memplan import engines
 from llmq.memplan.architecture import LayerCache
 from llmq.memplan.engines import ENGINES, IDEAL, LLMQ, VLLM
 from llmq.memplan.hints import changes_that_fit
 from llmq.memplan.plan import MemoryPlan
+from llmq.memplan.weights import dense_bytes
 from llmq.scheme import Scheme
 
 BAR_WIDTH = 60
@@ -30,6 +31,18 @@ def verdict(plan: MemoryPlan) -> str:
         return f"fits: {load}{where}, {format_bytes(plan.spare)} spare of {format_bytes(plan.budget)}"
     return (
         f"does not fit: {load}{where}, {format_bytes(-plan.spare)} more than the {format_bytes(plan.budget)} there are"
+    )
+
+
+def start_line(plan: MemoryPlan, pool: int, *, on_cpu: bool) -> str:
+    """What an engine that has just started holds, with a ``pool`` of so many bytes for keys and values, whose type is
+    the one that it computes in."""
+    wide = dense_bytes(plan.architecture, plan.weights.scheme, KV_DTYPE_BYTES[plan.kv_dtype])
+    weights = wide if on_cpu else plan.weights.resident
+    number = (pool - plan.reserved) // plan.sequence_bytes
+    return (
+        f"weights {format_bytes(weights)}, KV cache {format_bytes(pool)} for {_sequences(number)} of "
+        f"{plan.max_model_len:,} tokens, up to {format_bytes(plan.activations.likely)} for a step"
     )
 
 
