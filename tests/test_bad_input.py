@@ -62,7 +62,7 @@ def test_no_such_folder(command: tuple[str, ...]) -> None:
     assert nothing_was_written()
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command[0] != "memplan"], ids=" ".join)
 def test_an_unknown_architecture(command: tuple[str, ...], broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"architectures": ["RwkvForCausalLM"]}))

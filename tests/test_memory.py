@@ -16,7 +16,7 @@ from llmq import memory
 from llmq.checkpoint.config import ModelConfig, read_config
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import USAGE, LlmqError
-from llmq.scheme import GROUP_SIZES, Scheme
+from llmq.scheme import E4M3, GROUP_SIZES, NF4, Scheme
 
 GIB = 2**30
 BATCHES, TOKENS, DTYPES = st.integers(1, 512), st.integers(1, 200_000), st.sampled_from([1, 2, 4])
@@ -202,3 +202,39 @@ def test_what_is_no_size_is_a_usage_error_that_shows_how_to_write_one(text: str)
 )
 def test_sizes_are_written_in_the_unit_that_fits(size: int, text: str) -> None:
     assert memory.format_bytes(size) == text
+
+
+# On the device
+
+
+PACKED = [
+    Scheme(4, 128),
+    Scheme(4, 32, symmetric=False),
+    Scheme(3, 64),
+    Scheme(8, -1),
+    Scheme(8, -1, activation_bits=8),
+    Scheme(8, -1, number=E4M3, activation_bits=8),
+    Scheme(4, 64, number=NF4),
+]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape"),
+    [(scheme, shape) for scheme in PACKED for shape in ((96, 256), (32, 192)) if scheme.divides(shape[1])],
+    ids=str,
+)
+def test_a_linear_layer_takes_what_the_kernels_pack_it_into(scheme: Scheme, shape: tuple[int, int]) -> None:
+    from dataclasses import astuple
+
+    import torch
+
+    from llmq.checkpoint.quantized_weight import QuantizedWeight
+    from llmq.runtime.kernels.w8a8 import pack_w8a8
+    from llmq.runtime.kernels.wna16 import pack_wna16
+
+    groups = shape[0], scheme.num_groups(shape[1])
+    codes, zero_points = torch.zeros(shape, dtype=torch.uint8), torch.zeros(groups, dtype=torch.uint8)
+    weight = QuantizedWeight(scheme, codes, torch.ones(groups), zero_points)
+    packed = pack_w8a8(weight) if scheme.activation_bits == 8 else pack_wna16(weight, torch.bfloat16)
+    size = sum(value.nbytes for value in astuple(packed) if isinstance(value, torch.Tensor))
+    assert memory.resident_linear_bytes(*shape, scheme, 2) == size

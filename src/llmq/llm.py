@@ -191,6 +191,11 @@ class LLM:
         """Steps, preemptions and peak KV use since the start or ``reset_stats``."""
         return self._scheduler.stats
 
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Of the pool on the device, the reserved block among them."""
+        return self._cache.pool.nbytes
+
     def reset_stats(self) -> None:
         self._scheduler.reset_stats()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from llmq.errors import USAGE, LlmqError
 from llmq.plan import layer_groups
@@ -26,6 +26,8 @@ TABLE_BYTES = 16 * 4
 SHAPE_BYTES = 2 * 8
 """The shape that compressed-tensors stores with each packed layer."""
 GROUP_INDEX_BYTES = 4
+KERNEL_CHANNELS = 128
+"""Channels that the weight-only product takes at a time: ``runtime.kernels.wna16.STEP``."""
 GPTQ_BITS = (2, 3, 4, 8)
 MAX_BYTES = 2**63
 _UNITS = {"": 1, "b": 1} | {
@@ -67,6 +69,16 @@ def textbook_kv_bytes(batch: int, max_tokens: int, layers: int, d_model: int, dt
 def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int) -> int:
     """Keys and values of one token in all layers, for the heads that the model really caches."""
     return config.num_layers * config.num_kv_heads * config.head_dim * 2 * dtype_bytes
+
+
+KV_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "int8": 1}
+KV_SCALE_BYTES = {"int8": 4}
+"""int8: for each token an fp32 scale for each head's keys, and one for its values. fp8 has two for a whole layer."""
+
+
+def kv_token_bytes(elements: int, scales: int, kv_dtype: str) -> int:
+    """``elements`` numbers that one layer keeps of one token, ``scales`` of which there is one if they have any."""
+    return elements * KV_DTYPE_BYTES[kv_dtype] + scales * KV_SCALE_BYTES.get(kv_dtype, 0)
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
@@ -114,6 +126,28 @@ def linear_bytes(out_features: int, in_features: int, scheme: Scheme | None, dty
     return codes + (not scheme.symmetric) * zero_points + groups * SCALE_BYTES + SHAPE_BYTES
 
 
+def resident_linear_bytes(out_features: int, in_features: int, scheme: Scheme | None, dtype_bytes: int) -> int:
+    """One linear layer on the engine's GPU, as ``runtime.kernels`` pack it.
+
+    8-bit activations: codes of 8 bits, fp32 scales of rows. Else codes of 4 or 8 bits, whose channels are padded to
+    whole steps, and 4 bytes of scale and zero point for each group.
+    """
+    if scheme is None:
+        return out_features * in_features * dtype_bytes
+    if scheme.activation_bits == 8:
+        return out_features * (in_features + 4)
+    code_bits = 4 if scheme.bits <= 4 else 8
+    length = scheme.group_length(in_features)
+    groups = in_features // length
+    if length < in_features:
+        groups = _round_up(groups, max(KERNEL_CHANNELS // length, 1))
+    return out_features * (_round_up(in_features, KERNEL_CHANNELS) * code_bits // 8 + 4 * groups)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
 def block_linear_bytes(config: ModelConfig, scheme: Scheme | None, dtype_bytes: int) -> int:
     """The linear layers of one decoder block."""
     return sum(linear_bytes(out, inp, scheme, dtype_bytes) for out, inp in config.linears.values())
@@ -140,15 +174,28 @@ def _block_rest(config: ModelConfig) -> int:
 # Activations
 
 
-def activation_bytes(config: ModelConfig, batched_tokens: int, sampled_rows: int, dtype_bytes: int) -> int:
+class Widths(Protocol):
+    """What of a model its activations depend on: a ModelConfig, or the planner's description of any architecture."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def mlp_elements(self) -> int:
+        """Numbers that the MLP of a block has for one token at once."""
+
+
+def activation_bytes(model: Widths, batched_tokens: int, sampled_rows: int, dtype_bytes: int) -> int:
     """The widest moment of a step: a block's hidden states and MLP, or the fp32 logits and their sampling copies."""
-    inner = 3 * config.intermediate_size
-    if config.experts is not None:  # each token goes through several, and their outputs are kept until all have run
-        inner = config.experts.per_token * (3 * config.experts.intermediate_size + config.hidden_size)
-    mlp = batched_tokens * (3 * config.hidden_size + inner) * dtype_bytes
-    logits = sampled_rows * config.vocab_size * 4 * LOGITS_COPIES
-    return max(mlp, logits) + batched_tokens * config.hidden_size * dtype_bytes
+    mlp = batched_tokens * (3 * model.hidden_size + model.mlp_elements) * dtype_bytes
+    logits = sampled_rows * model.vocab_size * 4 * LOGITS_COPIES
+    return max(mlp, logits) + batched_tokens * model.hidden_size * dtype_bytes
 
 
+MICRO_BATCH_TOKENS = 4096
+"""Tokens in one forward pass of a quantization: what a block's activations take, whatever the number of windows."""
 LOGITS_COPIES = 5
 """fp32 [rows, vocabulary] tensors that sampling holds at once: logits, sorted, order, probabilities, noise."""

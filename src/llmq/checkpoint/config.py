@@ -194,6 +194,13 @@ class ModelConfig:
         layers = (name for stage in self.linear_stages for group in stage.groups for name in group)
         return {name: shapes[name.rpartition(".")[2]] for name in layers}
 
+    @property
+    def mlp_elements(self) -> int:
+        """Numbers that the MLP of a block has for one token at once; experts' outputs are kept until all have run."""
+        if self.experts is None:
+            return 3 * self.intermediate_size
+        return self.experts.per_token * (3 * self.experts.intermediate_size + self.hidden_size)
+
     def for_context(self, tokens: int) -> ModelConfig:
         """The model as it runs where no sequence is longer than ``tokens``."""
         return replace(self, context_length=min(tokens, self.context_length))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
+from llmq.checkpoint.hub import explained
 from llmq.errors import LlmqError
 from llmq.memory import format_bytes
 
@@ -45,26 +46,9 @@ def demo_folder() -> Path:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    not_found = f"there is no folder {hub_id}, and "
-    try:
+    with explained(hub_id, revision):
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_PATTERNS))
-    except GatedRepoError:
-        reason, hint = f"{hub_id} is gated on the hub", "accept its licence there, then: hf auth login"
-    except RevisionNotFoundError:
-        reason, hint = f"{hub_id} has no revision {revision}", "check --revision"
-    except (RepositoryNotFoundError, HFValidationError):
-        reason, hint = not_found + "no such model on the hub", "check the name; private models: hf auth login"
-    except (LocalEntryNotFoundError, OSError):
-        reason, hint = not_found + "the hub cannot be reached", "check the path; the built-in model: demo"
-    raise LlmqError(reason, hint)
 
 
 def copy_side_files(source: Path, target: Path) -> None:

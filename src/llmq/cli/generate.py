@@ -169,7 +169,10 @@ def generate(
         jobs = [Job(index, to_prompt(line, chat=chat), line) for index, line in enumerate(lines)]
 
     def load() -> LLM:
-        return LLM(model, revision=revision, dtype=dtype, device=device, options=engine)
+        llm = LLM(model, revision=revision, dtype=dtype, device=device, options=engine)
+        if err.is_terminal:
+            _print_plan(llm)
+        return llm
 
     started = time.perf_counter()
     if output not in (None, STDIO):
@@ -190,6 +193,16 @@ def generate(
     if any(result.completions for result in results):
         _summarize(llm, results, time.perf_counter() - started)
     _raise_if_failed(results)
+
+
+def _print_plan(llm: LLM) -> None:
+    from llmq.memplan import report
+    from llmq.memplan.plan import Load, plan
+    from llmq.memplan.source import open_model
+
+    load = Load(max_model_len=llm.max_model_len, kv_cache_dtype=str(llm.dtype).removeprefix("torch."))
+    planned = plan(open_model(str(llm.folder)), load=load, options=llm.options)
+    err.print(report.start_line(planned, llm.kv_cache_bytes, on_cpu=llm.device == "cpu"), style="dim")
 
 
 def _as_completed(llm: LLM, jobs: Sequence[Job], params: SamplingParams) -> Iterable[tuple[Job, RequestOutput]]:

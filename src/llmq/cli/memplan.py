@@ -3,46 +3,104 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, cast
 
 import typer
 
 from llmq.cli import options
 from llmq.cli.console import out, print_json, table
-from llmq.engine.options import EngineOptions
-from llmq.errors import CHECK_FAILED
-from llmq.memory import format_bytes, parse_bytes
-from llmq.memplan import report
-from llmq.memplan.gpu import first_gpu_memory
-from llmq.memplan.plan import Load, changes_that_fit, plan_folder
+from llmq.engine.options import EngineOptions, LoadFormat
+from llmq.errors import CHECK_FAILED, USAGE, LlmqError
+from llmq.memory import KV_DTYPE_BYTES, format_bytes, parse_bytes
+from llmq.memplan import engines, report
+from llmq.memplan.gpu import USABLE_GIB, first_gpu_memory, named_memory
+from llmq.memplan.hints import changes_that_fit
+from llmq.memplan.plan import AUTO, Load, MemoryPlan, plan
+from llmq.memplan.quantization import QuantizationPlan, plan_quantization
+from llmq.memplan.solve import QUESTIONS, solve
+from llmq.memplan.source import Model, open_model
+from llmq.quant.options import DEFAULTS
+from llmq.quant.schemes import CALIBRATED, PRESETS, choose, methods_for
 from llmq.scheme import Scheme
 
 _ENGINE = EngineOptions()
 _LOAD = Load()
-_SCHEME = Scheme()
+SERVE, QUANTIZE = PHASES = ("serve", "quantize")
+SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()}
+AS_IT_IS = "none"
+
+
+def _list_gpus(wanted: bool) -> None:
+    if not wanted:
+        return
+    grid = table("GPU", "usable GiB")
+    for name, gib in USABLE_GIB.items():
+        grid.add_row(name, f"{gib:.1f}")
+    out.print(grid)
+    raise typer.Exit
 
 
 def memplan(
-    model: options.Model,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A folder, a config.json, a hub id, or 'demo'.", show_default=False),
+    ],
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A common GPU: h100-80gb, rtx-4090, …", show_default=False)
+    ] = None,
     gpu_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Memory of the GPU, e.g. 24GiB. [default: the one here]", show_default=False),
     ] = None,
+    num_gpus: Annotated[
+        int, typer.Option("--num-gpus", "-tp", help="GPUs that share the model (tensor parallel).")
+    ] = 1,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of a sequence, prompt and completion. [default: the model's context]")
     ] = _LOAD.max_model_len,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--concurrency", help="Sequences in the cache at once.")
     ] = _LOAD.batch_size,
-    bits: Annotated[int | None, typer.Option(help="Plan weights of 4 or 8 bits. [default: as the folder is]")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Plan weights in {', '.join(PRESETS)}. [default: as they are]"),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a weight, instead of the scheme's.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: a whole row.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point in the middle, or fitted.")] = None,
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="auto (the model's), float32, float16 or bfloat16.")
+        str, typer.Option(help=f"{AUTO} (the model's), {', '.join(KV_DTYPE_BYTES)}.")
     ] = _LOAD.kv_cache_dtype,
+    engine: Annotated[str, typer.Option(help="Whose memory: llmq, vllm, or ideal (just what the model needs).")] = (
+        engines.LLMQ
+    ),
+    solve_for: Annotated[
+        str | None,
+        typer.Option("--solve", metavar="WHAT", help=f"Turn it around: {', '.join(QUESTIONS)}.", show_default=False),
+    ] = None,
+    as_table: Annotated[bool, typer.Option("--table", help="Users by scheme, KV type and context.")] = False,
+    phase: Annotated[str, typer.Option(help="serve, or quantize: what llmq quantize will need.")] = SERVE,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Layer by layer, engine by engine, and assumptions.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw memory against context: .png, .svg, .pdf.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Load it, run a full batch, and compare.")] = False,
+    load_format: options.LoadFormat = _ENGINE.load_format,
+    list_gpus: Annotated[
+        bool, typer.Option("--list-gpus", help="Print the GPUs known by name.", callback=_list_gpus, is_eager=True)
+    ] = False,
     max_num_seqs: options.MaxNumSeqs = _ENGINE.max_num_seqs,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = _ENGINE.max_num_batched_tokens,
-    block_size: options.BlockSize = _ENGINE.block_size,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that one step may compute. [default: the engine's]", show_default=False)
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens in a block of the KV cache. [default: the engine's]", show_default=False)
+    ] = None,
     gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
     revision: options.Revision = None,
     json: options.Json = False,
@@ -52,44 +110,143 @@ def memplan(
     Reads config.json and the headers of the weights, and loads nothing; config.json alone will do. Exits with 3 when
     it does not fit.
 
-    llmq memplan demo --gpu-memory 24GiB --batch-size 16 --max-model-len 2048
+    llmq memplan demo --gpu rtx-4090 --concurrency 16 --max-model-len 2048
+
+    llmq memplan Qwen/Qwen3-8B --gpu h100-80gb --solve concurrency --scheme w4a16
     """
-    engine = EngineOptions(
-        max_num_seqs, max_num_batched_tokens, block_size, gpu_memory_utilization=gpu_memory_utilization
-    )
-    plan = plan_folder(
-        model,
-        revision=revision,
+    if phase not in PHASES:
+        raise LlmqError(f"there is no phase {phase!r}", f"choose --phase {', '.join(PHASES)}", exit_code=USAGE)
+    planned_scheme = _scheme(scheme, bits, group_size, symmetric)
+    memory = _gpu_memory(gpu, gpu_memory)
+    known = open_model(model, revision)
+    if phase == QUANTIZE:
+        _quantization(model, known, planned_scheme or DEFAULTS.choice.scheme, memory, json=json)
+        return
+    result = plan(
+        known,
+        scheme=planned_scheme,
         load=Load(batch_size, max_model_len, kv_cache_dtype),
-        scheme=_scheme(bits, group_size, symmetric),
-        options=engine,
-        gpu_memory=first_gpu_memory() if gpu_memory is None else parse_bytes(gpu_memory),
+        options=EngineOptions(
+            max_num_seqs,
+            max_num_batched_tokens or engines.default_batched_tokens(engine, _ENGINE.max_num_batched_tokens, memory),
+            block_size or engines.default_block_size(engine, _ENGINE.block_size),
+            gpu_memory_utilization=gpu_memory_utilization,
+        ),
+        engine=engine,
+        num_gpus=num_gpus,
+        gpu_memory=memory,
     )
+    answer = None if solve_for is None else solve(result, solve_for, SCHEMES)
+    result = result if answer is None else answer.plan
+    lines = None
+    if verify:
+        from llmq.bench.memory import verify as compare
+
+        lines = compare(model, result, revision=revision, load_format=cast(LoadFormat, load_format))
+    if plot is not None:
+        from llmq.memplan.plot import draw
+
+        draw(result, plot)
     if json:
-        print_json("llmq.memplan/1", {"model": model, **report.as_json(plan)})
+        value = {"model": model, **report.as_json(result, SCHEMES)}
+        if answer is not None:
+            value["solve"] = {"question": answer.question, "answer": answer.value}
+        if lines is not None:
+            value["verify"] = [asdict(line) | {"holds": line.holds} for line in lines]
+        print_json("llmq.memplan/2", value)
     else:
-        out.print(report.verdict(plan))
-        out.print()
-        grid = table("", "memory")
-        grid.add_column("")
-        for row in report.memory_rows(plan):
-            grid.add_row(*row)
-        out.print(grid)
-        out.print()
-        for question, answer in report.limit_rows(plan):
-            out.print(f"{question}: {answer}")
-    for change in changes_that_fit(plan):
-        print(f"hint: {change.flag} makes it fit, with {format_bytes(change.total)}", file=sys.stderr)
-    if plan.fits is False:
+        if answer is not None:
+            out.print(f"{answer.question}: {answer.text}")
+        _print(result)
+        _print_lines(report.explanation(result) if explain else ())
+        if as_table:
+            _print_table(*report.capacity_table(result, SCHEMES))
+        if lines is not None:
+            _print_table(["", "predicted", "measured", "off by"], [line.row() for line in lines])
+    if not known.architecture.known:
+        print(f"warning: {report.assumptions(result)[0]}", file=sys.stderr)
+    for change in changes_that_fit(result, SCHEMES):
+        print(f"hint: {change.flag} makes it fit ({change.price}): {format_bytes(change.total)}", file=sys.stderr)
+    failed = lines is not None and not all(line.holds for line in lines)
+    if result.fits is False or failed or (answer is not None and answer.value is None):
         raise typer.Exit(CHECK_FAILED)
 
 
-def _scheme(bits: int | None, group_size: int | None, symmetric: bool | None) -> Scheme | None:
-    """What is not named is the default; None when nothing is named."""
-    if (bits, group_size, symmetric) == (None, None, None):
+def _gpu_memory(gpu: str | None, size: str | None) -> int | None:
+    if gpu is not None and size is not None:
+        raise LlmqError("--gpu and --gpu-memory both say how large the GPU is", "keep one of them", exit_code=USAGE)
+    if gpu is not None:
+        return named_memory(gpu)
+    return first_gpu_memory() if size is None else parse_bytes(size)
+
+
+def _scheme(name: str | None, bits: int | None, group_size: int | None, symmetric: bool | None) -> Scheme | None:
+    """None when nothing is named, or none by name: the weights as they are."""
+    if (name, bits, group_size, symmetric) == (None, None, None, None) or name == AS_IT_IS:
         return None
-    return Scheme(
-        _SCHEME.bits if bits is None else bits,
-        _SCHEME.group_size if group_size is None else group_size,
-        _SCHEME.symmetric if symmetric is None else symmetric,
-    )
+    return choose(name or DEFAULTS.choice.scheme, bits=bits, group_size=group_size, symmetric=symmetric).scheme
+
+
+def _print(result: MemoryPlan) -> None:
+    out.print(report.verdict(result))
+    out.print(report.bar(result))
+    _print_table(["", "memory", ""], [list(row) for row in report.memory_rows(result)])
+    _print_lines(f"{question}: {answer}" for question, answer in report.limit_rows(result))
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+    out.print()
+    grid = table(*columns)
+    if columns[-1] == "":  # words, not figures
+        grid.columns[-1].justify = "left"
+    for row in rows:
+        grid.add_row(*row)
+    out.print(grid)
+
+
+def _quantization(model: str, known: Model, scheme: Scheme, gpu_memory: int | None, *, json: bool) -> None:
+    """What each method that makes ``scheme`` will need."""
+    calibration = DEFAULTS.calibration
+    plans = [
+        plan_quantization(
+            known,
+            scheme,
+            method,
+            calibrated=method in CALIBRATED,
+            samples=calibration.samples,
+            seqlen=calibration.seqlen,
+        )
+        for method in methods_for(scheme)
+    ]
+    fits = None if gpu_memory is None else min(plan.device for plan in plans) <= gpu_memory
+    if json:
+        methods = [{"method": plan.method, **_parts(plan)} for plan in plans]
+        value = {"model": model, "scheme": str(scheme), "gpu_memory": gpu_memory, "fits": fits, "methods": methods}
+        print_json("llmq.memplan.quantize/1", value)
+    else:
+        columns = ["method", *_parts(plans[0])]
+        out.print(f"quantizing {model} to {scheme}; all but the disk are estimates")
+        _print_table(columns, [[plan.method, *map(format_bytes, _parts(plan).values())] for plan in plans])
+    if fits is False:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _parts(plan: QuantizationPlan) -> dict[str, int]:
+    return {
+        "device": plan.device,
+        "host": plan.host,
+        "disk": plan.disk,
+        "weights": plan.weights,
+        "moments": plan.moments,
+        "activations": plan.activations,
+        "check": plan.check,
+        "states": plan.states,
+    }
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    texts = list(lines)
+    if texts:
+        out.print()
+    for text in texts:
+        out.print(text)

@@ -14,7 +14,7 @@ from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
 from llmq.quant.options import ACT_ORDERS, DEFAULTS, Calibration, Rule
-from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, choose
+from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, Choice, choose
 from llmq.scheme import BITS, GROUP_SIZES, INT
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def quantize(
 
     from llmq.quant.pipeline import quantize as run
 
+    if err.is_terminal:
+        _print_plan(model, revision, choice, calibration)
     columns = (
         TextColumn("quantizing"),
         BarColumn(),
@@ -117,6 +119,24 @@ def _alpha(text: str | None) -> float | str | None:
         return None if text is None else float(text)
     except ValueError:
         return text
+
+
+def _print_plan(model: str, revision: str | None, choice: Choice, calibration: Calibration) -> None:
+    from llmq.memplan.quantization import plan_quantization
+    from llmq.memplan.source import open_model
+
+    needed = plan_quantization(
+        open_model(model, revision),
+        choice.scheme,
+        choice.method,
+        calibrated=choice.method in CALIBRATED,
+        samples=calibration.samples,
+        seqlen=calibration.seqlen,
+    )
+    sizes = {"the device": needed.device, "main memory": needed.host, "the disk": needed.disk}
+    err.print(
+        f"about {', '.join(f'{memory.format_bytes(size)} of {place}' for place, size in sizes.items())}", style="dim"
+    )
 
 
 def _print_report(report: QuantizationReport) -> None:

@@ -1,23 +1,31 @@
-"""MemoryPlan: a model, a load and a GPU, and what follows from them in bytes. No torch.
+"""MemoryPlan: a model, a load, an engine and a GPU, and what follows from them in bytes. No torch.
 
-total = weights + KV cache + reserved blocks + activations        fits: total ≤ utilization × memory of the GPU
+total = weights + KV cache + reserved block + activations + context, on each GPU
+fits: total ≤ utilization × memory of the GPU
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from llmq import memory
-from llmq.checkpoint.config import DTYPE_BYTES, ModelConfig, read_config
-from llmq.checkpoint.folder import resolve
+from llmq.checkpoint.config import DTYPE_BYTES
 from llmq.engine.options import EngineOptions
 from llmq.errors import USAGE, LlmqError
-from llmq.memplan.weights import Weights, planned_weights, stored_weights
+from llmq.memory import KV_DTYPE_BYTES
+from llmq.memplan import engines
+from llmq.memplan.architecture import Architecture, LayerCache
+from llmq.memplan.engines import ENGINES, IDEAL, LLMQ, VLLM, Band
+from llmq.memplan.source import Model, weights_of
+from llmq.memplan.weights import Weights
 from llmq.scheme import Scheme
 
 AUTO = "auto"
+MOST = 2**24
+"""As far as inverse questions look: tokens of a sequence, sequences at once."""
+GPU_COUNTS = tuple(2**power for power in range(11))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,80 +42,129 @@ class Load:
     kv_cache_dtype: str = AUTO
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise LlmqError(f"a batch of {self.batch_size} holds nothing", "check --batch-size", exit_code=USAGE)
-        if self.max_model_len is not None and self.max_model_len < 1:
+        if not 1 <= self.batch_size <= MOST:
             raise LlmqError(
-                f"sequences of {self.max_model_len} tokens hold nothing", "check --max-model-len", exit_code=USAGE
+                f"{self.batch_size} sequences at once cannot be planned",
+                f"--batch-size is 1 to {MOST:,}",
+                exit_code=USAGE,
             )
-        if self.kv_cache_dtype not in (AUTO, *DTYPE_BYTES):
+        if self.max_model_len is not None and not 1 <= self.max_model_len <= MOST:
+            raise LlmqError(
+                f"sequences of {self.max_model_len} tokens cannot be planned",
+                f"--max-model-len is 1 to {MOST:,}",
+                exit_code=USAGE,
+            )
+        if self.kv_cache_dtype not in (AUTO, *KV_DTYPE_BYTES):
             raise LlmqError(
                 f"there is no KV cache of {self.kv_cache_dtype!r}",
-                f"choose --kv-cache-dtype {AUTO}, {', '.join(DTYPE_BYTES)}",
+                f"choose --kv-cache-dtype {AUTO}, {', '.join(KV_DTYPE_BYTES)}",
                 exit_code=USAGE,
             )
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """All sizes are bytes. ``gpu_memory`` is None when no GPU is named: sizes, but no verdict."""
+    """All sizes are bytes of one GPU. ``gpu_memory`` is None when no GPU is named: sizes, but no verdict.
 
-    config: ModelConfig
-    weights: Weights
+    scheme                  to plan weights in; None: as they are
+    max_num_seqs            sequences for which the engine reserves activations, whatever the batch
+    max_num_batched_tokens  that one step computes
+    """
+
+    model: Model
+    scheme: Scheme | None
+    engine: str
     batch_size: int
     max_model_len: int
     kv_dtype: str
     block_size: int
     max_num_seqs: int
-    """Sequences for which the engine reserves activations, whatever the batch."""
     max_num_batched_tokens: int
+    num_gpus: int
     gpu_memory: int | None
     utilization: float
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        return memory.kv_bytes_per_token(self.config, DTYPE_BYTES[self.kv_dtype])
+    def architecture(self) -> Architecture:
+        return self.model.architecture
 
     @property
-    def block_bytes(self) -> int:
-        return memory.block_bytes(self.config, self.block_size, DTYPE_BYTES[self.kv_dtype])
+    def weights(self) -> Weights:
+        return weights_of(self.model, self.scheme, self.engine, self.num_gpus)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of one more token in all layers of the whole model, no window behind it."""
+        return sum(count * self._token_bytes(layer) for layer, count in self.architecture.kinds.items())
+
+    @property
+    def fixed_bytes_per_sequence(self) -> int:
+        """Of the states that a sequence has whatever its length, in the whole model."""
+        return sum(count * self._state_bytes(layer) for layer, count in self.architecture.kinds.items())
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Of a sequence of ``max_model_len`` tokens, as the engine keeps it."""
+        layers = engines.cached_layers(self.engine, self.architecture)
+        return sum(count * self.layer_bytes(layer) for layer, count in layers.items())
+
+    def layer_bytes(self, layer: LayerCache) -> int:
+        """Of one layer's part of such a sequence."""
+        tokens = engines.sequence_tokens(
+            self.engine, layer, self.max_model_len, self.block_size, self.max_num_batched_tokens
+        )
+        states = -(-self._state_bytes(layer) // self.num_gpus)
+        return tokens * self._token_bytes(layer) // max(layer.kv_heads, 1) * self._heads_here(layer) + states
 
     @property
     def blocks(self) -> int:
-        """Blocks that the sequences fill, the reserved ones not among them."""
+        """Blocks of all layers that the sequences fill."""
         return self.batch_size * memory.blocks_for(self.max_model_len, self.block_size)
 
     @property
     def kv_cache(self) -> int:
-        """By the heads that the model really caches, in whole blocks."""
-        dtype_bytes = DTYPE_BYTES[self.kv_dtype]
-        return memory.kv_bytes(self.config, self.batch_size, self.max_model_len, self.block_size, dtype_bytes)
+        return self.batch_size * self.sequence_bytes
+
+    @property
+    def reserved(self) -> int:
+        """The part of the cache that belongs to no sequence."""
+        tokens = engines.reserved_tokens(self.engine, self.architecture, self.block_size)
+        here = (
+            count * self._token_bytes(layer) // max(layer.kv_heads, 1) * self._heads_here(layer)
+            for layer, count in self.architecture.kinds.items()
+        )
+        return int(tokens * sum(here))
 
     @property
     def textbook_kv_cache(self) -> int:
         """By ``b × N_max × layers × d_model × 2 × bytes``."""
-        config, dtype_bytes = self.config, DTYPE_BYTES[self.kv_dtype]
+        architecture, dtype_bytes = self.architecture, KV_DTYPE_BYTES[self.kv_dtype]
+        layers = len(architecture.layers)
         return memory.textbook_kv_bytes(
-            self.batch_size, self.max_model_len, config.num_layers, config.hidden_size, dtype_bytes
+            self.batch_size, self.max_model_len, layers, architecture.hidden_size, dtype_bytes
         )
 
     @property
     def textbook_ratio(self) -> float:
-        return self.textbook_kv_cache / self.kv_cache
+        """Of the textbook's to what all GPUs keep."""
+        return self.textbook_kv_cache / (self.num_gpus * self.kv_cache) if self.kv_cache else float("inf")
 
     @property
-    def reserved_blocks(self) -> int:
-        return memory.RESERVED_BLOCKS * self.block_bytes
-
-    @property
-    def activations(self) -> int:
-        """An estimate, which the engine reserves: a step as large as it may get, with a token drawn for every row."""
+    def activations(self) -> Band:
         rows = max(self.batch_size, self.max_num_seqs)
-        return memory.activation_bytes(self.config, self.max_num_batched_tokens, rows, self.config.dtype_bytes)
+        dtype_bytes = DTYPE_BYTES[self.architecture.dtype]
+        return engines.activations(
+            self.engine, self.architecture, self.max_num_batched_tokens, rows, self.batch_size, dtype_bytes
+        )
+
+    @property
+    def context(self) -> int:
+        """What is taken of a GPU before there is a tensor."""
+        return engines.context_bytes(self.engine)
 
     @property
     def total(self) -> int:
-        return self.weights.num_bytes + self.kv_cache + self.reserved_blocks + self.activations
+        return self.weights.resident + self.kv_cache + self.reserved + self.activations.likely + self.context
 
     @property
     def budget(self) -> int | None:
@@ -123,101 +180,115 @@ class MemoryPlan:
         return None if self.spare is None else self.spare >= 0
 
     @property
-    def max_sequences(self) -> int | None:
-        """How many sequences of ``max_model_len`` tokens fit at once."""
-        return self._largest(lambda number: replace(self, batch_size=number))
+    def max_concurrency(self) -> int | None:
+        """How many sequences of ``max_model_len`` tokens fit at once, up to ``MOST``."""
+        return self._largest(MOST, lambda number: replace(self, batch_size=number))
 
     @property
     def max_context(self) -> int | None:
-        """Tokens that each sequence of the batch may have, whole blocks of them, whatever the model was trained for."""
-        blocks = self._largest(lambda number: replace(self, max_model_len=number * self.block_size))
+        """Tokens that each sequence of the batch may have, whole blocks of them, whatever the model was trained for,
+        up to ``MOST``."""
+        blocks = self._largest(MOST // self.block_size, lambda number: self._with_blocks(number))
         return None if blocks is None else blocks * self.block_size
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """Tokens that fit into what the GPU has left for the cache, were they of one sequence without a window."""
+        if self.spare is None or not self.kv_bytes_per_token:
+            return None
+        room = max(0, self.spare + self.kv_cache + self.reserved)
+        return room * self.num_gpus // self.kv_bytes_per_token // self.block_size * self.block_size
+
+    @property
+    def gpus_needed(self) -> int | None:
+        """The smallest power of two of such GPUs on which the plan fits; None if no such number does."""
+        counts = (count for count in GPU_COUNTS if replace(self, num_gpus=count).fits)
+        return None if self.gpu_memory is None else next(counts, None)
 
     @property
     def gpu_gib_needed(self) -> int:
         """Whole gibibytes of a GPU on which the plan fits, at the same utilization."""
         return int(self.total / self.utilization) // 2**30 + 1
 
-    def _largest(self, grown: Callable[[int], MemoryPlan]) -> int | None:
-        """The largest number whose plan fits, each number taking at least one more block than the one before."""
+    def _with_blocks(self, number: int) -> MemoryPlan:
+        return replace(self, max_model_len=number * self.block_size)
+
+    def _largest(self, most: int, grown: Callable[[int], MemoryPlan]) -> int | None:
+        """The largest number up to ``most`` whose plan fits; larger ones take no less."""
         if self.budget is None:
             return None
-        numbers = range(1, self.budget // self.block_bytes + 1)
-        return bisect_left(numbers, True, key=lambda number: not grown(number).fits)
+        return bisect_left(range(1, most + 1), True, key=lambda number: not grown(number).fits)
+
+    def _token_bytes(self, layer: LayerCache) -> int:
+        return memory.kv_token_bytes(layer.token_elements, layer.token_scales, self.kv_dtype)
+
+    def _state_bytes(self, layer: LayerCache) -> int:
+        # Convolutions and states are no keys and values: they have the model's type.
+        own = DTYPE_BYTES[self.architecture.dtype]
+        state = own if self.architecture.state_dtype is None else DTYPE_BYTES[self.architecture.state_dtype]
+        return layer.conv_elements * own + layer.state_elements * state
+
+    def _heads_here(self, layer: LayerCache) -> int:
+        """Key-value heads of one GPU; more GPUs than heads have copies. What is not by heads is on each."""
+        return -(-layer.kv_heads // self.num_gpus) if layer.kv_heads else 1
 
 
 def plan(
-    config: ModelConfig,
-    weights: Weights | None = None,
+    model: Model,
+    *,
+    scheme: Scheme | None = None,
     load: Load | None = None,
     options: EngineOptions | None = None,
+    engine: str = LLMQ,
+    num_gpus: int = 1,
     gpu_memory: int | None = None,
 ) -> MemoryPlan:
-    """The plan of a model under a load. By default the weights are computed from the config, unquantized.
+    """The plan of a model under a load.
 
-    Raises LlmqError when the sequences are longer than the model's context.
+    Raises LlmqError when the sequences are longer than the model's context, there is no such engine, or no GPU.
     """
     load, options = load or Load(), options or EngineOptions()
-    max_model_len = load.max_model_len or config.context_length
-    if max_model_len > config.context_length:
+    if engine not in ENGINES:
+        raise LlmqError(f"there is no engine {engine!r}", f"choose --engine {', '.join(ENGINES)}", exit_code=USAGE)
+    if num_gpus not in GPU_COUNTS:
         raise LlmqError(
-            f"the model's context is {config.context_length:,} tokens, shorter than {max_model_len:,}",
-            f"pass --max-model-len {config.context_length} or less",
+            f"{num_gpus} GPUs cannot share a model",
+            f"--num-gpus is a power of two, at most {GPU_COUNTS[-1]}",
             exit_code=USAGE,
         )
+    if gpu_memory is not None and gpu_memory <= 0:
+        raise LlmqError("a GPU without memory holds nothing", "check --gpu-memory", exit_code=USAGE)
     return MemoryPlan(
-        config=config,
-        weights=weights or planned_weights(config, None),
+        model=model,
+        scheme=scheme,
+        engine=engine,
         batch_size=load.batch_size,
-        max_model_len=max_model_len,
-        kv_dtype=config.dtype if load.kv_cache_dtype == AUTO else load.kv_cache_dtype,
-        block_size=options.block_size,
+        max_model_len=_max_model_len(load.max_model_len, model.architecture.context_length),
+        kv_dtype=_kv_dtype(load.kv_cache_dtype, model.architecture, engine),
+        block_size=1 if engine == IDEAL else options.block_size,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
+        num_gpus=num_gpus,
         gpu_memory=gpu_memory,
         utilization=options.gpu_memory_utilization,
     )
 
 
-def plan_folder(
-    model: str,
-    *,
-    revision: str | None = None,
-    scheme: Scheme | None = None,
-    load: Load | None = None,
-    options: EngineOptions | None = None,
-    gpu_memory: int | None = None,
-) -> MemoryPlan:
-    """The plan of a model folder, a hub id or ``demo``: as it is, or as it would be if quantized by ``scheme``."""
-    folder = resolve(model, revision)
-    config = read_config(folder)
-    weights = stored_weights(folder, config) if scheme is None else planned_weights(config, scheme)
-    return plan(config, weights, load, options, gpu_memory)
+def _max_model_len(asked: int | None, context: int | None) -> int:
+    if asked is None and context is None:
+        raise LlmqError("the model does not say how long its context is", "pass --max-model-len", exit_code=USAGE)
+    if asked is not None and context is not None and asked > context:
+        raise LlmqError(
+            f"the model's context is {context:,} tokens, shorter than {asked:,}",
+            f"pass --max-model-len {context} or less",
+            exit_code=USAGE,
+        )
+    return min(asked or context or MOST, MOST)
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One flag that makes a plan fit, and the total of bytes that it then takes."""
-
-    flag: str
-    total: int
-
-
-def changes_that_fit(plan: MemoryPlan) -> list[Change]:
-    """For a plan that does not fit: the single changes after which it does. The last one is a larger GPU."""
-    if plan.fits is not False:
-        return []
-    changes = [Change(flag, changed.total) for flag, changed in _candidates(plan) if changed.fits]
-    return [*changes, Change(f"--gpu-memory {plan.gpu_gib_needed}GiB", plan.total)]
-
-
-def _candidates(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
-    if plan.max_context:
-        yield f"--max-model-len {plan.max_context}", replace(plan, max_model_len=plan.max_context)
-    if plan.max_sequences:
-        yield f"--batch-size {plan.max_sequences}", replace(plan, batch_size=plan.max_sequences)
-    if plan.weights.scheme is None and plan.config.quantization is None:
-        scheme = Scheme(bits=4)
-        yield f"--bits {scheme.bits}", replace(plan, weights=planned_weights(plan.config, scheme))
-    if DTYPE_BYTES[plan.kv_dtype] > DTYPE_BYTES["bfloat16"]:
-        yield "--kv-cache-dtype bfloat16", replace(plan, kv_dtype="bfloat16")
+def _kv_dtype(asked: str, architecture: Architecture, engine: str) -> str:
+    if asked != AUTO:
+        return asked
+    if engine == VLLM and (architecture.quantization or {}).get("kv_cache_scheme"):
+        return "fp8"  # what the checkpoint has scales for; weights in FP8 alone do not mean it
+    return architecture.dtype

@@ -1,100 +1,298 @@
-"""A MemoryPlan in words, in rows and in JSON."""
+"""A MemoryPlan in words, in rows, as a bar and in JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from llmq.memory import format_bytes
-from llmq.memplan.plan import MemoryPlan, changes_that_fit
+from llmq.memory import KV_DTYPE_BYTES, format_bytes
+from llmq.memplan import engines
+from llmq.memplan.architecture import LayerCache
+from llmq.memplan.engines import ENGINES, IDEAL, LLMQ, VLLM
+from llmq.memplan.hints import changes_that_fit
+from llmq.memplan.plan import MemoryPlan
+from llmq.memplan.weights import dense_bytes
+from llmq.scheme import Scheme
+
+BAR_WIDTH = 60
+BAR_SIGNS = {"weights": "█", "KV cache": "▓", "activations": "▒", "context": "░"}
+CONTEXTS = tuple(2**power for power in range(12, 21, 2))
+KV_TABLE = ("bfloat16", "fp8")
 
 
 def verdict(plan: MemoryPlan) -> str:
     """The answer in one line."""
     load = f"{format_bytes(plan.total)} for {_sequences(plan.batch_size)} of {plan.max_model_len:,} tokens"
+    where = "" if plan.num_gpus == 1 else f" on each of {plan.num_gpus} GPUs"
     if plan.budget is None or plan.spare is None:
-        return f"needs {load}; name a GPU with --gpu-memory to see whether it fits"
+        return f"needs {load}{where}; name a GPU with --gpu or --gpu-memory to see whether it fits"
     if plan.fits:
-        return f"fits: {load}, {format_bytes(plan.spare)} spare of {format_bytes(plan.budget)}"
-    return f"does not fit: {load}, {format_bytes(-plan.spare)} more than the {format_bytes(plan.budget)} there are"
+        return f"fits: {load}{where}, {format_bytes(plan.spare)} spare of {format_bytes(plan.budget)}"
+    return (
+        f"does not fit: {load}{where}, {format_bytes(-plan.spare)} more than the {format_bytes(plan.budget)} there are"
+    )
+
+
+def start_line(plan: MemoryPlan, pool: int, *, on_cpu: bool) -> str:
+    """What an engine that has just started holds, with a ``pool`` of so many bytes for keys and values, whose type is
+    the one that it computes in."""
+    wide = dense_bytes(plan.architecture, plan.weights.scheme, KV_DTYPE_BYTES[plan.kv_dtype])
+    weights = wide if on_cpu else plan.weights.resident
+    number = (pool - plan.reserved) // plan.sequence_bytes
+    return (
+        f"weights {format_bytes(weights)}, KV cache {format_bytes(pool)} for {_sequences(number)} of "
+        f"{plan.max_model_len:,} tokens, up to {format_bytes(plan.activations.likely)} for a step"
+    )
+
+
+def parts(plan: MemoryPlan) -> dict[str, int]:
+    """The addends of the total."""
+    return {
+        "weights": plan.weights.resident,
+        "KV cache": plan.kv_cache + plan.reserved,
+        "activations": plan.activations.likely,
+        "context": plan.context,
+    }
+
+
+def bar(plan: MemoryPlan) -> str:
+    """The parts side by side, as wide as they are large, in the budget or, without one, in the total."""
+    whole = max(plan.total, plan.budget or 0)
+    drawn = ""
+    so_far = 0
+    for name, size in parts(plan).items():
+        so_far += size
+        drawn += BAR_SIGNS[name] * (round(BAR_WIDTH * so_far / whole) - len(drawn))
+    legend = "  ".join(f"{BAR_SIGNS[name]} {name}" for name, size in parts(plan).items() if size)
+    return f"[{drawn.ljust(BAR_WIDTH, '·')}]  {legend}"
 
 
 def memory_rows(plan: MemoryPlan) -> list[tuple[str, str, str]]:
     """(what, how much, why), the addends first."""
-    blocks = f"{plan.blocks:,} blocks of {plan.block_size}, {format_bytes(plan.kv_bytes_per_token)} a token"
+    band, architecture = plan.activations, plan.architecture
+    states = f", {format_bytes(plan.fixed_bytes_per_sequence)} a sequence" if plan.fixed_bytes_per_sequence else ""
+    kept = f"{plan.kv_dtype}, {format_bytes(plan.kv_bytes_per_token)} a token{states}"
+    if plan.engine != IDEAL:
+        kept = f"{plan.blocks:,} blocks of {plan.block_size}, {kept}"
     rows = [
-        ("weights", format_bytes(plan.weights.num_bytes), _weights_label(plan)),
-        ("KV cache", format_bytes(plan.kv_cache), blocks),
-        ("reserved block", format_bytes(plan.reserved_blocks), "where padding rows write"),
-        ("activations", format_bytes(plan.activations), f"estimate, {plan.max_num_batched_tokens:,} tokens a step"),
-        ("total", format_bytes(plan.total), ""),
+        ("weights", format_bytes(plan.weights.resident), _weights_label(plan)),
+        ("KV cache", format_bytes(plan.kv_cache), kept),
+        ("reserved block", format_bytes(plan.reserved), "where padding rows write"),
+        (
+            "activations",
+            format_bytes(band.likely),
+            f"estimate, {format_bytes(band.low)} to {format_bytes(band.high)}: "
+            f"{plan.max_num_batched_tokens:,} tokens a step",
+        ),
+        ("context", format_bytes(plan.context), "estimate: driver and libraries"),
+        ("total", format_bytes(plan.total), "" if plan.num_gpus == 1 else f"on each of {plan.num_gpus} GPUs"),
     ]
     if plan.gpu_memory is not None and plan.budget is not None and plan.spare is not None:
         share = f"{plan.utilization:.0%} of {format_bytes(plan.gpu_memory)}"
         rows += [("budget", format_bytes(plan.budget), share), ("spare", format_bytes(plan.spare), "")]
     ratio = f"b·N·layers·d_model·2·bytes: {plan.textbook_ratio:.2f}× the real one"
-    return [*rows, ("textbook KV", format_bytes(plan.textbook_kv_cache), ratio)]
+    reasons = textbook_reasons(plan)
+    if reasons:
+        ratio += f" ({'; '.join(reasons)})"
+    rows.append(("textbook KV", format_bytes(plan.textbook_kv_cache), ratio))
+    active = architecture.active_parameters
+    some = f", {active:,} of them for one token" if active != architecture.parameters else ""
+    return [*rows, ("parameters", f"{plan.weights.parameters:,}", architecture.model_type + some)]
+
+
+def textbook_reasons(plan: MemoryPlan) -> list[str]:
+    """Why the textbook's cache is not the real one."""
+    kinds, hidden = plan.architecture.kinds, plan.architecture.hidden_size
+    reasons = []
+    by_heads = [layer for layer in kinds if layer.kv_heads]
+    if any(layer.token_elements != 2 * hidden for layer in by_heads):
+        layer = max(by_heads, key=lambda layer: layer.token_elements)
+        width = layer.token_elements // 2 // layer.kv_heads
+        reasons.append(f"{layer.kv_heads} heads of {width} are kept, not d_model = {hidden:,}")
+    if any(layer.kind == "latent" for layer in kinds):
+        reasons.append("one latent for keys and values of all heads")
+    if plan.engine != LLMQ and any(layer.window is not None and layer.window < plan.max_model_len for layer in kinds):
+        reasons.append("windows")
+    for kind, text in (("state", "have a state instead"), ("shared", "read what others keep")):
+        number = sum(count for layer, count in kinds.items() if layer.kind == kind)
+        if number:
+            reasons.append(f"{number} layers {text}")
+    if plan.max_model_len % plan.block_size:
+        reasons.append("whole blocks")
+    if plan.num_gpus > 1 and any(layer.token_elements and layer.kv_heads < plan.num_gpus for layer in kinds):
+        reasons.append("copies on several GPUs")
+    return reasons
 
 
 def limit_rows(plan: MemoryPlan) -> list[tuple[str, str]]:
     """The inverse questions. Empty without a GPU."""
-    if plan.max_sequences is None or plan.max_context is None:
+    if plan.max_concurrency is None or plan.max_context is None:
         return []
-    context = f"{min(plan.max_context, plan.config.context_length):,} tokens"
-    if plan.max_context > plan.config.context_length:
-        context += f" (the model's limit; memory holds {plan.max_context:,})"
     return [
-        (f"sequences of {plan.max_model_len:,} tokens at once", f"{plan.max_sequences:,}"),
-        (f"longest context for {_sequences(plan.batch_size)}", context),
+        (f"sequences of {plan.max_model_len:,} tokens at once", f"{plan.max_concurrency:,}"),
+        (f"longest context for {_sequences(plan.batch_size)}", _longest(plan, plan.max_context)),
     ]
 
 
-def as_json(plan: MemoryPlan) -> dict[str, Any]:
-    """Sizes are integer bytes. What depends on a GPU is null when none is named."""
-    scheme = plan.weights.scheme
+def explanation(plan: MemoryPlan) -> Iterator[str]:
+    """What each kind of layer keeps, what the other engines would keep, and what was assumed."""
+    for layer, count in plan.architecture.kinds.items():
+        size = format_bytes(plan.layer_bytes(layer))
+        yield f"{count} {_layer_label(layer)}: {size} each for {plan.max_model_len:,} tokens"
+    for engine in ENGINES:
+        cache = replace(plan, engine=engine, block_size=_block_size(plan, engine)).kv_cache
+        yield f"KV cache of {engine}: {format_bytes(cache)}{' (this plan)' if engine == plan.engine else ''}"
+    yield from assumptions(plan)
+
+
+def assumptions(plan: MemoryPlan) -> list[str]:
+    """What is taken for granted, and what is no more than an estimate."""
+    found = list(plan.architecture.assumptions)
+    if plan.weights.scheme is not None or plan.scheme is not None:
+        found.append("embeddings, head, norms and biases keep the model's type")
+    if plan.engine == LLMQ:
+        found.append(f"CUDA graphs, about {format_bytes(engines.GRAPHS)}, have their place beside the budget")
+        if plan.model.config is None:
+            found.append("llmq does not run this architecture: what its engine would keep")
+        if plan.num_gpus > 1:
+            found.append("llmq's engine runs on one GPU today: the plan is that of an engine with tensor parallelism")
+        if plan.kv_dtype in ("fp8", "int8"):
+            found.append(f"llmq's engine keeps keys and values in 16 or 32 bits today, not in {plan.kv_dtype}")
+    if plan.engine == VLLM:
+        found.append("activations and context as in vLLM 0.26's start-up log of Llama-3.1-8B on an H200")
+        found.append(f"CUDA graphs, about {format_bytes(engines.VLLM_GRAPHS)}, are not within its utilization")
+        if any(layer.kind == "state" for layer in plan.architecture.kinds):
+            found.append("vLLM pads the pages of states and of attention to one size, which is not counted")
+    if plan.kv_dtype == "int8":
+        found.append("int8: an fp32 scale for each token's keys of a head, and for its values")
+    return found
+
+
+def capacity_table(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: how many sequences fit, for each scheme, KV type and context; – is none."""
+    limit = plan.architecture.context_length or CONTEXTS[-1]
+    contexts = sorted({min(tokens, limit) for tokens in CONTEXTS})
+    rows = []
+    for name, scheme in {"as it is": None, **schemes}.items():
+        for kv_dtype in dict.fromkeys((plan.kv_dtype, *KV_TABLE)):
+            changed = replace(plan, scheme=scheme or plan.scheme, kv_dtype=kv_dtype)
+            users = [replace(changed, max_model_len=tokens).max_concurrency for tokens in contexts]
+            cells = ["" if number is None else f"{number:,}" if number else "–" for number in users]
+            rows.append([name, kv_dtype, format_bytes(changed.weights.resident), *cells])
+    return ["scheme", "KV cache", "weights", *(f"{tokens:,} tokens" for tokens in contexts)], rows
+
+
+def as_json(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """Sizes are integer bytes of one GPU, those of a token or a sequence alone of the whole model. What depends on a
+    GPU is null when none is named."""
+    weights, band, architecture = plan.weights, plan.activations, plan.architecture
     return {
         "fits": plan.fits,
+        "engine": plan.engine,
+        "model_type": architecture.model_type,
+        "known_architecture": architecture.known,
+        "context_length": architecture.context_length,
         "batch_size": plan.batch_size,
         "max_model_len": plan.max_model_len,
-        "context_length": plan.config.context_length,
+        "num_gpus": plan.num_gpus,
+        "parameters": weights.parameters,
+        "active_parameters": architecture.active_parameters,
         "weights": {
-            "bytes": plan.weights.num_bytes,
-            "stored": plan.weights.stored,
-            "dtype": plan.config.dtype,
-            "scheme": None if scheme is None else str(scheme),
+            "on_disk": weights.on_disk,
+            "resident": weights.resident,
+            "quantized": weights.quantized,
+            "unquantized": weights.unquantized,
+            "scales": weights.scales,
+            "dtype": architecture.dtype,
+            "scheme": None if weights.scheme is None else str(weights.scheme),
+            "stored": weights.stored,
         },
-        "kv_cache": {
-            "bytes": plan.kv_cache,
+        "kv": {
+            "total": plan.kv_cache,
             "dtype": plan.kv_dtype,
             "bytes_per_token": plan.kv_bytes_per_token,
+            "bytes_per_sequence_fixed": plan.fixed_bytes_per_sequence,
+            "bytes_per_sequence": plan.sequence_bytes,
+            "reserved": plan.reserved,
             "blocks": plan.blocks,
             "block_size": plan.block_size,
-            "block_bytes": plan.block_bytes,
-            "reserved_bytes": plan.reserved_blocks,
-            "textbook_bytes": plan.textbook_kv_cache,
-            "textbook_ratio": plan.textbook_ratio,
+            "naive_total": plan.textbook_kv_cache,
+            "naive_ratio": plan.textbook_ratio,
+            "tokens": plan.kv_tokens,
+            "layers": [
+                {
+                    "kind": layer.kind,
+                    "count": count,
+                    "kv_heads": layer.kv_heads,
+                    "elements_per_token": layer.token_elements,
+                    "elements_per_sequence": layer.conv_elements + layer.state_elements,
+                    "window": layer.window,
+                    "bytes": plan.layer_bytes(layer),
+                }
+                for layer, count in architecture.kinds.items()
+            ],
         },
         "activations": {
-            "bytes": plan.activations,
-            "estimate": True,
+            "low": band.low,
+            "likely": band.likely,
+            "high": band.high,
             "max_num_seqs": plan.max_num_seqs,
             "max_num_batched_tokens": plan.max_num_batched_tokens,
         },
-        "total_bytes": plan.total,
-        "gpu_memory_bytes": plan.gpu_memory,
+        "context": plan.context,
+        "graphs": engines.graph_bytes(plan.engine),
+        "total": plan.total,
+        "gpu_memory": plan.gpu_memory,
         "gpu_memory_utilization": plan.utilization,
-        "budget_bytes": plan.budget,
-        "spare_bytes": plan.spare,
-        "max_sequences": plan.max_sequences,
+        "budget": plan.budget,
+        "spare": plan.spare,
+        "max_concurrency": plan.max_concurrency,
         "max_context": plan.max_context,
-        "changes_that_fit": [{"flag": change.flag, "total_bytes": change.total} for change in changes_that_fit(plan)],
+        "changes_that_fit": [
+            {"flag": change.flag, "price": change.price, "total": change.total}
+            for change in changes_that_fit(plan, schemes)
+        ],
+        "assumptions": assumptions(plan),
     }
 
 
+def _layer_label(layer: LayerCache) -> str:
+    width = f"{layer.kv_heads} × {layer.token_elements // 2 // layer.kv_heads}" if layer.kv_heads else ""
+    label = {
+        "full": f"layers with keys and values of {width}",
+        "sliding": f"layers with a window of {layer.window} tokens, {width}",
+        "chunked": f"layers with chunks of {layer.window} tokens, {width}",
+        "latent": f"layers with a latent of {layer.token_elements} numbers a token",
+        "state": f"layers with a state of {layer.conv_elements + layer.state_elements:,} numbers",
+        "shared": "layers that read what others keep",
+    }[layer.kind]
+    beside = layer.kind != "state" and layer.state_elements
+    return f"{label} and a state of {layer.conv_elements + layer.state_elements:,} numbers" if beside else label
+
+
+def _longest(plan: MemoryPlan, tokens: int) -> str:
+    limit = plan.architecture.context_length
+    if limit is None or tokens <= limit:
+        return f"{tokens:,} tokens"
+    return f"{limit:,} tokens (the model's limit; memory holds {tokens:,})"
+
+
+def _block_size(plan: MemoryPlan, engine: str) -> int:
+    if engine == plan.engine:
+        return plan.block_size
+    return 1 if engine == IDEAL else engines.VLLM_BLOCK_SIZE
+
+
 def _weights_label(plan: MemoryPlan) -> str:
-    kind = plan.config.dtype if plan.weights.scheme is None else str(plan.weights.scheme)
-    if plan.config.quantization is not None and plan.weights.scheme is None:
-        kind = str(plan.config.quantization.get("quant_method"))
-    return f"{kind}, {'as stored' if plan.weights.stored else 'computed'}"
+    weights, architecture = plan.weights, plan.architecture
+    kind = architecture.dtype if weights.scheme is None else str(weights.scheme)
+    if architecture.quantization is not None and weights.scheme is None:
+        kind = str(architecture.quantization.get("quant_method"))
+    where = "as stored" if weights.stored else "computed"
+    if weights.resident != weights.on_disk and plan.num_gpus == 1:
+        where += f", {format_bytes(weights.on_disk)} on disk"
+    return f"{kind}, {where}"
 
 
 def _sequences(number: int) -> str:

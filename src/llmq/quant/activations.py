@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import LlmqError
+from llmq.memory import MICRO_BATCH_TOKENS
 from llmq.runtime.decoder import CausalAttention, DecoderLayer, embed
 from llmq.runtime.kernels.norm import add_rms_norm
 from llmq.runtime.loader import EMBEDDING, FINAL_NORM, HEAD, Source
 from llmq.runtime.rotary import rotary_angles
 
-MICRO_BATCH_TOKENS = 4096
-"""Tokens in one forward pass: what a block's activations take of memory, whatever the number of windows."""
 GPU_SHARE = 4
 """Hidden states stay on a GPU when they take no more than one part in this many of its free memory."""
 

@@ -1,0 +1,38 @@
+"""A picture of a plan: memory against the length of sequences, and where the GPU ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from llmq.errors import LlmqError
+from llmq.memplan.plan import MemoryPlan
+from llmq.memplan.report import parts, verdict
+
+GIB = 2**30
+POINTS = 65
+
+
+def draw(plan: MemoryPlan, path: Path) -> None:
+    """Write a PNG, SVG or PDF, as the name of ``path`` says. LlmqError without matplotlib, or for another kind."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise LlmqError("a plot needs matplotlib", 'install it: pip install "llmq[plots]"') from None
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise LlmqError(f"{path} names no kind of picture", "end it in .png, .svg or .pdf")
+    lengths = [max(1, plan.max_model_len * point // (POINTS - 1)) for point in range(POINTS)]
+    sizes = [parts(replace(plan, max_model_len=length)) for length in lengths]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    layers = [[size[name] / GIB for size in sizes] for name in sizes[0]]
+    axes.stackplot(lengths, layers, labels=list(sizes[0]))
+    if plan.budget is not None:
+        axes.axhline(plan.budget / GIB, color="black", linestyle="--", label=f"{plan.utilization:.0%} of the GPU")
+    axes.set(title=verdict(plan), xlabel=f"tokens of each of {plan.batch_size:,} sequences", ylabel="GiB")
+    axes.title.set_fontsize(9)
+    axes.legend(loc="upper left")
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise LlmqError(f"{path} cannot be written: {error.strerror}") from None

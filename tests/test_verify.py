@@ -1,0 +1,113 @@
+"""The plan against what a running engine holds, line by line: to the byte what is counted, nearly what is estimated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmq.bench.memory import Line, verify
+from llmq.checkpoint.formats import format_for
+from llmq.engine.options import EngineOptions
+from llmq.errors import LlmqError
+from llmq.memplan.plan import Load, plan
+from llmq.memplan.source import open_model
+from llmq.scheme import E4M3, Scheme
+
+BASE: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 4096, "torch_dtype": "bfloat16", "eos_token_id": 1}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "qwen3-tied": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+    },
+    "gemma3-windows": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "sliding_window": 32,
+    },
+}
+SCHEMES = {
+    "bf16": None,
+    "w4a16": ("gptq", Scheme(4, 32)),
+    "w8a8": ("compressed-tensors", Scheme(8, -1, activation_bits=8)),
+    "fp8": ("compressed-tensors", Scheme(8, -1, number=E4M3, activation_bits=8)),
+}
+
+
+def config_alone(folder: Path, shape: str, scheme: str) -> Path:
+    folder.mkdir()
+    fields = BASE | SHAPES[shape]
+    (folder / "config.json").write_text(json.dumps(fields))
+    found, config = SCHEMES[scheme], open_model(str(folder)).config
+    if found is not None and config is not None:
+        name, kind = found
+        layers = {
+            f"model.layers.{block}.{linear}": kind for block in range(config.num_layers) for linear in config.linears
+        }
+        quantization = format_for(name, layers).config_dict(quantized=list(layers), ignored=[], writer="test")
+        (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": quantization}))
+    return folder
+
+
+def compare(folder: Path, *, tokens: int, device: str, kv_dtype: str = "auto") -> list[Line]:
+    result = plan(
+        open_model(str(folder)),
+        load=Load(batch_size=3, max_model_len=tokens, kv_cache_dtype=kv_dtype),
+        options=EngineOptions(block_size=16, max_num_seqs=4, max_num_batched_tokens=256),
+    )
+    return verify(str(folder), result, device=device, load_format="dummy")
+
+
+@pytest.mark.parametrize("tokens", [16, 50, 200])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_and_pool_are_as_planned_to_the_byte(tmp_path: Path, shape: str, scheme: str, tokens: int) -> None:
+    lines = {
+        line.name: line for line in compare(config_alone(tmp_path / "m", shape, scheme), tokens=tokens, device="cpu")
+    }
+    for name in ("weights", "KV cache"):
+        assert lines[name].predicted == lines[name].measured, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_gpu_every_line_of_a_plan_holds(tmp_path: Path, shape: str, scheme: str) -> None:
+    lines = compare(config_alone(tmp_path / "m", shape, scheme), tokens=200, device="cuda")
+    assert [(line.name, line.predicted, line.measured) for line in lines if not line.holds] == []
+
+
+def test_a_line_that_is_counted_may_not_be_off_by_a_byte_and_an_estimate_by_a_share_or_some_mib() -> None:
+    assert Line("", 100, 100, exact=True).holds
+    assert not Line("", 100, 101, exact=True).holds
+    assert Line("", 0, 200 * 2**20, exact=False).holds
+    assert not Line("", 0, 200 * 2**20 + 1, exact=False).holds
+    assert Line("", 85 * 2**30, 100 * 2**30, exact=False).holds
+    assert Line("", 1, None, exact=True).holds
+
+
+def test_what_the_engine_does_not_run_is_not_verified(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "dtype": "bfloat16"}))
+    result = plan(open_model(str(tmp_path)), load=Load(max_model_len=10))
+    with pytest.raises(LlmqError, match="does not run mamba"):
+        verify(str(tmp_path), result)
