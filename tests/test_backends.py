@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,7 +82,7 @@ time.sleep(600)
 """
     with pytest.raises(LlmqError, match="has said nothing for 1 s"):
         run(tmp_path, body, silence=1.0)
-    assert not is_alive(int((tmp_path / "pid").read_text()))
+    assert_dead(int((tmp_path / "pid").read_text()))
 
 
 def test_printing_is_a_sign_of_life(tmp_path: Path) -> None:
@@ -98,12 +100,15 @@ def test_ctrl_c_ends_the_worker(tmp_path: Path) -> None:
     worker.write_text(HEAD + body)
     with pytest.raises(KeyboardInterrupt):
         run_worker(BACKEND, Path(sys.executable), {}, tmp_path / "log", interrupt, worker=worker)
-    assert not is_alive(int((tmp_path / "pid").read_text()))
+    assert_dead(int((tmp_path / "pid").read_text()))
 
 
-def is_alive(process: int) -> bool:
-    status = Path(f"/proc/{process}/status")
-    return status.exists() and "\nState:\tZ" not in status.read_text()
+def assert_dead(process: int) -> None:
+    """That ``process`` is gone, or about to be: a killed one takes a moment to go."""
+    status, patience = Path(f"/proc/{process}/status"), time.monotonic() + 10
+    while status.exists() and "\nState:\tZ" not in status.read_text():
+        assert time.monotonic() < patience
+        os.sched_yield()
 
 
 # The environment
