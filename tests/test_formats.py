@@ -67,7 +67,7 @@ def test_unpack_gives_back_what_was_packed(
 ) -> None:
     if FORMATS[name].why_not(scheme):
         scheme = Scheme(4, scheme.group_size, scheme.symmetric)
-    form = format_for(name, scheme)
+    form = format_for(name, {NAME: scheme})
     shape = outs * form.multiple, groups * (form.multiple if scheme.group_size == -1 else scheme.group_size)
     weight = random_quantized(scheme, *shape, seed)
     tensors = write(tmp_path, weight, form)
@@ -97,7 +97,7 @@ def test_awq_has_every_field_in_its_place(tmp_path: Path) -> None:
 def test_compressed_tensors_has_every_field_in_its_place(tmp_path: Path, bits: int) -> None:
     scheme, per_word = Scheme(bits, 32, False), 32 // bits
     weight = random_quantized(scheme, 63, 96)
-    tensors = write(tmp_path, weight, CompressedTensors.for_scheme(scheme))
+    tensors = write(tmp_path, weight, CompressedTensors.for_schemes({NAME: scheme}))
     packed, zeros = tensors.load(f"{NAME}.weight_packed"), tensors.load(f"{NAME}.weight_zero_point")
     assert packed.dtype == zeros.dtype == torch.int32
     assert (packed.shape, zeros.shape) == ((63, 96 // per_word), (-(-63 // per_word), 3))
@@ -111,7 +111,7 @@ def test_compressed_tensors_has_every_field_in_its_place(tmp_path: Path, bits: i
 
 def test_compressed_tensors_keeps_scales_of_any_type_and_reads_scattered_groups(tmp_path: Path) -> None:
     scheme = Scheme(4, 32)
-    weight, form = random_quantized(scheme, 32, 64), CompressedTensors.for_scheme(scheme)
+    weight, form = random_quantized(scheme, 32, 64), CompressedTensors.for_schemes({NAME: scheme})
     wide = QuantizedWeight(scheme, weight.codes, weight.scales.bfloat16(), weight.zero_points)
     writer = ShardWriter(tmp_path)
     writer.add_all(form.pack(NAME, wide))
@@ -129,7 +129,7 @@ def test_scattered_groups_are_not_written_where_they_cannot_be_said(name: str) -
     weight = random_quantized(scheme, 32, 64)
     weight = QuantizedWeight(scheme, weight.codes, weight.scales, weight.zero_points, SCATTERED)
     with pytest.raises(LlmqError, match="scattered by activation order") as caught:
-        list(format_for(name, scheme).pack(NAME, weight))
+        list(format_for(name, {NAME: scheme}).pack(NAME, weight))
     assert caught.value.hint
 
 
@@ -140,17 +140,17 @@ def test_scales_that_fp16_does_not_have_are_refused(name: str) -> None:
         scales = torch.full_like(weight.scales, scale, dtype=torch.bfloat16)
         same = QuantizedWeight(weight.scheme, weight.codes, scales, weight.zero_points)
         if fine:
-            assert list(format_for(name, weight.scheme).pack(NAME, same))
+            assert list(format_for(name, {NAME: weight.scheme}).pack(NAME, same))
             continue
         with pytest.raises(LlmqError, match="have no equal in fp16"):
-            list(format_for(name, weight.scheme).pack(NAME, same))
+            list(format_for(name, {NAME: weight.scheme}).pack(NAME, same))
 
 
 def test_zero_points_that_are_not_in_the_middle_are_not_dropped() -> None:
     weight = random_quantized(Scheme(4, 32, False), 32, 64)
     lying = QuantizedWeight(Scheme(4, 32), weight.codes, weight.scales, weight.zero_points)
     with pytest.raises(LlmqError, match="said to be symmetric"):
-        list(CompressedTensors.for_scheme(lying.scheme).pack(NAME, lying))
+        list(CompressedTensors.for_schemes({NAME: lying.scheme}).pack(NAME, lying))
 
 
 # Configs
@@ -161,7 +161,7 @@ def test_zero_points_that_are_not_in_the_middle_are_not_dropped() -> None:
 def test_a_config_is_read_as_it_was_written(tmp_path: Path, name: str, scheme: Scheme) -> None:
     if FORMATS[name].why_not(scheme):
         pytest.skip("the format cannot hold it")
-    fields = format_for(name, scheme).config_dict(
+    fields = format_for(name, {NAME: scheme}).config_dict(
         quantized=[NAME], ignored=["model.layers.1.mlp.up_proj"], writer="llmq:0"
     )
     read = open_format(config_of(tmp_path, LLAMA_2_7B | {"quantization_config": json.loads(json.dumps(fields))}))
@@ -214,21 +214,22 @@ def test_autoawq_s_own_names_are_read() -> None:
         ({"quant_method": "awq", "bits": 8}, "of 8 bits"),
         ({"quant_method": "awq"}, "states None bits"),
         ({"quant_method": "awq", "bits": 4, "zero_point": False}, "without zero points"),
-        ({"quant_method": "gptq", "bits": 3}, "codes of 3 bits"),
+        ({"quant_method": "gptq", "bits": 5}, "codes of 2, 3, 4 or 8 bits, and these have 5"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:(": {}}}, "not a regular expression"),
         ({"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": 3}, "quantization_config"),
         (ct({"weights": weights()}, format="int-quantized"), "'int-quantized'"),
         (ct({"weights": weights()}, format="float-quantized"), "'float-quantized'"),
         (ct({"weights": weights(), "format": "nvfp4-pack-quantized"}), "'nvfp4-pack-quantized'"),
-        (ct({"weights": weights(num_bits=8), "input_activations": {"num_bits": 8}}), "quantized activations"),
-        (ct({"weights": weights(num_bits=3)}), "weights of 3 bits"),
-        (ct({"weights": weights(type="float")}), "'float' weights"),
-        (ct({"weights": weights(strategy="tensor")}), "for each 'tensor'"),
+        (ct({"weights": weights(num_bits=8), "input_activations": {"num_bits": 8}}), "a dynamic scale for each token"),
+        (ct({"weights": weights(num_bits=8), "output_activations": {"num_bits": 8}}), "quantized outputs"),
+        (ct({"weights": weights(num_bits=7)}), "codes of 7 bits"),
+        (ct({"weights": weights(type="float")}), "4 bits of 'float'"),
+        (ct({"weights": weights(strategy="block")}), "for each 'block'"),
         (ct({"weights": weights(group_size=16)}), "a group size of 16"),
         (ct({"weights": None}), "no usable config_groups"),
         (ct({"weights": weights(), "targets": ["re:("]}), "not a regular expression"),
         (ct(), "names no layers"),
-        (ct({"weights": weights()}, kv_cache_scheme={"num_bits": 8}), "quantized KV cache"),
+        (ct({"weights": weights()}, kv_cache_scheme={"num_bits": 8}), "a KV cache quantized otherwise"),
     ],
     ids=str,
 )
@@ -242,13 +243,13 @@ def test_configs_that_llmq_does_not_read_are_refused(tmp_path: Path, fields: dic
 
 def test_a_format_that_cannot_hold_a_scheme_names_those_that_can() -> None:
     with pytest.raises(LlmqError, match="AWQ format holds codes of 4 bits, and these have 8") as caught:
-        format_for("awq", Scheme(8))
+        format_for("awq", {NAME: Scheme(8)})
     assert caught.value.exit_code == USAGE
     assert "--format gptq or compressed-tensors" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path: Path, name: str) -> None:
-    tensors = write(tmp_path, random_quantized(Scheme(4, 32), 32, 64), format_for(name, Scheme(4, 32)))
+    tensors = write(tmp_path, random_quantized(Scheme(4, 32), 32, 64), format_for(name, {NAME: Scheme(4, 32)}))
     with pytest.raises(LlmqError, match=r"int4 g64 a?sym makes it"):
-        format_for(name, Scheme(4, 64)).unpack(NAME, tensors)
+        format_for(name, {NAME: Scheme(4, 64)}).unpack(NAME, tensors)

@@ -168,5 +168,5 @@ def test_what_the_library_compresses_is_read_to_the_bit(tmp_path: Path, scheme: 
     theirs = QuantizationScheme(targets=["Linear"], weights=weights)
     stored = PackedQuantizationCompressor.compress(state, theirs)
     save_file({f"layer.{name}": tensor.contiguous() for name, tensor in stored.items()}, tmp_path / "model.safetensors")
-    restored = CompressedTensors.for_scheme(scheme).unpack("layer", Tensors(tmp_path))
+    restored = CompressedTensors.for_schemes({"layer": scheme}).unpack("layer", Tensors(tmp_path))
     assert torch.equal(restored.dequantize(), PackedQuantizationCompressor.decompress(stored, theirs)["weight"])

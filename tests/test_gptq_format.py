@@ -51,7 +51,7 @@ def write(folder: Path, weight: QuantizedWeight, config: gptq.Gptq) -> Tensors:
 def test_unpack_gives_back_what_was_packed(
     tmp_path: Path, scheme: Scheme, out_features: int, in_features: int, seed: int
 ) -> None:
-    weight, config = random_quantized(scheme, out_features, in_features, seed), gptq.Gptq.for_scheme(scheme)
+    weight, config = random_quantized(scheme, out_features, in_features, seed), gptq.Gptq.for_schemes({NAME: scheme})
     tensors = write(tmp_path, weight, config)
     restored = config.unpack(NAME, tensors)
     assert torch.equal(restored.codes, weight.codes)
@@ -96,13 +96,13 @@ def test_groups_scattered_by_activation_order_are_read(tmp_path: Path, version: 
 
 
 def test_symmetric_weights_are_version_1_and_asymmetric_ones_version_2() -> None:
-    assert gptq.Gptq.for_scheme(Scheme(symmetric=True)).checkpoint_format == gptq.V1
-    assert gptq.Gptq.for_scheme(Scheme(symmetric=False)).checkpoint_format == gptq.V2
+    assert gptq.Gptq.for_schemes({NAME: Scheme(symmetric=True)}).checkpoint_format == gptq.V1
+    assert gptq.Gptq.for_schemes({NAME: Scheme(symmetric=False)}).checkpoint_format == gptq.V2
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 128, True), Scheme(8, -1, False)], ids=str)
 def test_the_config_is_read_as_it_was_written(scheme: Scheme) -> None:
-    config = gptq.Gptq.for_scheme(scheme)
+    config = gptq.Gptq.for_schemes({NAME: scheme})
     fields = config.config_dict(quantized=[NAME], ignored=[], damp_percent=0.01, writer="llmq:0")
     assert gptq.Gptq.read(fields) == config
     assert fields["desc_act"] is False
@@ -115,7 +115,7 @@ def names(*layers: str) -> list[str]:
 
 
 def test_layers_ignored_in_all_blocks_are_named_within_the_block() -> None:
-    fields = gptq.Gptq.for_scheme(Scheme()).config_dict(
+    fields = gptq.Gptq.for_schemes({NAME: Scheme()}).config_dict(
         quantized=names("0.mlp.up_proj", "1.mlp.up_proj"),
         ignored=names("0.mlp.down_proj", "1.mlp.down_proj"),
         damp_percent=None,
@@ -126,7 +126,7 @@ def test_layers_ignored_in_all_blocks_are_named_within_the_block() -> None:
 
 
 def test_layers_ignored_in_some_blocks_are_named_in_full() -> None:
-    fields = gptq.Gptq.for_scheme(Scheme()).config_dict(
+    fields = gptq.Gptq.for_schemes({NAME: Scheme()}).config_dict(
         quantized=names("0.mlp.up_proj", "1.mlp.up_proj", "1.mlp.down_proj"),
         ignored=names("0.mlp.down_proj"),
         damp_percent=None,
@@ -137,7 +137,7 @@ def test_layers_ignored_in_some_blocks_are_named_in_full() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"bits": "four"}, {"bits": 3}, {"bits": 4, "group_size": 48}, {"bits": 4, "checkpoint_format": "x"}]
+    "fields", [{}, {"bits": "four"}, {"bits": 6}, {"bits": 4, "group_size": 48}, {"bits": 4, "checkpoint_format": "x"}]
 )
 def test_configs_that_llmq_does_not_read_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(LlmqError):
@@ -145,6 +145,6 @@ def test_configs_that_llmq_does_not_read_are_refused(fields: dict[str, object]) 
 
 
 def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> None:
-    tensors = write(tmp_path, random_quantized(Scheme(4, 32), 32, 64, 0), gptq.Gptq.for_scheme(Scheme(4, 32)))
+    tensors = write(tmp_path, random_quantized(Scheme(4, 32), 32, 64, 0), gptq.Gptq.for_schemes({NAME: Scheme(4, 32)}))
     with pytest.raises(LlmqError, match=r"qzeros is I32 .* int4 g64 sym makes it"):
-        gptq.Gptq.for_scheme(Scheme(4, 64)).unpack(NAME, tensors)
+        gptq.Gptq.for_schemes({NAME: Scheme(4, 64)}).unpack(NAME, tensors)

@@ -107,9 +107,9 @@ def test_other_gpus(capability: int) -> None:
 
 
 def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
-    pointers = dict.fromkeys(("residual", "x", "weight", "out"), "*bf16") | {"eps": "fp32"}
+    pointers = dict.fromkeys(("residual", "x", "weight", "out"), "*bf16") | {"scales": "*fp32", "eps": "fp32"}
     kernel = norm_triton.add_rms_norm_kernel
-    assert "st.global.v4" in compile_for(90, kernel, pointers, 8, 3, ADD=True, BLOCK=4096).asm["ptx"]
+    assert "st.global.v4" in compile_for(90, kernel, pointers, 8, 3, ADD=True, LARGEST=0.0, BLOCK=4096).asm["ptx"]
     pointers = dict.fromkeys(
         ("query", "key", "value", "query_norm", "key_norm", "out", "key_cache", "value_cache"), "*bf16"
     )

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -28,11 +29,12 @@ else:
 
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
     from llmq.runtime.kernels.kv_write import write_kv, write_kv_reference
-    from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_reference
+    from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
+    from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows, quantize_rows, quantize_rows_reference
     from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
-    from llmq.runtime.kernels.silu import silu_mul, silu_mul_reference
+    from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
     from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference
-    from llmq.scheme import Scheme
+    from llmq.scheme import E4M3, INT, Scheme
 
     TOLERANCE = {torch.float16: 4e-4, torch.float32: 1e-6}
     EDGES: Rows = [(1, kv) for kv in (1, 15, 16, 17, 33, 0)]
@@ -135,3 +137,33 @@ else:
         expected = rope_and_write_reference(*parts, rotation, theirs[:, 0], theirs[:, 1], slots, norms=norms, eps=1e-5)
         assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
         assert (ours - theirs).norm() <= TOLERANCE[dtype] * theirs.norm()
+
+    def draw_rows(tokens: int, width: int, number: str, dtype: torch.dtype) -> Tensor:
+        """Random; for e4m3 of its numbers, up to the largest, as the interpreter rounds to it wrongly."""
+        x = torch.randn(tokens, width)
+        if number == E4M3:
+            x = (x * 100).to(torch.float8_e4m3fn).float()
+            x[:, 0] = LARGEST[number]
+        return x.to(dtype)
+
+    def same_rows(ours: QuantizedRows, theirs: QuantizedRows) -> bool:
+        return ours.scales.equal(theirs.scales) and ours.codes.view(torch.uint8).equal(theirs.codes.view(torch.uint8))
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    def test_quantize_rows(number: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        x = draw_rows(5, 200, number, dtype)[:, :150]
+        x[2] = 0
+        assert same_rows(quantize_rows(x, number), quantize_rows_reference(x, number))
+
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    def test_the_fused_kernels_quantize_what_the_others_return(number: str) -> None:
+        torch.manual_seed(0)
+        residual, x, weight = torch.randn(3, 100).half(), torch.randn(3, 100).half(), torch.randn(100).half()
+        total = residual.clone()
+        normed = quantize_rows(add_rms_norm(total, x, weight, 1e-5), number)
+        assert same_rows(add_rms_norm_quantize(residual, x, weight, 1e-5, number), normed)
+        assert residual.equal(total)
+        gate, up = torch.randn(3, 2 * 1100).half().chunk(2, dim=1)
+        assert same_rows(silu_mul_quantize(gate, up, number), quantize_rows(silu_mul(gate, up), number))

@@ -13,11 +13,12 @@ from torch import Tensor
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention_reference
 from llmq.runtime.kernels.kv_write import write_kv_reference
-from llmq.runtime.kernels.norm import add_rms_norm
+from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
+from llmq.runtime.kernels.quantize_rows import LARGEST, quantize_rows
 from llmq.runtime.kernels.rope import rope_and_write
-from llmq.runtime.kernels.silu import silu_mul
+from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul_reference
-from llmq.scheme import Scheme
+from llmq.scheme import E4M3, INT, Scheme
 
 Rows = list[tuple[int, int]]  # (queries, tokens in the cache) of each row
 
@@ -174,6 +175,40 @@ def test_add_rms_norm_leaves_the_sum_and_returns_it_with_mean_square_one() -> No
 def test_silu_mul_gates() -> None:
     gate, up = torch.tensor([[-100.0, 0.0, 100.0]]), torch.tensor([[5.0, 6.0, 7.0]])
     assert silu_mul(gate, up).equal(torch.tensor([[0.0, 0.0, 700.0]]))
+
+
+@pytest.mark.parametrize(("number", "most"), [(INT, 0.5), (E4M3, 16.0)])
+def test_a_quantized_row_is_off_by_half_a_step_and_its_largest_is_exact(number: str, most: float) -> None:
+    """A step of e4m3 is widest at the top: 32."""
+    x = torch.randn(7, 300, dtype=torch.float64) * torch.logspace(-3, 3, 7, dtype=torch.float64)[:, None]
+    codes, scales = quantize_rows(x, number)
+    assert scales.shape == (7, 1)
+    assert codes.double().abs().amax(-1).eq(LARGEST[number]).all()
+    assert ((codes.double() - x / scales.double()).abs() <= most + 1e-4).all()
+
+
+@pytest.mark.parametrize("number", [INT, E4M3])
+def test_a_row_of_zeros_stays_zero(number: str) -> None:
+    codes, scales = quantize_rows(torch.zeros(2, 8), number)
+    assert codes.float().eq(0).all()
+    assert scales.gt(0).all()
+
+
+@pytest.mark.parametrize("number", [INT, E4M3])
+def test_quantizing_in_the_same_pass_changes_nothing(number: str) -> None:
+    residual, x, weight = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
+    total = residual.clone()
+    for ours, theirs in zip(
+        add_rms_norm_quantize(residual, x, weight, 1e-5, number),
+        quantize_rows(add_rms_norm(total, x, weight, 1e-5), number),
+        strict=True,
+    ):
+        assert ours.view(torch.uint8).equal(theirs.view(torch.uint8))
+    assert residual.equal(total)
+    for ours, theirs in zip(
+        silu_mul_quantize(residual, x, number), quantize_rows(silu_mul(residual, x), number), strict=True
+    ):
+        assert ours.view(torch.uint8).equal(theirs.view(torch.uint8))
 
 
 def test_rope_turns_pairs_as_complex_numbers_and_writes_key_and_value() -> None:

@@ -62,6 +62,11 @@ def test_quantized_llama_31_8b_has_its_known_size(tmp_path: Path, scheme: Scheme
         {"architectures": ["MistralForCausalLM"], "head_dim": 32},
         {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
         {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "attention_bias": True},
+        {"architectures": ["Phi3ForCausalLM"], "pad_token_id": None},
+        {"architectures": ["Gemma2ForCausalLM"], "head_dim": 32},
+        {"architectures": ["Gemma3ForCausalLM"], "head_dim": 32, "tie_word_embeddings": False},
+        {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
+        {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 10, "moe_intermediate_size": 32},
     ],
     ids=lambda extra: extra["architectures"][0],
 )

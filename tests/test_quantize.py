@@ -83,7 +83,25 @@ def test_every_architecture_computes_nearly_the_same_in_8_bits(
     quantize(str(source), output, method=method, scheme=Scheme(8, 32), calibration=calibration, device="cpu")
     ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
     before, after = logits(source, ids), logits(output, ids)
-    assert (after - before).square().mean() < 2e-3 * before.square().mean()
+    # A token on the border between two experts may be sent to the other one.
+    tolerance = 2e-3 if read_config(source).experts is None else 1e-2
+    assert (after - before).square().mean() < tolerance * before.square().mean()
+
+
+def test_an_expert_that_no_token_is_sent_to_is_rounded_and_named(tmp_path: Path, text: Path) -> None:
+    source = save_tiny(tmp_path / "model", "mixtral", num_local_experts=8, num_experts_per_tok=1)
+    calibration = Calibration(str(text), samples=1, seqlen=6)
+    report = quantize(str(source), tmp_path / "out", scheme=W4, calibration=calibration, device="cpu")
+    rounded = {layer.name.rpartition(".")[0] for layer in report.layers if layer.method == RTN}
+    assert len(rounded) >= 2 * (8 - 6)
+    assert all(".experts." in name and name in report.warnings[-1] for name in rounded)
+
+
+def test_routers_stay_as_they_are(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model", "qwen3-moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    quantize(str(source), tmp_path / "out", method=RTN, scheme=W4, device="cpu")
+    router = "model.layers.1.mlp.gate.weight"
+    assert torch.equal(weights(source)[router], weights(tmp_path / "out")[router])
 
 
 def test_gptq_keeps_the_outputs_closer_than_rtn(tmp_path: Path, tiny: Path, text: Path) -> None:
@@ -135,7 +153,7 @@ def test_rtn_reads_no_text_and_reports_the_error_of_the_weights(tmp_path: Path, 
     assert all(layer.method == RTN and layer.error == layer.rtn_error for layer in report.layers)
     before = weights(tiny)
     for layer in report.layers:
-        restored = Gptq.for_scheme(W4).unpack(layer.name, Tensors(tmp_path / "out")).dequantize()
+        restored = Gptq.for_schemes({layer.name: W4}).unpack(layer.name, Tensors(tmp_path / "out")).dequantize()
         error, whole = (restored - before[f"{layer.name}.weight"]), before[f"{layer.name}.weight"]
         assert layer.error == pytest.approx(float(error.square().sum() / whole.square().sum()), rel=1e-4)
 
@@ -223,10 +241,11 @@ def test_hessians_are_those_of_the_inputs_that_layers_have_in_the_model(tiny: Pa
 
     with torch.inference_mode():
         for block in model.layers:
-            check(block, pipeline.MIX[0])
-            states.mix(block)
-            for group in pipeline.FINISH:
-                check(block, group[0])
+            for stage in source.config.linear_stages:
+                if stage.half == "finish" and not states.mixed:
+                    states.mix(block)
+                for group in stage.groups:
+                    check(block, group[0])
             states.finish(block)
 
 

@@ -119,8 +119,8 @@ class LLM:
         self.config = read_config(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.device)
         self.tokenizer = load_tokenizer(self.folder)
-        self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype))
         self.max_model_len = self._max_model_len()
+        self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype, self.max_model_len))
         cpu_blocks = self._cpu_blocks()
         num_blocks = self._num_blocks()
         options = self.options

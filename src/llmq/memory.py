@@ -106,18 +106,21 @@ def block_linear_bytes(config: ModelConfig, scheme: Scheme | None, dtype_bytes: 
 
 
 def weight_bytes(config: ModelConfig, scheme: Scheme | None, dtype_bytes: int) -> int:
-    """The whole model: quantized linears of the blocks; embeddings, head, norms and biases in the model's dtype."""
+    """The whole model: quantized linears of the blocks; embeddings, head, norms, routers and biases in the model's
+    dtype."""
     embedding = config.vocab_size * config.hidden_size
     embeddings = embedding if config.tied_embeddings else 2 * embedding
-    norms = config.num_layers * (2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0))
-    rest = (embeddings + norms + config.hidden_size + config.num_layers * _block_biases(config)) * dtype_bytes
-    return rest + config.num_layers * block_linear_bytes(config, scheme, dtype_bytes)
+    rest = embeddings + config.hidden_size + config.num_layers * _block_rest(config)
+    return rest * dtype_bytes + config.num_layers * block_linear_bytes(config, scheme, dtype_bytes)
 
 
-def _block_biases(config: ModelConfig) -> int:
+def _block_rest(config: ModelConfig) -> int:
+    """Norms, router and biases of one decoder block."""
+    norms = (4 if config.post_norms else 2) * config.hidden_size + 2 * config.head_dim * config.qk_norm
+    router = 0 if config.experts is None else config.experts.count * config.hidden_size
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     mlp = 2 * config.intermediate_size + config.hidden_size
-    return config.qkv_bias * qkv + config.o_bias * config.hidden_size + config.mlp_bias * mlp
+    return norms + router + config.qkv_bias * qkv + config.o_bias * config.hidden_size + config.mlp_bias * mlp
 
 
 # Activations
@@ -125,7 +128,10 @@ def _block_biases(config: ModelConfig) -> int:
 
 def activation_bytes(config: ModelConfig, batched_tokens: int, sampled_rows: int, dtype_bytes: int) -> int:
     """The widest moment of a step: a block's hidden states and MLP, or the fp32 logits and their sampling copies."""
-    mlp = batched_tokens * (3 * config.hidden_size + 3 * config.intermediate_size) * dtype_bytes
+    inner = 3 * config.intermediate_size
+    if config.experts is not None:  # each token goes through several, and their outputs are kept until all have run
+        inner = config.experts.per_token * (3 * config.experts.intermediate_size + config.hidden_size)
+    mlp = batched_tokens * (3 * config.hidden_size + inner) * dtype_bytes
     logits = sampled_rows * config.vocab_size * 4 * LOGITS_COPIES
     return max(mlp, logits) + batched_tokens * config.hidden_size * dtype_bytes
 

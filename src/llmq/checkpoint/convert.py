@@ -19,9 +19,10 @@ from llmq.checkpoint.formats import (
     format_for,
     is_packed,
     open_format,
+    packed_layers,
     write_configs,
 )
-from llmq.checkpoint.formats.packed import DAMAGED
+from llmq.checkpoint.formats.packed import stated_scheme
 from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import LlmqError
 from llmq.scheme import Scheme
@@ -69,7 +70,8 @@ def convert(
     if source is None:
         raise LlmqError(f"{model} is not quantized", f"quantize it: llmq quantize {model} -o FOLDER --format {format}")
     packed, ignored = _layers(config, tensors, source)
-    target = format_for(format, _scheme(packed, tensors, source))
+    schemes = dict.fromkeys(packed, _scheme(packed, tensors, source))
+    target = format_for(format, schemes)
     if target.name == source.name:
         raise LlmqError(
             f"{model} is in the {target.title} format already", "choose another --format, or copy the folder"
@@ -82,9 +84,8 @@ def convert(
         writer = ShardWriter(partial)
         for done, name in enumerate(packed, start=1):
             weight = source.unpack(name, tensors)
-            check_shape(target, name, weight.shape, "choose --format compressed-tensors, which packs any size")
-            assert target.scheme is not None
-            writer.add_all(target.pack(name, replace(weight, scheme=target.scheme)))
+            check_shape(format, name, weight.shape, "choose --format compressed-tensors, which packs any size")
+            writer.add_all(target.pack(name, replace(weight, scheme=schemes[name])))
             if progress is not None:
                 progress(done, len(packed), name)
         for name in kept:
@@ -111,8 +112,7 @@ def _layers(config: ModelConfig, tensors: Tensors, source: Format) -> tuple[list
     """The packed linear layers of the decoder blocks, and the others. LlmqError for packed ones elsewhere."""
     linears = [f"model.layers.{layer}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
     packed = [name for name in linears if is_packed(source, name, tensors)]
-    marked = {name.removesuffix(f".{source.marker}") for name in tensors.infos if name.endswith(f".{source.marker}")}
-    for name in sorted(marked - set(packed)):
+    for name in sorted(packed_layers(source, tensors) - set(packed)):
         raise LlmqError(
             f"{name} is packed, and is no linear layer of a decoder block", "llmq converts quantized blocks only"
         )
@@ -128,10 +128,7 @@ def _scheme(packed: Sequence[str], tensors: Tensors, source: Format) -> Scheme:
     """The one scheme of all packed layers: symmetric where every zero point is the middle code, declared or not."""
     schemes = set()
     for name in packed:
-        scheme = source.scheme_of(name)
-        if scheme is None:
-            raise LlmqError(f"{name} is packed, and quantization_config says that it is not", DAMAGED)
-        schemes.add(scheme)
+        schemes.add(stated_scheme(source, name))
     if len(schemes) > 1:
         raise LlmqError(
             f"the layers have several schemes: {', '.join(sorted(map(str, schemes)))}",

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmq.checkpoint import folder as folders
 from llmq.checkpoint.config import ModelConfig, read_config, read_json
-from llmq.checkpoint.formats import Format, is_packed, open_format
+from llmq.checkpoint.formats import Format, is_packed, open_format, packed_layers
 from llmq.checkpoint.formats.packed import contradictions
 from llmq.checkpoint.tensors import Tensors
 
@@ -126,10 +126,8 @@ def _strays(config: ModelConfig, format: Format | None, tensors: Tensors) -> Ite
     if format is None:
         return
     known = {f"model.layers.{block}.{linear}" for block in range(config.num_layers) for linear in config.linears}
-    for tensor in tensors.infos:
-        name, _, suffix = tensor.rpartition(".")
-        if suffix == format.marker and name not in known:
-            yield f"{name} is packed, and is no linear layer of a decoder block of config.json"
+    for name in sorted(packed_layers(format, tensors) - known):
+        yield f"{name} is packed, and is no linear layer of a decoder block of config.json"
 
 
 def _config_problems(folder: Path, config: ModelConfig, format: Format | None) -> Iterator[str]:

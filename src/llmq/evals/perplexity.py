@@ -89,7 +89,7 @@ def evaluate_perplexity(
             f"the tokenizer gives token {max(token_ids)} and the model knows {config.vocab_size}",
             "the folder's tokenizer is another model's",
         )
-    decoder = load_decoder(open_source(folder, device, torch_dtype))
+    decoder = load_decoder(open_source(folder, device, torch_dtype, len(windows[0])))
     started = time.perf_counter()
     losses = window_losses(decoder, windows, device, progress)
     seconds = time.perf_counter() - started

@@ -18,6 +18,7 @@ from llmq.runtime.decoder import Attention, Decoder
 from llmq.runtime.kernels.attention import paged_attention
 from llmq.runtime.kernels.rope import rope_and_write
 from llmq.runtime.kv_cache import KVCache
+from llmq.runtime.rotary import Rotation
 from llmq.runtime.sampler import sample, score
 
 SCORED_ROWS = 256
@@ -94,9 +95,7 @@ class Runner:
             return StepOutput(())
         batch = build_batch(plan, self.cache.block_size, self.device, self._tables)
 
-        def attend(
-            attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
-        ) -> Tensor:
+        def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
             keys, values = self.cache.layer(attention.layer)
             group = self.cache.group_of(attention.layer)
             query = rope_and_write(
@@ -112,6 +111,8 @@ class Runner:
                 window=attention.window,
                 max_query_length=batch.max_query_length,
                 max_kv_length=batch.max_kv_length,
+                scale=attention.scale,
+                softcap=attention.softcap,
             )
 
         hidden = self.decoder(batch.token_ids, batch.positions, attend)

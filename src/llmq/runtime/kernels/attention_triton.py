@@ -76,6 +76,8 @@ def paged_attention_triton(
     window: int | None,
     max_query_length: int,
     max_kv_length: int,
+    scale: float | None = None,
+    softcap: float | None = None,
     split: int | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
@@ -98,14 +100,17 @@ def paged_attention_triton(
     shape = (rows, few_queries, heads, splits)
     means = torch.empty(*shape, head_dim, dtype=torch.float32, device=query.device)
     logsums = torch.empty(*shape, dtype=torch.float32, device=query.device)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    cap_scale = 0.0 if softcap is None else 2 * LOG2_E * scale / softcap
 
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
             query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
             *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
-            heads, rows, few_queries, splits, window or 0, LOG2_E / math.sqrt(head_dim),
+            heads, rows, few_queries, splits, window or 0, LOG2_E * (softcap or scale), cap_scale,
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_SIZE=block_size, WINDOWED=window is not None, SPLIT=split, DECODE=is_decode,
+            BLOCK_SIZE=block_size, WINDOWED=window is not None, CAPPED=softcap is not None, SPLIT=split,
+            DECODE=is_decode,
             BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
@@ -135,9 +140,10 @@ def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
 def attention_kernel(
     query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
-    table_stride, out_token_stride, heads, rows, few_queries, splits, window, scale,
+    table_stride, out_token_stride, heads, rows, few_queries, splits, window, scale, cap_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOWED: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one KV head, over one split of the row's positions (DECODE) or all of them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
@@ -206,21 +212,21 @@ def attention_kernel(
             seen_by_last = tl.maximum(kv_length - queries + last_query - window + 1, 0)
             first_full = tl.minimum(tl.cdiv(seen_by_last, TILE) * TILE, tl.cdiv(last, TILE) * TILE)
             acc, best, total = attend(
-                acc, best, total, q, first, tl.minimum(first_full, last), keys, values, table, position, window, scale,
-                cache_block_stride, cache_token_stride,
-                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, True,
+                acc, best, total, q, first, tl.minimum(first_full, last), keys, values, table, position, window,
+                scale, cap_scale, cache_block_stride, cache_token_stride,
+                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
         acc, best, total = attend(
-            acc, best, total, q, first_full, last_full, keys, values, table, position, window, scale,
+            acc, best, total, q, first_full, last_full, keys, values, table, position, window, scale, cap_scale,
             cache_block_stride, cache_token_stride,
-            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, False,
+            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, False,
         )  # fmt: skip
         first = last_full
     acc, best, total = attend(
-        acc, best, total, q, first, last, keys, values, table, position, window, scale,
+        acc, best, total, q, first, last, keys, values, table, position, window, scale, cap_scale,
         cache_block_stride, cache_token_stride,
-        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, True,
+        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
     )  # fmt: skip
 
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -237,16 +243,17 @@ def attention_kernel(
 
 @triton.jit
 def attend(
-    acc, best, total, q, first, last, keys, values, table, position, window, scale,
+    acc, best, total, q, first, last, keys, values, table, position, window, scale, cap_scale,
     cache_block_stride, cache_token_stride,
     HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
-    TILE: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [first, last), tile by tile, into the running softmax (acc, best, total) of the queries q.
 
     acc    the values' sum weighted by 2^(score − best)
     best   the greatest score yet; scores are in units of log 2, so that the exponential is one instruction
     total  the sum of the weights
+    scale  takes a product of query and key, or, if CAPPED, its tanh to those units
     """
     step = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PADDED)[None, :]
@@ -278,6 +285,8 @@ def attend(
                 k = tl.load(keys + at, mask=dim < HEAD_DIM, other=0.0)
                 v = tl.load(values + at, mask=dim < HEAD_DIM, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if CAPPED:
+            scores = 1 - 2 / (1 + tl.exp2(scores * cap_scale))  # tanh(x) = 1 − 2 / (1 + e^2x)
         if MASKED:
             seen = key_position[None, :] <= position[:, None]
             if WINDOWED:
