@@ -13,6 +13,7 @@ from command_line import llmq
 from llmq.errors import LlmqError
 from llmq.quant.backends import BACKENDS, Backend, environment, find_backend
 from llmq.quant.backends.driver import run_worker
+from llmq.quant.schemes import Choice
 from llmq.scheme import Scheme
 
 BACKEND = BACKENDS["gptqmodel"]
@@ -189,5 +190,5 @@ def test_what_a_backend_cannot_do_is_refused_with_what_it_can(
     name: str, method: str, scheme: Scheme, format: str, hint: str
 ) -> None:
     with pytest.raises(LlmqError) as caught:
-        find_backend(name).check(method, scheme, format, "cpu")
+        find_backend(name).check(Choice(scheme, method, format), "cpu")
     assert hint in str(caught.value.hint)

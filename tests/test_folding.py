@@ -9,7 +9,6 @@ import torch
 from tiny_models import VARIANTS, save_variant
 
 from llmq.quant.activations import HiddenStates
-from llmq.quant.folding import apply, linear_folds, norm_folds
 from llmq.quant.methods import awq, smoothquant
 from llmq.runtime.decoder import CausalAttention, Decoder
 from llmq.runtime.loader import Source, load_decoder, open_source

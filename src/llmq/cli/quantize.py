@@ -13,6 +13,7 @@ from llmq import memory
 from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
+from llmq.quant.backends import BACKENDS, NATIVE, preferences
 from llmq.quant.options import ACT_ORDERS, DEFAULTS, Calibration, Rule
 from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, choose
 from llmq.scheme import BITS, GROUP_SIZES, INT
@@ -61,6 +62,9 @@ def quantize(
     calib_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = _CALIBRATION.samples,
     calib_seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = _CALIBRATION.seqlen,
     device: options.Device = DEFAULTS.device,
+    backend: Annotated[
+        str, typer.Option(help=f"Whose quantizer: {', '.join((NATIVE, *BACKENDS))}; see llmq backends.")
+    ] = DEFAULTS.backend,
     revision: options.Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     json: options.Json = False,
@@ -69,6 +73,7 @@ def quantize(
 
     llmq quantize demo -o demo-w4 --scheme w4a16 --method gptq
     """
+    method, format = preferences(backend, method, format)
     choice = choose(scheme, method, format, bits=bits, group_size=group_size, symmetric=sym)
     calibration = Calibration(calib_data, calib_samples, calib_seqlen)
     rules = [Rule.parse(text) for text in override or ()]
@@ -101,6 +106,7 @@ def quantize(
             act_order=act_order,
             alpha=_alpha(alpha),
             device=device,
+            backend=backend,
             revision=revision,
             overwrite=overwrite,
             progress=progress,

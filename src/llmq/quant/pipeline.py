@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import USAGE, LlmqError
 from llmq.quant.activations import HiddenStates, NotFinite
 from llmq.quant.affine import MAX_WEIGHT, energy, group_blocks
+from llmq.quant.backends import NATIVE, find_backend, preferences
+from llmq.quant.backends.environment import python_of
+from llmq.quant.backends.run import run_backend
 from llmq.quant.calibration import draw_windows
 from llmq.quant.check import check_generates
 from llmq.quant.folding import linear, round_inputs
@@ -55,6 +59,7 @@ def quantize(
     act_order: str = DEFAULTS.act_order,
     alpha: float | str | None = DEFAULTS.alpha,
     device: str = DEFAULTS.device,
+    backend: str = DEFAULTS.backend,
     revision: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -69,13 +74,14 @@ def quantize(
     output = Path(output)
     rules = [*(overrides or {}).items(), *((pattern, None) for pattern in ignore)]
     options = QuantizeOptions(
-        choose(scheme, method, format),
+        choose(scheme, *preferences(backend, method, format)),
         calibration,
         tuple(Rule(pattern, exception) for pattern, exception in rules),
         clip,
         act_order,
         alpha,
         device,
+        backend,
     )
     folders.check_output(output, overwrite=overwrite)
     job = _prepare(model, folders.resolve(model, revision), options)
@@ -96,11 +102,15 @@ def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) 
     changed: dict[str, Tensor] = {}
     with folders.write_folder(output, overwrite=overwrite) as partial, torch.inference_mode(), _full_fp32():
         writer = ShardWriter(partial)
-        for weight, layer in job.quantized_layers(changed):
+        tell = progress or (lambda done, total, what: None)
+        if job.options.backend == NATIVE:
+            made = job.quantized_layers(changed)
+        else:
+            made = job.layers_by_backend(changed, partial, lambda stage: tell(0, len(job.schemes), stage))
+        for weight, layer in made:
             writer.add_all(job.format.pack(layer.name, weight))
             layers.append(layer)
-            if progress is not None:
-                progress(len(layers), len(job.schemes), layer.name)
+            tell(len(layers), len(job.schemes), layer.name)
         for name in job.kept_tensors:
             tensor = job.source.tensors.load(name)
             writer.add(name, changed[name].to(tensor.dtype) if name in changed else tensor)
@@ -184,6 +194,27 @@ class Job:
         if HEAD in self.schemes:
             weight = self.source.load(f"{HEAD}.weight").float()
             yield from self._round({HEAD: weight}, states.head_moment(self.source))
+
+    def layers_by_backend(
+        self, changed: dict[str, Tensor], folder: Path, on_stage: Callable[[str], None]
+    ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
+        """Have the backend do the work, in a folder within ``folder``. What it hands back stands for itself: of layers
+        that it has scaled as well as rounded, nothing says how much of the difference is which."""
+        options, backend = self.options, find_backend(self.options.backend)
+        assert self.windows is not None
+        with TemporaryDirectory(dir=folder, prefix=".backend-") as scratch:
+            written = run_backend(
+                backend, self.folder, options.choice, self.windows, self.source.device, Path(scratch), on_stage
+            )
+            if options.choice.method == AWQ:
+                changed |= {name: written.tensors.load(name) for name in self.kept_tensors if name in written.tensors}
+            for name, scheme in self.schemes.items():
+                quantized = written.layer(name, _shape(name, self.source.tensors), scheme)
+                weight = self.source.tensors.load(f"{name}.weight").float()
+                plain = rtn.quantize_weight(weight, scheme)
+                errors = [energy(rounded.dequantize().sub_(weight), None) for rounded in (quantized, plain)]
+                error, rtn_error = (each / (energy(weight, None) or 1.0) for each in errors)
+                yield quantized, LayerReport(name, options.choice.method, str(scheme), error, rtn_error)
 
     def _fold(self, prefix: str, block: DecoderLayer, states: HiddenStates) -> dict[str, Tensor]:
         """Scale channels of ``block`` as the method does. Returns what changed beside the linears to be quantized."""
@@ -276,6 +307,8 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         )
     if options.choice.method == BNB:
         bnb.check_installed()
+    if options.backend != NATIVE:
+        python_of(find_backend(options.backend))
     every = [f"{block_name(layer)}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
     wanted = _wanted(every, options)
     if HEAD in wanted and config.tied_embeddings:

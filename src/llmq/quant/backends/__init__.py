@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmq.errors import USAGE, LlmqError
-from llmq.scheme import INT, WHOLE_ROW, Scheme
+from llmq.quant.schemes import Choice
+from llmq.scheme import INT, WHOLE_ROW
 
 NATIVE = "native"
 
@@ -43,13 +44,14 @@ class Backend:
     symmetric: bool | None = None
     note: str = ""
 
-    def check(self, method: str, scheme: Scheme, format: str, device: str) -> None:
+    def check(self, choice: Choice, device: str) -> None:
         """Raise LlmqError unless the backend does what is asked."""
+        scheme = choice.scheme
         asked = (
-            (method, self.methods, "--method"),
+            (choice.method, self.methods, "--method"),
             (scheme.bits, self.bits, "--bits"),
-            (format, self.formats, "--format"),
-            (device, self.devices, "--device"),
+            (choice.format, self.formats, "--format"),
+            (device, (*self.devices, "auto"), "--device"),
         )
         for value, offered, flag in asked:
             if value not in offered:
@@ -86,6 +88,14 @@ BACKENDS = {
         ),
     )
 }  # fmt: skip
+
+
+def preferences(backend: str, method: str | None, format: str | None) -> tuple[str | None, str | None]:
+    """Method and format as they are asked for, or else the backend's own."""
+    if backend == NATIVE:
+        return method, format
+    own = find_backend(backend)
+    return method or own.methods[0], format or own.formats[0]
 
 
 def find_backend(name: str) -> Backend:

@@ -52,7 +52,7 @@ def auto_gptq(request: dict[str, Any], windows: list[list[int]], tell: Tell) -> 
     config = BaseQuantizeConfig(
         bits=request["bits"], group_size=request["group_size"], sym=request["symmetric"], desc_act=False
     )
-    model = AutoGPTQForCausalLM.from_pretrained(request["model"], config, torch_dtype=torch.float32)
+    model = AutoGPTQForCausalLM.from_pretrained(request["model"], config, torch_dtype=torch.float16)
     torch.cuda.is_available = lambda: False
     tell("quantizing")
     examples = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
