@@ -43,7 +43,7 @@ def write(folder: Path, weight: QuantizedWeight, config: gptq.Gptq) -> Tensors:
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.builds(Scheme, st.sampled_from((4, 8)), st.sampled_from((32, 64, -1)), st.booleans()),
+    st.builds(Scheme, st.sampled_from((2, 3, 4, 8)), st.sampled_from((32, 64, -1)), st.booleans()),
     st.sampled_from((32, 96)),
     st.sampled_from((64, 192)),
     st.integers(0, 1000),
@@ -93,6 +93,45 @@ def test_groups_scattered_by_activation_order_are_read(tmp_path: Path, version: 
     assert restored.group_index is not None
     assert torch.equal(restored.group_index, scattered)
     assert torch.equal(restored.dequantize(), weight.dequantize())
+
+
+def test_three_bits_are_where_auto_gptq_has_them(tmp_path: Path) -> None:
+    """32 codes in three words: 10 and 21 stand in two, low bits first."""
+    scheme = Scheme(3, 32)
+    weight = random_quantized(scheme, 32, 32, 0)
+    qweight = write(tmp_path, weight, gptq.Gptq(scheme, gptq.V1)).load(f"{NAME}.qweight")
+    assert qweight.shape == (3, 32)
+    codes, (w0, w1, w2) = weight.codes[5].tolist(), (int(word) % 2**32 for word in qweight[:, 5])
+    assert [w0 >> 3 * i & 7 for i in range(10)] == codes[:10]
+    assert w0 >> 30 | (w1 & 1) << 2 == codes[10]
+    assert [w1 >> 3 * i + 1 & 7 for i in range(10)] == codes[11:21]
+    assert w1 >> 31 | (w2 & 3) << 1 == codes[21]
+    assert [w2 >> 3 * i + 2 & 7 for i in range(10)] == codes[22:]
+
+
+@pytest.mark.parametrize("stored", [0xFFFFFFFF, 0x7777777F, 0x67777F77], ids=hex)
+def test_zero_points_of_0_in_version_1_are_refused(tmp_path: Path, stored: int) -> None:
+    """Stored less one, they wrap in their field, or borrow from the next: programs differ, and nothing says which."""
+    scheme = Scheme(4, 32, False)
+    weight, config = random_quantized(scheme, 32, 32, 0), gptq.Gptq(scheme, gptq.V1)
+    writer = ShardWriter(tmp_path)
+    for name, tensor in config.pack(NAME, weight):
+        if name.endswith("qzeros"):
+            tensor = torch.full_like(tensor, stored - 2**32 if stored >= 2**31 else stored)
+        writer.add(name, tensor)
+    writer.close()
+    with pytest.raises(LlmqError, match="zero points of 0") as caught:
+        config.unpack(NAME, Tensors(tmp_path))
+    assert caught.value.hint
+
+
+def test_version_2_holds_zero_points_of_0(tmp_path: Path) -> None:
+    scheme = Scheme(4, 32, False)
+    weight = random_quantized(scheme, 32, 32, 0)
+    zeros = torch.zeros_like(weight.zero_points)
+    weight = QuantizedWeight(scheme, weight.codes, weight.scales, zeros)
+    config = gptq.Gptq.for_schemes({NAME: scheme})
+    assert torch.equal(config.unpack(NAME, write(tmp_path, weight, config)).zero_points, zeros)
 
 
 def test_symmetric_weights_are_version_1_and_asymmetric_ones_version_2() -> None:

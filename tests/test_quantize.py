@@ -23,8 +23,9 @@ from llmq.quant import activations, pipeline
 from llmq.quant.activations import HiddenStates
 from llmq.quant.calibration import draw_windows
 from llmq.quant.methods import gptq
-from llmq.quant.options import GPTQ, METHODS, RTN, Calibration
+from llmq.quant.options import Calibration
 from llmq.quant.report import QuantizationReport
+from llmq.quant.schemes import AWQ, GPTQ, RTN, SMOOTHQUANT
 from llmq.runtime.decoder import CausalAttention, DecoderLayer
 from llmq.runtime.loader import load_decoder, load_layer, open_source
 from llmq.scheme import Scheme
@@ -74,13 +75,20 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("method", METHODS)
+W8, W8A8, FP8 = Scheme(8, 32), Scheme(8, -1, activation_bits=8), Scheme(8, -1, number="e4m3", activation_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme"),
+    [(RTN, W8), (GPTQ, W8), (AWQ, W8), (SMOOTHQUANT, W8A8)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_architecture_computes_nearly_the_same_in_8_bits(
-    tmp_path: Path, variant: str, method: str, calibration: Calibration
+    tmp_path: Path, variant: str, method: str, scheme: Scheme, calibration: Calibration
 ) -> None:
     source, output = save_variant(tmp_path / "model", variant), tmp_path / "out"
-    quantize(str(source), output, method=method, scheme=Scheme(8, 32), calibration=calibration, device="cpu")
+    quantize(str(source), output, method=method, scheme=scheme, calibration=calibration, device="cpu")
     ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
     before, after = logits(source, ids), logits(output, ids)
     # A token on the border between two experts may be sent to the other one.
@@ -107,7 +115,7 @@ def test_routers_stay_as_they_are(tmp_path: Path) -> None:
 def test_gptq_keeps_the_outputs_closer_than_rtn(tmp_path: Path, tiny: Path, text: Path) -> None:
     unseen = draw_windows(tiny, read_config(tiny), Calibration(str(text), samples=8, seqlen=128, seed=1))
     before, losses = logits(tiny, unseen), {}
-    for method in METHODS:
+    for method in (RTN, GPTQ):
         calibration = Calibration(str(text), samples=16, seqlen=128)
         quantize(str(tiny), tmp_path / method, method=method, scheme=W4, calibration=calibration, device="cpu")
         losses[method] = float((logits(tmp_path / method, unseen) - before).square().mean())
@@ -196,7 +204,7 @@ def test_configs_say_how_it_was_quantized_and_no_file_says_where(
     card = (output / "README.md").read_text()
     for fact in ("license: apache-2.0", "base model | base", "int8 g64 asym", "8 windows of 64 tokens", "q_proj"):
         assert fact in card
-    assert "llmq quantize base -o out --method gptq --bits 8 --group-size 64 --asym" in card
+    assert "llmq quantize base -o out --scheme w8a16 --group-size 64 --asym --method gptq" in card
     for path in output.iterdir():
         assert b"secret-place" not in path.read_bytes(), path.name
 
@@ -219,7 +227,7 @@ def test_micro_batches_of_any_size_give_the_same_hessian(tiny: Path, monkeypatch
             states = HiddenStates(source, windows)
             assert all(len(batch) <= max(tokens, 64) for batch in states.inputs)
             states.mix(block)
-            seen.append(states.second_moment(block, "mlp.down_proj", "down"))
+            seen.append(states.second_moments(block, ["mlp.down_proj"], "")["mlp.down_proj"])
     torch.testing.assert_close(seen[0], seen[2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(seen[1], seen[2], rtol=1e-4, atol=1e-4)
 
@@ -237,7 +245,7 @@ def test_hessians_are_those_of_the_inputs_that_layers_have_in_the_model(tiny: Pa
         model(windows.flatten(), torch.arange(32).repeat(2), CausalAttention(32))
         hook.remove()
         expected = 2 / windows.numel() * inputs[0].t() @ inputs[0]
-        torch.testing.assert_close(states.second_moment(block, linear, linear), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(states.second_moments(block, [linear], "")[linear], expected, rtol=1e-4, atol=1e-4)
 
     with torch.inference_mode():
         for block in model.layers:
@@ -290,10 +298,10 @@ def test_a_layer_whose_hessian_cannot_be_used_is_rounded_and_named(
 ) -> None:
     original = gptq.quantize_weight
 
-    def refuse_down(weight: torch.Tensor, scheme: Scheme, hessian: torch.Tensor) -> object:
+    def refuse_down(weight: torch.Tensor, scheme: Scheme, hessian: torch.Tensor, act_order: str) -> object:
         if weight.shape[1] == 256:
             raise gptq.NotPositiveDefinite
-        return original(weight, scheme, hessian)
+        return original(weight, scheme, hessian, act_order)
 
     monkeypatch.setattr(gptq, "quantize_weight", refuse_down)
     report = quantize(str(tiny), tmp_path / "out", scheme=W4, calibration=calibration, device="cpu")
@@ -328,18 +336,29 @@ def test_an_output_that_exists_is_kept(tmp_path: Path, tiny: Path) -> None:
     assert (tmp_path / "out" / "mine").read_text() == "precious"
 
 
-def test_a_group_that_does_not_divide_a_layer(tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "model", intermediate_size=224)
-    error = refused("groups of 128 do not divide the 224 inputs of .*down_proj", source, tmp_path / "out")
+@pytest.mark.parametrize(("width", "reason"), [(224, "has 224 inputs, which groups of 128"), (240, "multiples of 32")])
+def test_a_layer_that_scheme_or_format_cannot_hold_stays_as_it_is_and_is_named(
+    tmp_path: Path, width: int, reason: str
+) -> None:
+    source = save_tiny(tmp_path / "model", intermediate_size=width)
+    scheme = Scheme(4, 128 if width == 224 else -1)
+    report = quantize(str(source), tmp_path / "out", method=RTN, scheme=scheme, ignore=["up_proj"], device="cpu")
+    kept = [f"model.layers.{layer}.mlp.{name}" for layer in (0, 1) for name in ("gate_proj", "down_proj")]
+    kept = [name for name in kept if width == 240 or "down" in name]
+    assert all(name in report.left_out for name in kept)
+    assert all(
+        any(name in warning for warning in report.warnings if reason in warning or width == 240) for name in kept
+    )
+    before, after = weights(source), weights(tmp_path / "out")
+    assert all(torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) for name in kept)
+    ids = torch.randint(0, 256, (1, 8), generator=torch.Generator().manual_seed(0))
+    assert logits(tmp_path / "out", ids).isfinite().all()
+
+
+def test_a_model_of_which_no_layer_fits(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model", hidden_size=96, intermediate_size=160, head_dim=24)
+    error = refused("no layer can be quantized: .* has 96 inputs, which groups of 128", source, tmp_path / "out")
     assert "--group-size 32, -1" in str(error.hint)
-    assert "--ignore down_proj" in str(error.hint)
-    quantize(str(source), tmp_path / "out", method=RTN, ignore=["down_proj"], device="cpu")
-
-
-def test_a_layer_that_the_format_cannot_pack(tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "model", intermediate_size=240)
-    error = refused("multiples of 32", source, tmp_path / "out", scheme=Scheme(4, -1))
-    assert "--ignore" in str(error.hint)
 
 
 def test_a_model_that_is_quantized_already(tmp_path: Path, tiny: Path) -> None:
@@ -348,7 +367,7 @@ def test_a_model_that_is_quantized_already(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_an_ignore_that_matches_nothing(tmp_path: Path, tiny: Path) -> None:
-    assert refused("--ignore dwon_proj matches no layer", tiny, tmp_path / "out", ignore=["dwon_proj"]).exit_code == 2
+    assert refused("dwon_proj matches no layer", tiny, tmp_path / "out", ignore=["dwon_proj"]).exit_code == 2
     assert refused("not a regular expression", tiny, tmp_path / "out", ignore=["re:("]).exit_code == 2
     refused("nothing is left", tiny, tmp_path / "out", ignore=["mlp", "self_attn"], scheme=W4)
 

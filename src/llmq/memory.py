@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import USAGE, LlmqError
 from llmq.plan import layer_groups
-from llmq.scheme import Scheme
+from llmq.scheme import E4M3, FP4, NF4, WHOLE_TENSOR, Scheme
 
 if TYPE_CHECKING:  # the formulas read its numbers; the module stays below the checkpoint package
     from llmq.checkpoint.config import ModelConfig
@@ -19,7 +19,11 @@ if TYPE_CHECKING:  # the formulas read its numbers; the module stays below the c
 RESERVED_BLOCKS = 1
 """Block 0 of every pool is where padding rows read and write; no sequence ever owns it."""
 SCALE_BYTES = 2
+ABSMAX_BYTES = 4
+TABLE_BYTES = 16 * 4
+SHAPE_BYTES = 2 * 8
 GROUP_INDEX_BYTES = 4
+GPTQ_BITS = (2, 3, 4, 8)
 MAX_BYTES = 2**63
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base ** (power + 1)
@@ -90,14 +94,21 @@ def pool_blocks(budget: int, config: ModelConfig, block_size: int, dtype_bytes: 
 
 
 def linear_bytes(out_features: int, in_features: int, scheme: Scheme | None, dtype_bytes: int) -> int:
-    """One linear layer; in a scheme: codes, fp16 scales, zero points and group index, as GPTQ has them."""
-    weights = out_features * in_features
+    """One linear layer; in a scheme, as it is stored: integers with 16-bit activations in GPTQ, or compressed-tensors
+    where GPTQ has none such; 8-bit activations and e4m3 in that too; nf4 and fp4 in bitsandbytes."""
     if scheme is None or not scheme.divides(in_features):
-        return weights * dtype_bytes
-    groups = scheme.num_groups(in_features)
-    codes = weights * scheme.bits // 8
-    zero_points = groups * out_features * scheme.bits // 8
-    return codes + zero_points + groups * out_features * SCALE_BYTES + in_features * GROUP_INDEX_BYTES
+        return out_features * in_features * dtype_bytes
+    one_scale = scheme.group_size == WHOLE_TENSOR
+    groups = 1 if one_scale else scheme.num_groups(in_features) * out_features
+    codes = out_features * -(-in_features * scheme.bits // 32) * 4
+    if scheme.number in (NF4, FP4):
+        return codes + groups * ABSMAX_BYTES + TABLE_BYTES
+    if scheme.number == E4M3 or scheme.activation_bits == 8:
+        return codes + groups * SCALE_BYTES
+    zero_points = 1 if one_scale else groups * scheme.bits // 8
+    if scheme.bits in GPTQ_BITS and not one_scale:
+        return codes + zero_points + groups * SCALE_BYTES + in_features * GROUP_INDEX_BYTES
+    return codes + (not scheme.symmetric) * zero_points + groups * SCALE_BYTES + SHAPE_BYTES
 
 
 def block_linear_bytes(config: ModelConfig, scheme: Scheme | None, dtype_bytes: int) -> int:

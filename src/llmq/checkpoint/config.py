@@ -23,6 +23,8 @@ ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu
 """The names of config.json for what gates the MLP."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 """The kinds of layers, as ``layer_types`` names them."""
+SEPARATE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
+"""Files that say what config.json has as ``quantization_config``, and the method that they may not name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     quantization: Mapping[str, Any] | None
-    """``quantization_config`` as it stands in config.json; ``checkpoint.formats`` reads it."""
+    """``quantization_config`` as the folder has it; ``checkpoint.formats`` reads it."""
     names: LinearNames = LinearNames()
     experts: Experts | None = None
     activation: Activation = "silu"
@@ -319,7 +321,7 @@ def read_config(folder: Path) -> ModelConfig:
         dtype=dtype,
         bos_token_id=raw.bos_token_id,
         eos_token_ids=_read_eos(folder, raw),
-        quantization=raw.quantization_config,
+        quantization=raw.quantization_config or _separate_quantization(folder),
         names=architecture.names,
         experts=_read_experts(model_type, raw) if model_type in ("mixtral", "qwen3_moe") else None,
         activation=ACTIVATIONS[activation],
@@ -354,6 +356,14 @@ def _architecture(folder: Path, names: object) -> Architecture:
             f"{folder}: the architecture {names[0]} is not supported", f"llmq runs {', '.join(ARCHITECTURES)}"
         )
     return found
+
+
+def _separate_quantization(folder: Path) -> Mapping[str, Any] | None:
+    """What AutoAWQ's and AutoGPTQ's own folders say in a file beside config.json, in place of it."""
+    for name, method in SEPARATE.items():
+        if (folder / name).exists():
+            return {"quant_method": method, **read_json(folder / name)}
+    return None
 
 
 def _layer_kinds(model_type: str, raw: _Raw) -> tuple[str, ...]:

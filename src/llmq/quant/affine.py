@@ -38,14 +38,14 @@ def fit_grid(weight: Tensor, scheme: Scheme, curvature: Tensor | None = None) ->
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if scheme.group_size == WHOLE_TENSOR:
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)
-    scales, zeros = _grid(low, high, scheme)
+    scales, zeros = grid_between(low, high, scheme)
     if curvature is None:
         return scales, zeros
     if curvature.dim() == 1:
         curvature = curvature.view(groups.shape[1:])
     least = _loss(groups, scales, zeros, scheme, curvature)
     for share in CLIPS:
-        finer, moved = _grid(low * share, high * share, scheme)
+        finer, moved = grid_between(low * share, high * share, scheme)
         loss = _loss(groups, finer, moved, scheme, curvature)
         better = loss < least
         least = torch.where(better, loss, least)
@@ -61,16 +61,21 @@ def group_blocks(hessian: Tensor, scheme: Scheme) -> Tensor:
     )
 
 
-def _grid(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    most = torch.maximum(-low, high)
-    if scheme.number == E4M3:
-        scales = _ceil_fp16(most / MAX_E4M3)
-    else:
-        scales = _ceil_fp16((2 * most if scheme.symmetric else high - low) / scheme.max_code)
-    scales = torch.where(most == 0, torch.ones_like(scales), scales)
+def grid_between(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scales fp16 and zero points uint8 of the grids that span ``low`` to ``high``, at most and at least 0: as both."""
+    step = step_between(low, high, scheme)
+    scales = torch.where(step == 0, torch.ones_like(step, dtype=torch.float16), _ceil_fp16(step))
     if scheme.symmetric:
         return scales, torch.full_like(scales, scheme.middle_code, dtype=torch.uint8)
     return scales, (-low / scales.float()).round().clamp(0, scheme.max_code).to(torch.uint8)
+
+
+def step_between(low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
+    """A grid's scale before it is rounded to fp16, fp32."""
+    most = torch.maximum(-low, high)
+    if scheme.number == E4M3:
+        return most / MAX_E4M3
+    return (2 * most if scheme.symmetric else high - low) / scheme.max_code
 
 
 def _loss(groups: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme, curvature: Tensor) -> Tensor:

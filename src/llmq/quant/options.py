@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from llmq.errors import USAGE, LlmqError
-from llmq.quant.backends import NATIVE, find_backend
+from llmq.quant.backends import NATIVE, Backend, third_party
 from llmq.quant.schemes import GPTQ, PRESETS, RTN, SMOOTHQUANT, Choice, choose
 from llmq.scheme import Scheme
 
@@ -125,10 +125,15 @@ class QuantizeOptions:
         for rule in self.rules:
             if rule.scheme is not None:
                 choose(rule.scheme, method)
-        if self.backend != NATIVE:
+        if self.third_party is not None:
             if self.rules:
                 raise LlmqError("backends treat all layers alike", "leave --override and --ignore out", exit_code=USAGE)
-            find_backend(self.backend).check(self.choice, self.device)
+            self.third_party.check(self.choice, self.device)
+
+    @property
+    def third_party(self) -> Backend | None:
+        """The backend in an environment of its own that does the work, if it is not llmq."""
+        return third_party(self.backend)
 
 
 DEFAULTS = QuantizeOptions()

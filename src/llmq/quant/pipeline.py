@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,18 +27,18 @@ from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import USAGE, LlmqError
 from llmq.quant.activations import HiddenStates, NotFinite
 from llmq.quant.affine import MAX_WEIGHT, energy, group_blocks
-from llmq.quant.backends import NATIVE, find_backend, preferences
+from llmq.quant.backends import Backend, preferences
 from llmq.quant.backends.environment import python_of
 from llmq.quant.backends.run import run_backend
 from llmq.quant.calibration import draw_windows
 from llmq.quant.check import check_generates
 from llmq.quant.folding import linear, round_inputs
-from llmq.quant.methods import awq, bnb, gptq, rtn, smoothquant
+from llmq.quant.methods import autoround, awq, bnb, gptq, rtn, smoothquant
 from llmq.quant.options import DEFAULTS, Calibration, QuantizeOptions, Rule
 from llmq.quant.report import LayerReport, QuantizationReport, model_card
-from llmq.quant.schemes import AWQ, BNB, CALIBRATED, GPTQ, RTN, SMOOTHQUANT, choose
+from llmq.quant.schemes import AUTOROUND, AWQ, BNB, CALIBRATED, GPTQ, RTN, SMOOTHQUANT, choose
 from llmq.runtime.decoder import DecoderLayer
-from llmq.runtime.device import peak_memory_bytes, resolve_device, resolve_dtype
+from llmq.runtime.device import peak_memory_bytes, peak_memory_of_children, resolve_device, resolve_dtype
 from llmq.runtime.loader import HEAD, Source, block_name, load_layer
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
@@ -100,13 +101,14 @@ def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) 
     started = time.monotonic()
     layers: list[LayerReport] = []
     changed: dict[str, Tensor] = {}
-    with folders.write_folder(output, overwrite=overwrite) as partial, torch.inference_mode(), _full_fp32():
+    with folders.write_folder(output, overwrite=overwrite) as partial, torch.no_grad(), _full_fp32():
         writer = ShardWriter(partial)
         tell = progress or (lambda done, total, what: None)
-        if job.options.backend == NATIVE:
+        backend = job.options.third_party
+        if backend is None:
             made = job.quantized_layers(changed)
         else:
-            made = job.layers_by_backend(changed, partial, lambda stage: tell(0, len(job.schemes), stage))
+            made = job.layers_by(backend, changed, partial, lambda stage: tell(0, len(job.schemes), stage))
         for weight, layer in made:
             writer.add_all(job.format.pack(layer.name, weight))
             layers.append(layer)
@@ -179,48 +181,62 @@ class Job:
                 weight = self.source.tensors.load(f"{name}.weight", self.source.device)
                 yield from self._round({name: weight.float()}, None)
             return
-        states = HiddenStates(self.source, self.windows)
         config = self.source.config
+        states = HiddenStates(self.source, self.windows)
+        # As they pass the model that is quantized: what learned rounding brings the others back to.
+        original = states.sample(states.tokens) if self.options.choice.method == AUTOROUND else None
         for number in range(config.num_layers):
             prefix, block = block_name(number), load_layer(self.source, number)
+            learned: Mapping[str, QuantizedWeight] = {}
+            if original is not None:
+                original.mix(block)
+                original.finish(block)
+                seed = self.options.calibration.seed
+                learned = autoround.quantize_block(block, self._local(prefix), states, original.inputs, seed=seed)
             for name, tensor in self._fold(prefix, block, states).items():
                 changed[f"{prefix}.{name}"] = tensor
             for stage in config.linear_stages:
                 if stage.half == "finish" and not states.mixed:
                     states.mix(block)
-                yield from self._quantize_stage(prefix, block, stage, states)
+                yield from self._quantize_stage(prefix, block, stage, states, learned)
             if number + 1 < config.num_layers or HEAD in self.schemes:
                 states.finish(block)
         if HEAD in self.schemes:
             weight = self.source.load(f"{HEAD}.weight").float()
             yield from self._round({HEAD: weight}, states.head_moment(self.source))
 
-    def layers_by_backend(
-        self, changed: dict[str, Tensor], folder: Path, on_stage: Callable[[str], None]
+    def layers_by(
+        self, backend: Backend, changed: dict[str, Tensor], folder: Path, on_stage: Callable[[str], None]
     ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Have the backend do the work, in a folder within ``folder``. What it hands back stands for itself: of layers
+        """Have ``backend`` do the work, in a folder within ``folder``. What it hands back stands for itself: of layers
         that it has scaled as well as rounded, nothing says how much of the difference is which."""
-        options, backend = self.options, find_backend(self.options.backend)
-        assert self.windows is not None
+        options, windows = self.options, self.windows
+        assert windows is not None
         with TemporaryDirectory(dir=folder, prefix=".backend-") as scratch:
             written = run_backend(
-                backend, self.folder, options.choice, self.windows, self.source.device, Path(scratch), on_stage
+                backend, self.folder, options.choice, windows, self.source.device, Path(scratch), on_stage
             )
             if options.choice.method == AWQ:
                 changed |= {name: written.tensors.load(name) for name in self.kept_tensors if name in written.tensors}
             for name, scheme in self.schemes.items():
                 quantized = written.layer(name, _shape(name, self.source.tensors), scheme)
                 weight = self.source.tensors.load(f"{name}.weight").float()
-                plain = rtn.quantize_weight(weight, scheme)
-                errors = [energy(rounded.dequantize().sub_(weight), None) for rounded in (quantized, plain)]
-                error, rtn_error = (each / (energy(weight, None) or 1.0) for each in errors)
+                plain, whole = rtn.quantize_weight(weight, scheme), energy(weight, None) or 1.0
+                error, rtn_error = (
+                    nan if options.choice.method == AWQ else energy(each.dequantize().sub_(weight), None) / whole
+                    for each in (quantized, plain)
+                )
                 yield quantized, LayerReport(name, options.choice.method, str(scheme), error, rtn_error)
+
+    def _local(self, prefix: str) -> dict[str, Scheme]:
+        """The schemes of the layers of a block that are to be quantized, by their names within it."""
+        names = {name: f"{prefix}.{name}" for name in self.source.config.linears}
+        return {name: self.schemes[full] for name, full in names.items() if full in self.schemes}
 
     def _fold(self, prefix: str, block: DecoderLayer, states: HiddenStates) -> dict[str, Tensor]:
         """Scale channels of ``block`` as the method does. Returns what changed beside the linears to be quantized."""
         config, method, alpha = self.source.config, self.options.choice.method, self.options.alpha
-        names = {name: f"{prefix}.{name}" for name in config.linears}
-        schemes = {name: self.schemes[full] for name, full in names.items() if full in self.schemes}
+        schemes = self._local(prefix)
         if method == AWQ:
             return awq.fold(block, config, states, schemes)
         if method == SMOOTHQUANT:
@@ -229,7 +245,12 @@ class Job:
         return {}
 
     def _quantize_stage(
-        self, prefix: str, block: DecoderLayer, stage: LinearStage, states: HiddenStates
+        self,
+        prefix: str,
+        block: DecoderLayer,
+        stage: LinearStage,
+        states: HiddenStates,
+        learned: Mapping[str, QuantizedWeight],
     ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
         """Quantize those layers of ``stage`` that are to be, in ``block`` too: what follows sees what was lost."""
         wanted = [[name for name in group if f"{prefix}.{name}" in self.schemes] for group in stage.groups]
@@ -240,7 +261,8 @@ class Job:
         for group in groups:
             modules = {f"{prefix}.{name}": linear(block, name) for name in group}
             weights = {name: module.weight.float() for name, module in modules.items()}
-            for quantized, report in self._round(weights, hessians.pop(group[0], None)):
+            made = {f"{prefix}.{name}": learned[name] for name in group if name in learned}
+            for quantized, report in self._round(weights, hessians.pop(group[0], None), made):
                 module = modules[report.name]
                 module.weight.copy_(quantized.dequantize())
                 if quantized.scheme.activation_bits == 8:
@@ -248,12 +270,12 @@ class Job:
                 yield quantized, report
 
     def _round(
-        self, weights: Mapping[str, Tensor], hessian: Tensor | None
+        self, weights: Mapping[str, Tensor], hessian: Tensor | None, made: Mapping[str, QuantizedWeight] | None = None
     ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Round ``weights``, fp32 by the names of their layers, whose inputs are the same."""
+        """Round ``weights``, fp32 by the names of their layers, whose inputs are the same; or take what is ``made``."""
         for name, weight in weights.items():
             _check_finite(name, weight)
-        method, made = self.options.choice.method, self._made(weights, hessian)
+        method, made = self.options.choice.method, made or self._made(weights, hessian)
         for name, weight in weights.items():
             plain = made[name] if method == BNB else rtn.quantize_weight(weight, self.schemes[name])
             used, quantized = (method, made[name]) if name in made else (RTN, plain)
@@ -266,31 +288,32 @@ class Job:
     def _made(self, weights: Mapping[str, Tensor], hessian: Tensor | None) -> dict[str, QuantizedWeight]:
         """What the method's rounding makes of ``weights``; nothing where it has to give up."""
         method, schemes = self.options.choice.method, self.schemes
-        if method == GPTQ and hessian is not None:
-            together: dict[Scheme, list[str]] = {}
-            for name in weights:
-                together.setdefault(schemes[name], []).append(name)
-            made: dict[str, QuantizedWeight] = {}
-            with suppress(gptq.NotPositiveDefinite):
-                for scheme, names in together.items():
-                    layers = [weights[name] for name in names]
-                    rounded = gptq.quantize_weights(layers, scheme, hessian, self.options.act_order)
-                    made |= zip(names, rounded, strict=True)
-            return made
+        if method == GPTQ:
+            return {} if hessian is None else self._made_by_gptq(weights, hessian)
         if method == BNB:
             return {name: bnb.quantize_weight(weight, schemes[name]) for name, weight in weights.items()}
         return {
-            name: rtn.quantize_weight(weight, schemes[name], self._clipping(name, schemes[name], hessian))
+            name: rtn.quantize_weight(weight, schemes[name], self._clipping(name, weight, hessian))
             for name, weight in weights.items()
         }
 
-    def _clipping(self, name: str, scheme: Scheme, hessian: Tensor | None) -> Tensor | None:
+    def _made_by_gptq(self, weights: Mapping[str, Tensor], hessian: Tensor) -> dict[str, QuantizedWeight]:
+        together: dict[Scheme, list[str]] = {}
+        for name in weights:
+            together.setdefault(self.schemes[name], []).append(name)
+        made: dict[str, QuantizedWeight] = {}
+        with suppress(gptq.NotPositiveDefinite):
+            for scheme, names in together.items():
+                layers = [weights[name] for name in names]
+                made |= zip(names, gptq.quantize_weights(layers, scheme, hessian, self.options.act_order), strict=True)
+        return made
+
+    def _clipping(self, name: str, weight: Tensor, hessian: Tensor | None) -> Tensor | None:
         """By what clipping is judged; None: there is none."""
         if self.options.clip:
-            in_features = _shape(name, self.source.tensors)[1]
-            return torch.ones(in_features, device=self.source.device)
+            return weight.new_ones(weight.shape[1])
         if self.options.choice.method == AWQ and hessian is not None and not name.endswith(awq.UNCLIPPED):
-            return group_blocks(hessian, scheme)
+            return group_blocks(hessian, self.schemes[name])
         return None
 
 
@@ -307,8 +330,8 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         )
     if options.choice.method == BNB:
         bnb.check_installed()
-    if options.backend != NATIVE:
-        python_of(find_backend(options.backend))
+    if options.third_party is not None:
+        python_of(options.third_party)
     every = [f"{block_name(layer)}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
     wanted = _wanted(every, options)
     if HEAD in wanted and config.tied_embeddings:
@@ -323,7 +346,8 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
     if not fitting:
         raise LlmqError("every linear layer is ignored: nothing is left to quantize", "ignore fewer by --ignore")
     format_for(options.choice.format, fitting)
-    windows = draw_windows(folder, config, options.calibration) if options.choice.method in CALIBRATED else None
+    calibrated = options.choice.method in CALIBRATED or options.third_party is not None
+    windows = draw_windows(folder, config, options.calibration) if calibrated else None
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
     return Job(
@@ -415,23 +439,27 @@ def _report(
     job: Job, output: Path, layers: Sequence[LayerReport], num_bytes: int, seconds: float
 ) -> QuantizationReport:
     choice, windows, tensors = job.options.choice, job.windows, job.source.tensors
+    native = job.options.third_party is None
+    outputs = native and choice.method in CALIBRATED
     weights = sum(out_features * in_features for out_features, in_features in (_shape(x, tensors) for x in job.schemes))
     return QuantizationReport(
         model=_public_name(job.model),
         output=str(output),
         method=choice.method,
+        backend=job.options.backend,
         format=choice.format,
         scheme=str(choice.scheme),
         device=job.source.device,
         calibration_samples=0 if windows is None else windows.shape[0],
         calibration_seqlen=0 if windows is None else windows.shape[1],
         layers=tuple(layers),
+        error_of="layers' outputs on the calibration text" if outputs else "weights",
         left_out=job.left_out,
         bytes_before=tensors.num_bytes,
         bytes_after=num_bytes,
         effective_bits=8 * job.packed_bytes / weights,
         seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(job.source.device),
+        peak_memory_bytes=peak_memory_bytes(job.source.device) if native else peak_memory_of_children(),
         warnings=tuple(_warnings(job, layers)),
     )
 

@@ -130,7 +130,7 @@ class MixtureOfExperts(nn.Module):
         out = x.new_empty(len(order), x.shape[1])
         for expert, assignments in zip(self.experts, order.split(counts), strict=True):
             if len(assignments):
-                out[assignments] = expert(x[assignments // self.per_token])
+                out[assignments] = expert(x[assignments // self.per_token]).to(x.dtype)  # autocast's is narrower
         # By token again, and summed in one order whatever the batch.
         mixed: Tensor = (out.view(*chosen.shape, -1) * weights[..., None]).sum(1)
         return mixed.to(x.dtype)

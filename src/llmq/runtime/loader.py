@@ -59,6 +59,8 @@ def load_decoder(source: Source) -> Decoder:
     _fill(model.norm, FINAL_NORM, source)
     if source.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+    elif is_packed(source.format, HEAD, source.tensors):
+        model.set_submodule(HEAD, _unpacked(model.lm_head, HEAD, source))
     else:
         _fill(model.lm_head, HEAD, source)
     return model.eval().requires_grad_(False)

@@ -126,7 +126,7 @@ def _fitting(formats: Sequence[str], schemes: Collection[Scheme]) -> str:
     """The hint that names the formats that hold ``schemes``."""
     if not formats:
         return "no format holds them in one folder: choose fewer schemes"
-    return f"{' and '.join(sorted(map(str, schemes)))} fits --format {_listed(formats)}"
+    return f"--format {_listed(formats)} can hold {' and '.join(sorted(map(str, schemes)))}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -44,12 +44,12 @@ from llmq.checkpoint.formats.packed import (
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
+from llmq.memory import GPTQ_BITS
 from llmq.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
 
 
@@ -95,7 +95,7 @@ class Gptq:
         for scheme in schemes:
             if reason := why_not_packed(scheme):
                 return reason
-            if scheme.bits not in BITS:
+            if scheme.bits not in GPTQ_BITS:
                 return f"the GPTQ format holds codes of 2, 3, 4 or 8 bits, and these have {scheme.bits}"
         return None
 

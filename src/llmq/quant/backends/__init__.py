@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmq.errors import USAGE, LlmqError
-from llmq.quant.schemes import Choice
+from llmq.quant.schemes import BNB, Choice
 from llmq.scheme import INT, WHOLE_ROW
 
 NATIVE = "native"
+BITSANDBYTES = "bitsandbytes"
+"""The one library that can share an environment with llmq: a native method calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +92,26 @@ BACKENDS = {
 }  # fmt: skip
 
 
+BACKEND_NAMES = (NATIVE, *BACKENDS, BITSANDBYTES)
+
+
 def preferences(backend: str, method: str | None, format: str | None) -> tuple[str | None, str | None]:
     """Method and format as they are asked for, or else the backend's own."""
-    if backend == NATIVE:
-        return method, format
-    own = find_backend(backend)
-    return method or own.methods[0], format or own.formats[0]
+    if backend == BITSANDBYTES:
+        return method or BNB, format
+    own = third_party(backend)
+    return (method, format) if own is None else (method or own.methods[0], format or own.formats[0])
+
+
+def third_party(name: str) -> Backend | None:
+    """The backend ``--backend NAME``; None where llmq does the work. LlmqError when there is none of that name."""
+    return None if name in (NATIVE, BITSANDBYTES) else find_backend(name)
 
 
 def find_backend(name: str) -> Backend:
-    """The backend ``name``. LlmqError when there is none."""
+    """The backend ``name``, which has an environment of its own. LlmqError when there is none."""
     if name not in BACKENDS:
-        raise LlmqError(
-            f"there is no backend {name!r}", f"choose --backend {_listed((NATIVE, *BACKENDS))}", exit_code=USAGE
-        )
+        raise LlmqError(f"there is no backend {name!r}", f"there are {_listed(BACKEND_NAMES)}", exit_code=USAGE)
     return BACKENDS[name]
 
 

@@ -20,7 +20,7 @@ def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float)
     weight       [hidden], of the type of ``residual`` or fp32
     The mean is fp32; the normalized value is rounded to the wider type of the two before the weight multiplies it.
     """
-    if not runs_triton(residual):
+    if not runs_triton(residual if x is None else x):
         return add_rms_norm_reference(residual, x, weight, eps)
     from llmq.runtime.kernels.norm_triton import add_rms_norm_triton
 
