@@ -173,7 +173,7 @@ def test_the_list_says_what_there_is(cache: Path) -> None:
 def test_an_unknown_backend_is_a_usage_error() -> None:
     done = llmq("backends", "remove", "exllama")
     assert done.code == 2
-    assert "hint: choose" in done.err
+    assert "hint: there are native, auto-gptq" in done.err
 
 
 @pytest.mark.parametrize(

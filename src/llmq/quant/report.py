@@ -107,12 +107,8 @@ def model_card(
         f"| {fmean(x.rtn_error for x in layers):.2e} |"
         for kind, layers in errors_by_kind(report.layers).items()
     )
-    table = f"""Relative squared error of the {report.error_of}:
-
-| layers | number | mean | worst | mean if rounded to nearest |
-|---|---|---|---|---|
-{rows}
-"""
+    header = "| layers | number | mean | worst | mean if rounded to nearest |\n|---|---|---|---|---|"
+    table = f"Relative squared error of the {report.error_of}:\n\n{header}\n{rows}\n" if rows else ""
     return (
         f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}

@@ -55,6 +55,7 @@ def run_worker(
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=(request_out, events_in),
+            cwd=log.parent,  # where some of them write logs of their own
             start_new_session=True,
             env=clean | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
