@@ -11,16 +11,19 @@ from tiny_models import VARIANTS, save_variant
 from llmq.quant.activations import HiddenStates
 from llmq.quant.methods import awq, smoothquant
 from llmq.runtime.decoder import CausalAttention, Decoder
-from llmq.runtime.loader import Source, load_decoder, open_source
+from llmq.runtime.loader import Source, load_decoder, load_layer, open_source
 from llmq.scheme import Scheme
 
 W3, W8A8 = Scheme(3, 32), Scheme(8, -1, activation_bits=8)
 
 
 def opened(folder: Path, variant: str) -> tuple[Source, Decoder, torch.Tensor]:
-    """A tiny model, and token ids [windows, tokens]."""
+    """A tiny model, its layers one by one as they are on disk, and token ids [windows, tokens]."""
     source = open_source(save_variant(folder / "model", variant), "cpu", torch.float32, 32)
-    return source, load_decoder(source), torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    model = load_decoder(source)
+    for number in range(source.config.num_layers):
+        model.layers[number] = load_layer(source, number)
+    return source, model, torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
 
 
 def logits(model: Decoder, ids: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ import pytest
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.backends.compiler")
 
-from llmq.runtime.kernels import attention_triton, norm_triton, rope_triton, wna16_triton  # noqa: E402
+from llmq.runtime.kernels import attention_triton, gumbel_triton, norm_triton, rope_triton, wna16_triton  # noqa: E402
+from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
@@ -27,7 +28,8 @@ def compile_for(capability: int, kernel: Any, types: dict[str, str], warps: int,
         {
             (index,): [["tt.divisibility", 16]]
             for index, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or any(part in name for part in ("stride", "features", "hidden"))
+            if signature[name].startswith("*")
+            or any(part in name for part in ("stride", "features", "hidden", "vocabulary"))
         },
     )
     target = compiler.GPUTarget("cuda", capability, 32)
@@ -44,15 +46,18 @@ def spilled_bytes(compiled: Any, folder: Path) -> int:
     return int(found[1])
 
 
-def attention(capability: int, head_dim: int, block_size: int, group: int, decode: bool, windowed: bool) -> Any:
+def attention(
+    capability: int, head_dim: int, block_size: int, group: int, decode: bool, windowed: bool, *, capped: bool = False
+) -> Any:
     launch = (attention_triton.decode_launch if decode else attention_triton.prefill_launch)(group, head_dim, 2)
     pointers = dict.fromkeys(("query", "key_cache", "value_cache", "out"), "*bf16")
     pointers |= dict.fromkeys(("block_tables", "query_starts", "kv_lengths"), "*i32")
     pointers |= dict.fromkeys(("means", "logsums"), "*fp32")
     return compile_for(
-        capability, attention_triton.attention_kernel, pointers | {"scale": "fp32"}, launch.warps, launch.stages,
+        capability, attention_triton.attention_kernel, pointers | {"scale": "fp32", "cap_scale": "fp32"},
+        launch.warps, launch.stages,
         GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-        WINDOWED=windowed, SPLIT=256, DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
+        WINDOWED=windowed, CAPPED=capped, SPLIT=256, DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
     )  # fmt: skip
 
 
@@ -88,6 +93,13 @@ def test_attention_on_hopper(
     assert spilled_bytes(compiled, tmp_path) == 0
 
 
+@pytest.mark.parametrize("decode", [True, False])
+def test_capped_attention_on_hopper(decode: bool, tmp_path: Path) -> None:
+    compiled = attention(90, 256, 64, 2, decode, True, capped=True)
+    assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
+
+
 @pytest.mark.parametrize(
     ("bits", "rows", "per_group", "dtype"),
     [(4, 1, 4, "bf16"), (4, 16, 4, "bf16"), (4, 64, 4, "bf16"), (4, 16, 1, "fp16"), (8, 1, 0, "bf16"),
@@ -116,6 +128,17 @@ def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
     pointers |= {"cos": "*fp32", "sin": "*fp32", "slots": "*i64", "eps": "fp32"}
     compiled = compile_for(
         90, rope_triton.rope_and_write_kernel, pointers, 2, 3,
-        NORM=True, HALF=64, HALF_PADDED=64, BLOCK_SIZE=64, BLOCK=8,
+        NORM=True, HALF=64, HALF_PADDED=64, REST=0, REST_PADDED=1, BLOCK_SIZE=64, BLOCK=8,
     )  # fmt: skip
     assert "st.global.v4" in compiled.asm["ptx"]
+
+
+def test_drawing_takes_few_registers_and_stays_out_of_memory(tmp_path: Path) -> None:
+    pointers = {"logits": "*bf16", "temperatures": "*fp32", "scores": "*fp32"}
+    pointers |= dict.fromkeys(("seeds", "positions", "tokens"), "*i64")
+    compiled = compile_for(
+        90, gumbel_triton.draw_kernel, pointers, 4, 3, GOLDEN=GOLDEN, MIX_1=MIX_1, MIX_2=MIX_2, MOST=MOST,
+        PART=gumbel_triton.PART, BLOCK=gumbel_triton.BLOCK,
+    )  # fmt: skip
+    assert "ld.global.v4" in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0

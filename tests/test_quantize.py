@@ -232,10 +232,13 @@ def test_micro_batches_of_any_size_give_the_same_hessian(tiny: Path, monkeypatch
     torch.testing.assert_close(seen[1], seen[2], rtol=1e-4, atol=1e-4)
 
 
-def test_hessians_are_those_of_the_inputs_that_layers_have_in_the_model(tiny: Path) -> None:
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen3-moe"])
+def test_hessians_are_those_of_the_inputs_that_layers_have_in_the_model(tmp_path: Path, variant: str) -> None:
     """2/n Σ x xᵀ, where x is what a hook on the whole model sees."""
-    source = open_source(tiny, "cpu", torch.float32)
+    source = open_source(save_variant(tmp_path, variant), "cpu", torch.float32)
     model = load_decoder(source)
+    for number in range(source.config.num_layers):
+        model.layers[number] = load_layer(source, number)  # its layers one by one, not merged
     windows = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
     states = HiddenStates(source, windows)
 
@@ -244,8 +247,9 @@ def test_hessians_are_those_of_the_inputs_that_layers_have_in_the_model(tiny: Pa
         hook = block.get_submodule(linear).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         model(windows.flatten(), torch.arange(32).repeat(2), CausalAttention(32))
         hook.remove()
-        expected = 2 / windows.numel() * inputs[0].t() @ inputs[0]
-        torch.testing.assert_close(states.second_moments(block, [linear], "")[linear], expected, rtol=1e-4, atol=1e-4)
+        expected = 2 / len(inputs[0]) * inputs[0].t() @ inputs[0]
+        seen = states.second_moments(block, [linear], "")[linear]
+        torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
 
     with torch.inference_mode():
         for block in model.layers:

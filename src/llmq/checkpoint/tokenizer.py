@@ -20,6 +20,14 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: Sequence[dict[str, Any]], **options: Any) -> Any: ...
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether ``folder`` brings a tokenizer at all."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of ``folder``. LlmqError when its files are missing or damaged."""
     import transformers

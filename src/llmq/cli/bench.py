@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -10,7 +10,7 @@ from llmq.bench.metrics import PERCENTILES
 from llmq.bench.workload import Workload
 from llmq.cli import options
 from llmq.cli.console import out, print_json, table
-from llmq.engine.options import EngineOptions
+from llmq.engine.options import EngineOptions, LoadFormat
 from llmq.errors import LlmqError
 from llmq.memory import format_bytes, parse_bytes
 
@@ -39,6 +39,8 @@ def throughput(
     block_size: options.BlockSize = _ENGINE.block_size,
     kv_cache_memory: options.KVCacheMemory = None,
     gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
+    load_format: options.LoadFormat = _ENGINE.load_format,
+    enforce_eager: options.EnforceEager = _ENGINE.enforce_eager,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -55,6 +57,8 @@ def throughput(
         block_size,
         None if kv_cache_memory is None else parse_bytes(kv_cache_memory),
         gpu_memory_utilization,
+        load_format=cast(LoadFormat, load_format),
+        enforce_eager=enforce_eager,
     )
 
     from llmq.bench.throughput import bench_throughput

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llmq import memory
 from llmq.cli import options
 from llmq.cli.console import err, print_json
-from llmq.engine.options import EngineOptions, Preemption, QueueOrder, SchedulerPolicy
+from llmq.engine.options import EngineOptions, LoadFormat, Preemption, QueueOrder, SchedulerPolicy
 from llmq.engine.request import EarlyStopping, SamplingParams, Truncation
 from llmq.errors import USAGE, LlmqError
 
@@ -98,6 +98,8 @@ def generate(
     max_skips: options.MaxSkips = _ENGINE.max_skips,
     preemption: options.Preemption = _ENGINE.preemption,
     queue: options.Queue = _ENGINE.queue,
+    load_format: options.LoadFormat = _ENGINE.load_format,
+    enforce_eager: options.EnforceEager = _ENGINE.enforce_eager,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -152,6 +154,8 @@ def generate(
         max_skips=max_skips,
         preemption=cast(Preemption, preemption),
         queue=cast(QueueOrder, queue),
+        load_format=cast(LoadFormat, load_format),
+        enforce_eager=enforce_eager,
     )
 
     from llmq.batchfile import STDIO, Job, open_output, read_jobs, to_prompt

@@ -41,3 +41,7 @@ MaxPrefillSteps = Annotated[
 MaxSkips = Annotated[int, typer.Option(help="Requests that may pass one that came first and does not fit yet.")]
 Preemption = Annotated[str, typer.Option(help="When blocks run out: auto, recompute or swap.")]
 Queue = Annotated[str, typer.Option(help="fcfs: by arrival; priority: by a prompt's priority, then by arrival.")]
+LoadFormat = Annotated[
+    str, typer.Option(help="auto, or dummy: random weights of config.json's shapes, to measure speed with.")
+]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Run without CUDA graphs.")]

@@ -12,9 +12,11 @@ BLOCK_SIZE_MULTIPLE = 16
 SchedulerPolicy = Literal["mixed", "prefill-first"]
 Preemption = Literal["auto", "recompute", "swap"]
 QueueOrder = Literal["fcfs", "priority"]
+LoadFormat = Literal["auto", "dummy"]
 SCHEDULERS: tuple[SchedulerPolicy, ...] = ("mixed", "prefill-first")
 PREEMPTIONS: tuple[Preemption, ...] = ("auto", "recompute", "swap")
 QUEUE_ORDERS: tuple[QueueOrder, ...] = ("fcfs", "priority")
+LOAD_FORMATS: tuple[LoadFormat, ...] = ("auto", "dummy")
 API_ONLY = ("ageing_steps", "watermark")
 """Not on the command line: their defaults serve."""
 
@@ -37,6 +39,8 @@ class EngineOptions:
     queue                   fcfs: by arrival; priority: by SamplingParams.priority, then by arrival
     ageing_steps            priority: each so many steps of waiting count as one level of priority
     watermark               share of the pool that letting a request in leaves free, for those that run to grow
+    load_format             auto: the folder's weights; dummy: random ones of the shapes and schemes in config.json
+    enforce_eager           launch every kernel of every step, instead of replaying CUDA graphs of short ones
     """
 
     max_num_seqs: int = 256
@@ -55,6 +59,8 @@ class EngineOptions:
     queue: QueueOrder = "fcfs"
     ageing_steps: int = 256
     watermark: float = 0.01
+    load_format: LoadFormat = "auto"
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         checks = (
@@ -77,6 +83,7 @@ class EngineOptions:
             (self.queue in QUEUE_ORDERS, "queue", f"one of {', '.join(QUEUE_ORDERS)}"),
             (self.ageing_steps >= 1, "ageing_steps", "1 or more"),
             (0 <= self.watermark < 1, "watermark", "0 or more and below 1"),
+            (self.load_format in LOAD_FORMATS, "load_format", f"one of {', '.join(LOAD_FORMATS)}"),
         )
         for valid, name, rule in checks:
             if not valid:

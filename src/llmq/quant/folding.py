@@ -91,7 +91,9 @@ def apply(fold: Fold, block: DecoderLayer, scales: Tensor) -> dict[str, Tensor]:
             changed[f"{fold.previous}.bias"] = previous.bias
     else:
         assert isinstance(previous, RMSNorm)
-        stored = (previous.weight / scales - previous.offset).bfloat16().float()
+        stored = previous.weight / scales - previous.offset
+        if not fold.others:  # for a router scales are exact as they are
+            stored = stored.bfloat16().float()
         divided = stored + previous.offset
         scales = torch.where(divided == 0, scales, previous.weight / divided)
         previous.weight.copy_(divided)

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmq.checkpoint.formats import FORMATS
 from llmq.errors import USAGE, LlmqError
-from llmq.scheme import E4M3, FP4, NF4, WHOLE_ROW, Scheme
+from llmq.scheme import E4M3, FP4, NF4, WHOLE_ROW, WHOLE_TENSOR, Scheme
 
 METHODS = RTN, GPTQ, AWQ, SMOOTHQUANT, AUTOROUND, BNB = "rtn", "gptq", "awq", "smoothquant", "autoround", "bnb"
 CALIBRATED = (GPTQ, AWQ, SMOOTHQUANT, AUTOROUND)
@@ -97,6 +97,8 @@ def methods_for(scheme: Scheme) -> tuple[str, ...]:
         if (preset.scheme.number, preset.scheme.activation_bits) == (scheme.number, scheme.activation_bits)
     ]
     methods = [method for methods in alike for method in methods if formats_for(scheme, method)]
+    if scheme.group_size == WHOLE_TENSOR:  # learned rounding has a scale of its own for each group
+        methods = [method for method in methods if method != AUTOROUND]
     if not methods:
         raise LlmqError(f"no format holds {scheme}", f"choose --scheme {_either(PRESETS)}", exit_code=USAGE)
     return tuple(dict.fromkeys(methods))

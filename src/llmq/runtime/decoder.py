@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from llmq.checkpoint.config import ModelConfig
 from llmq.runtime.kernels.attention import dot_product_attention
 from llmq.runtime.kernels.gelu import gelu_mul
-from llmq.runtime.kernels.norm import add_rms_norm
+from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
+from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
-from llmq.runtime.kernels.silu import silu_mul
+from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
+from llmq.runtime.linear import input_number, merge
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 
@@ -51,8 +53,11 @@ class RMSNorm(nn.Module):
         """The weight as checkpoints have it."""
         return self.weight - self.offset if self.offset else self.weight
 
-    def forward(self, residual: Tensor, x: Tensor | None = None) -> Tensor:
-        """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension."""
+    def forward(self, residual: Tensor, x: Tensor | None = None, number: str | None = None) -> Tensor | QuantizedRows:
+        """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension; in 8 bits of
+        ``number``, if given."""
+        if number is not None:
+            return add_rms_norm_quantize(residual, x, self.weight, self.eps, number)
         return add_rms_norm(residual, x, self.weight, self.eps)
 
 
@@ -83,11 +88,19 @@ class Attention(nn.Module):
         """The weights of the norms of queries and keys, where the architecture has them."""
         return (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else None
 
-    def mix(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+    @property
+    def input_number(self) -> str | None:
+        return stack_number(self, self.qkv)
+
+    def merge(self) -> None:
+        """Make one product of the projections of query, key and value, where their layers allow it."""
+        self.qkv = stack(self, self.qkv, "qkv_proj")
+
+    def mix(self, x: Tensor | QuantizedRows, rotation: Rotation, attend: Attend) -> Tensor:
         """What the heads gather from all tokens, [tokens, heads · head_dim]: the input of ``o_proj``."""
-        heads = (x.shape[0], -1, self.head_dim)
-        query, key, value = (part.view(heads) for part in project(self, self.qkv, x, self.sizes))
-        return attend(self, query, key, value, rotation).reshape(x.shape[0], -1)
+        parts = project(self, self.qkv, x, self.sizes)
+        query, key, value = (part.view(part.shape[0], -1, self.head_dim) for part in parts)
+        return attend(self, query, key, value, rotation).reshape(query.shape[0], -1)
 
 
 class MLP(nn.Module):
@@ -97,13 +110,28 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up, self.down = config.names.gate_up, config.names.down
         self.sizes = (inner, inner)
+        self.gelu = config.activation == "gelu_tanh"
         add_linears(self, self.gate_up, config.hidden_size, self.sizes, bias=config.mlp_bias)
         add_linears(self, (self.down,), inner, (config.hidden_size,), bias=config.mlp_bias)
-        self.gated = gelu_mul if config.activation == "gelu_tanh" else silu_mul
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def input_number(self) -> str | None:
+        return stack_number(self, self.gate_up)
+
+    def merge(self) -> None:
+        """Make one product of gate and up, where their layers allow it."""
+        self.gate_up = stack(self, self.gate_up, "gate_up_proj")
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         gate, up = project(self, self.gate_up, x, self.sizes)
-        out: Tensor = getattr(self, self.down)(self.gated(gate, up))
+        down = getattr(self, self.down)
+        number = input_number(down)
+        gated: Tensor | QuantizedRows
+        if self.gelu:
+            gated = gelu_mul(gate, up)
+        else:
+            gated = silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
+        out: Tensor = down(gated)
         return out
 
 
@@ -113,12 +141,21 @@ class MixtureOfExperts(nn.Module):
     On a GPU the host waits for the router, to know how many tokens each expert has.
     """
 
+    input_number = None
+    """The router, too, reads the input."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.experts is not None
         self.per_token, self.renormalized = config.experts.per_token, config.experts.renormalized
         self.gate = nn.Linear(config.hidden_size, config.experts.count, bias=False)
         self.experts = nn.ModuleList(MLP(config, config.experts.intermediate_size) for _ in range(config.experts.count))
+
+    def merge(self) -> None:
+        """Merge each expert's layers."""
+        for expert in self.experts:
+            assert isinstance(expert, MLP)
+            expert.merge()
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen = self.gate(x).float().softmax(-1).topk(self.per_token)
@@ -136,14 +173,35 @@ class MixtureOfExperts(nn.Module):
         return mixed.to(x.dtype)
 
 
+# Several projections of one input: a layer for each, or one that they are stacked in, on disk or by merging.
+
+
 def add_linears(module: nn.Module, names: Sequence[str], in_features: int, sizes: Sequence[int], *, bias: bool) -> None:
-    """Give ``module`` projections of these ``sizes``: a linear layer for each name, or one that they are stacked in."""
+    """Give ``module`` projections of these ``sizes`` by these ``names``; a single name for all: stacked."""
     for name, size in zip(names, sizes if len(names) == len(sizes) else (sum(sizes),), strict=True):
         module.add_module(name, nn.Linear(in_features, size, bias=bias))
 
 
-def project(module: nn.Module, names: Sequence[str], x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """The projections of ``x`` that ``add_linears`` gave ``module``, each [tokens, size]."""
+def stack(module: nn.Module, names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Replace the projections ``names`` of ``module`` by one layer ``name``, if they can be → their names now."""
+    layer = merge([getattr(module, each) for each in names]) if len(names) > 1 else None
+    if layer is None:
+        return names
+    for each in names:
+        delattr(module, each)
+    module.add_module(name, layer)
+    return (name,)
+
+
+def stack_number(module: nn.Module, names: Sequence[str]) -> str | None:
+    """The number that the projections' input is rounded to, by whoever computes it; None if they take it as it is."""
+    return input_number(getattr(module, names[0])) if len(names) == 1 else None
+
+
+def project(
+    module: nn.Module, names: Sequence[str], x: Tensor | QuantizedRows, sizes: Sequence[int]
+) -> Sequence[Tensor]:
+    """The projections of ``x`` [tokens, in], each [tokens, size]."""
     outputs: list[Tensor] = [getattr(module, name)(x) for name in names]
     return outputs if len(outputs) == len(sizes) else torch.split(outputs[0], list(sizes), dim=1)
 
@@ -163,26 +221,34 @@ class DecoderLayer(nn.Module):
         if self.post_norms:
             self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config)
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
-        self.feed_forward = config.names.feed_forward
-        self.add_module(
-            self.feed_forward,
-            MLP(config, config.intermediate_size) if config.experts is None else MixtureOfExperts(config),
-        )
+        self.name = config.names.feed_forward
+        dense = config.experts is None
+        self.add_module(self.name, MLP(config, config.intermediate_size) if dense else MixtureOfExperts(config))
+
+    @property
+    def feed_forward(self) -> MLP | MixtureOfExperts:
+        module: MLP | MixtureOfExperts = getattr(self, self.name)
+        return module
+
+    def merge(self) -> None:
+        """Make one product of the layers that share an input. For running, not for quantizing them one by one."""
+        self.self_attn.merge()
+        self.feed_forward.merge()
 
     def mix(self, residual: Tensor, x: Tensor | None, rotation: Rotation, attend: Attend) -> Tensor:
         """Add ``x`` to ``residual`` in place; return what the heads make of the sum: the input of ``finish``."""
-        normed = self.input_layernorm(residual, x)
+        normed = self.input_layernorm(residual, x, self.self_attn.input_number)
         return self.self_attn.mix(normed, rotation, attend)
 
     def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
         """Add the attention's output to ``residual`` in place; return the MLP's, which is still to be added."""
         x = self.self_attn.o_proj(mixed)
-        feed_forward = getattr(self, self.feed_forward)
+        number = self.feed_forward.input_number
         if self.post_norms:  # Gemma's names: its post_attention_layernorm is where Llama has none
-            normed = self.pre_feedforward_layernorm(residual, self.post_attention_layernorm(x))
-            out: Tensor = self.post_feedforward_layernorm(feed_forward(normed))
+            normed = self.pre_feedforward_layernorm(residual, self.post_attention_layernorm(x), number)
+            out: Tensor = self.post_feedforward_layernorm(self.feed_forward(normed))
         else:
-            out = feed_forward(self.post_attention_layernorm(residual, x))
+            out = self.feed_forward(self.post_attention_layernorm(residual, x, number))
         return out
 
 

@@ -55,7 +55,8 @@ def load_decoder(source: Source) -> Decoder:
         model = Decoder(source.config)
     _fill(model.embed_tokens, EMBEDDING, source)
     for layer in range(source.config.num_layers):
-        model.layers[layer] = load_layer(source, layer)
+        model.layers[layer] = block = load_layer(source, layer)
+        block.merge()
     _fill(model.norm, FINAL_NORM, source)
     if source.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight

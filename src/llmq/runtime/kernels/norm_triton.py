@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows
 from llmq.runtime.kernels.quantize_rows_triton import empty_rows, row_warps, store_quantized
 
@@ -37,19 +38,20 @@ def _launch(
         add_rms_norm_kernel[tokens,](
             residual, residual if x is None else x, weight, out, scales, hidden, residual.stride(0),
             residual.stride(0) if x is None else x.stride(0), eps,
-            ADD=x is not None, LARGEST=largest, BLOCK=block, num_warps=row_warps(block),
+            ADD=x is not None, LARGEST=largest, BLOCK=block, num_warps=row_warps(block), **pdl(out.device),
         )  # fmt: skip
 
 
 @triton.jit
 def add_rms_norm_kernel(
     residual, x, weight, out, scales, hidden, residual_stride, x_stride, eps,
-    ADD: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: the whole row in one block."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
+    wait(PDL)
     at = residual + token * residual_stride + column
     total = tl.load(at, mask=inside, other=0.0)
     if ADD:

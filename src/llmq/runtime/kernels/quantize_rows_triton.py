@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import CODES, LARGEST, SMALLEST_MAX, QuantizedRows
 
 TINY = tl.constexpr(SMALLEST_MAX)
@@ -33,7 +34,14 @@ def quantize_rows_triton(x: Tensor, number: str) -> QuantizedRows:
     if tokens:
         block = triton.next_power_of_2(width)
         quantize_rows_kernel[tokens,](
-            x, *out, width, x.stride(0), LARGEST=LARGEST[number], BLOCK=block, num_warps=row_warps(block)
+            x,
+            *out,
+            width,
+            x.stride(0),
+            LARGEST=LARGEST[number],
+            BLOCK=block,
+            num_warps=row_warps(block),
+            **pdl(x.device),
         )
     return out
 
@@ -52,10 +60,13 @@ def store_quantized(row, codes, scales, token, column, inside, width, LARGEST: t
 
 
 @triton.jit
-def quantize_rows_kernel(x, codes, scales, width, x_stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_rows_kernel(
+    x, codes, scales, width, x_stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """One token: the whole row in one block."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
+    wait(PDL)
     row = tl.load(x + token * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     store_quantized(row, codes, scales, token, column, inside, width, LARGEST)

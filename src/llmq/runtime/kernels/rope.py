@@ -37,7 +37,7 @@ def rope_and_write(
     query, key, value       contiguous in head_dim: slices of one fused projection, say
     rotation                cos and sin, fp32 [tokens, 1, rotated / 2]
     key_cache, value_cache  [blocks, block_size, kv_heads, head_dim], of the same strides; see ``write_kv``
-    slots                   int64 [tokens]
+    slots                   integers [tokens]
     norms                   weights [head_dim] of the RMS norms of query and key, which have ``eps``, as those of
                             ``add_rms_norm``; None: no norm
     """

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels.pdl_triton import pdl, wait
+
 
 def rope_and_write_triton(
     query: Tensor,
@@ -40,7 +42,7 @@ def rope_and_write_triton(
             heads, kv_heads, query_blocks, eps,
             NORM=norms is not None, HALF=half, HALF_PADDED=triton.next_power_of_2(half),
             REST=head_dim - 2 * half, REST_PADDED=triton.next_power_of_2(head_dim - 2 * half),
-            BLOCK_SIZE=key_cache.shape[1], BLOCK=block, num_warps=2,
+            BLOCK_SIZE=key_cache.shape[1], BLOCK=block, num_warps=2, **pdl(query.device),
         )  # fmt: skip
     return out
 
@@ -92,11 +94,12 @@ def rope_and_write_kernel(
     query_token_stride, query_head_stride, key_token_stride, key_head_stride, value_token_stride, value_head_stride,
     cache_block_stride, cache_token_stride, cache_head_stride, heads, kv_heads, query_blocks, eps,
     NORM: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, REST: tl.constexpr, REST_PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK heads of one token: of the query, or of key and value."""
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, HALF_PADDED)
+    wait(PDL)
     c = tl.load(cos + token * HALF + half, mask=half < HALF, other=0.0)[None, :]
     s = tl.load(sin + token * HALF + half, mask=half < HALF, other=0.0)[None, :]
     block = tl.program_id(1)
@@ -109,7 +112,7 @@ def rope_and_write_kernel(
         )  # fmt: skip
     else:
         head = (block - query_blocks) * BLOCK + tl.arange(0, BLOCK)
-        slot = tl.load(slots + token)
+        slot = tl.load(slots + token).to(tl.int64)
         # A pool may hold more than 2^31 elements: the block's offset is 64 bits wide, the rest is small.
         to = (slot // BLOCK_SIZE) * cache_block_stride + (slot % BLOCK_SIZE) * cache_token_stride
         rotate_heads(

@@ -1,0 +1,95 @@
+"""Batch: a step as tensors on the device. One copy takes all its integers there.
+
+buffer  int32   | token ids | positions | slots of group 0 | … | query starts | KV lengths |
+                  T           T           T                      R + 1          R
+
+T tokens of R rows lie end to end. Each part begins at a multiple of 16 bytes: kernels are compiled for that.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import Tensor
+
+from llmq.plan import PlanRow
+
+ALIGNMENT = 4
+"""Integers in 16 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What tells apart batches that run the same kernels on the same grids: T, R, groups of layers, and bounds of a
+    row's tokens in the step and in the cache."""
+
+    tokens: int
+    rows: int
+    groups: int
+    max_query_length: int
+    max_kv_length: int
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Length of each part of the buffer."""
+        return (*[self.tokens] * (2 + self.groups), self.rows + 1, self.rows)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where in the buffer each part begins, and last, where the buffer ends."""
+        return (0, *accumulate(length + -length % ALIGNMENT for length in self.parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """token_ids, positions       [T]; the token id −1 − i stands for the i-th that the step before draws
+    slots                      [T] for each group of layers: where the token's keys and values go
+    query_starts, kv_lengths   [R + 1], [R]; see ``paged_attention``
+    All int32, views of one buffer.
+    """
+
+    shape: Shape
+    token_ids: Tensor
+    positions: Tensor
+    slots: tuple[Tensor, ...]
+    query_starts: Tensor
+    kv_lengths: Tensor
+
+
+def batch_shape(rows: Sequence[PlanRow]) -> Shape:
+    """The shape of a step of ``rows``, with the bounds as they are."""
+    lengths = [len(row.tokens) for row in rows]
+    return Shape(sum(lengths), len(rows), len(rows[0].block_tables), max(lengths), max(row.end for row in rows))
+
+
+def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
+    """What the buffer of a step of ``rows`` holds."""
+    parts = [array("i") for _ in shape.parts]
+    token_ids, positions, *slots, query_starts, kv_lengths = parts
+    query_starts.append(0)
+    for row in rows:
+        start, end = row.start, row.start + len(row.tokens)
+        token_ids.extend(row.tokens)
+        positions.extend(range(start, end))
+        for into, table in zip(slots, row.block_tables, strict=True):
+            if end - start == 1:
+                into.append(table[start // block_size] * block_size + start % block_size)
+            else:
+                into.extend(table[place // block_size] * block_size + place % block_size for place in range(start, end))
+        query_starts.append(len(token_ids))
+        kv_lengths.append(end)
+    whole = array("i")
+    for part in parts:
+        whole.extend(part)
+        whole.extend([0] * (-len(part) % ALIGNMENT))
+    return whole
+
+
+def view(buffer: Tensor, shape: Shape) -> Batch:
+    """The batch of ``shape`` that lies in ``buffer``."""
+    parts = [buffer[start : start + length] for start, length in zip(shape.starts, shape.parts, strict=False)]
+    token_ids, positions, *slots, query_starts, kv_lengths = parts
+    return Batch(shape, token_ids, positions, tuple(slots), query_starts, kv_lengths)
