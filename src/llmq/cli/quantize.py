@@ -13,6 +13,7 @@ from llmq import memory
 from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
+from llmq.quant.backends import BACKEND_NAMES, preferences
 from llmq.quant.options import ACT_ORDERS, DEFAULTS, Calibration, Rule
 from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, Choice, choose
 from llmq.scheme import BITS, GROUP_SIZES, INT
@@ -61,6 +62,9 @@ def quantize(
     calib_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = _CALIBRATION.samples,
     calib_seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = _CALIBRATION.seqlen,
     device: options.Device = DEFAULTS.device,
+    backend: Annotated[
+        str, typer.Option(help=f"Whose quantizer: {', '.join(BACKEND_NAMES)}; see llmq backends.")
+    ] = DEFAULTS.backend,
     revision: options.Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     json: options.Json = False,
@@ -69,6 +73,7 @@ def quantize(
 
     llmq quantize demo -o demo-w4 --scheme w4a16 --method gptq
     """
+    method, format = preferences(backend, method, format)
     choice = choose(scheme, method, format, bits=bits, group_size=group_size, symmetric=sym)
     calibration = Calibration(calib_data, calib_samples, calib_seqlen)
     rules = [Rule.parse(text) for text in override or ()]
@@ -103,6 +108,7 @@ def quantize(
             act_order=act_order,
             alpha=_alpha(alpha),
             device=device,
+            backend=backend,
             revision=revision,
             overwrite=overwrite,
             progress=progress,
@@ -142,14 +148,16 @@ def _print_plan(model: str, revision: str | None, choice: Choice, calibration: C
 def _print_report(report: QuantizationReport) -> None:
     from llmq.quant.report import errors_by_kind
 
-    measured = "of the outputs" if report.method in CALIBRATED else "of the weights"
-    grid = table("layer", "number", f"error {measured}", "worst", "if rounded", title="relative squared error")
+    grid = table(
+        "layer", "number", "error", "worst", "if rounded", title=f"relative squared error of the {report.error_of}"
+    )
     for kind, layers in errors_by_kind(report.layers).items():
         errors = [layer.error for layer in layers]
         rounded = fmean(layer.rtn_error for layer in layers)
         grid.add_row(kind, str(len(layers)), f"{fmean(errors):.2e}", f"{max(errors):.2e}", f"{rounded:.2e}")
-    out.print(grid)
-    out.print()
+    if grid.row_count:
+        out.print(grid)
+        out.print()
     size_before, size_after = (memory.format_bytes(size) for size in (report.bytes_before, report.bytes_after))
     out.print(
         f"{report.model} → {report.output}: {report.scheme} by {report.method}, {size_before} → {size_after} "

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from llmq.errors import USAGE, LlmqError
+from llmq.quant.backends import NATIVE, Backend, third_party
 from llmq.quant.schemes import GPTQ, PRESETS, RTN, SMOOTHQUANT, Choice, choose
 from llmq.scheme import Scheme
 
@@ -90,6 +91,7 @@ class QuantizeOptions:
     alpha      of ``smoothquant``: how much of the activations' range moves to the weights, from 0 to 1; ``auto``:
                searched for, block by block; None: what has served the model's family best
     device     ``cpu``, ``cuda``, or ``auto``: CUDA where there is one
+    backend    whose quantizer does the work; see ``quant.backends``
     """
 
     choice: Choice = field(default_factory=choose)
@@ -99,6 +101,7 @@ class QuantizeOptions:
     act_order: str = STATIC
     alpha: float | str | None = None
     device: str = AUTO
+    backend: str = NATIVE
 
     def __post_init__(self) -> None:
         method = self.choice.method
@@ -122,6 +125,15 @@ class QuantizeOptions:
         for rule in self.rules:
             if rule.scheme is not None:
                 choose(rule.scheme, method)
+        if self.third_party is not None:
+            if self.rules:
+                raise LlmqError("backends treat all layers alike", "leave --override and --ignore out", exit_code=USAGE)
+            self.third_party.check(self.choice, self.device)
+
+    @property
+    def third_party(self) -> Backend | None:
+        """The backend in an environment of its own that does the work, if it is not llmq."""
+        return third_party(self.backend)
 
 
 DEFAULTS = QuantizeOptions()

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import USAGE, LlmqError
 from llmq.quant.activations import HiddenStates, NotFinite
 from llmq.quant.affine import MAX_WEIGHT, energy, group_blocks
+from llmq.quant.backends import Backend, preferences
+from llmq.quant.backends.environment import python_of
+from llmq.quant.backends.run import run_backend
 from llmq.quant.calibration import draw_windows
 from llmq.quant.check import check_generates
 from llmq.quant.folding import linear, round_inputs
@@ -33,7 +38,7 @@ from llmq.quant.options import DEFAULTS, Calibration, QuantizeOptions, Rule
 from llmq.quant.report import LayerReport, QuantizationReport, model_card
 from llmq.quant.schemes import AUTOROUND, AWQ, BNB, CALIBRATED, GPTQ, RTN, SMOOTHQUANT, choose
 from llmq.runtime.decoder import DecoderLayer
-from llmq.runtime.device import peak_memory_bytes, resolve_device, resolve_dtype
+from llmq.runtime.device import peak_memory_bytes, peak_memory_of_children, resolve_device, resolve_dtype
 from llmq.runtime.loader import HEAD, Source, block_name, load_layer
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
@@ -57,6 +62,7 @@ def quantize(
     act_order: str = DEFAULTS.act_order,
     alpha: float | str | None = DEFAULTS.alpha,
     device: str = DEFAULTS.device,
+    backend: str = DEFAULTS.backend,
     revision: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -71,13 +77,14 @@ def quantize(
     output = Path(output)
     rules = [*(overrides or {}).items(), *((pattern, None) for pattern in ignore)]
     options = QuantizeOptions(
-        choose(scheme, method, format),
+        choose(scheme, *preferences(backend, method, format)),
         calibration,
         tuple(Rule(pattern, exception) for pattern, exception in rules),
         clip,
         act_order,
         alpha,
         device,
+        backend,
     )
     folders.check_output(output, overwrite=overwrite)
     job = _prepare(model, folders.resolve(model, revision), options)
@@ -99,11 +106,16 @@ def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) 
     changed: dict[str, Tensor] = {}
     with folders.write_folder(output, overwrite=overwrite) as partial, torch.no_grad(), _full_fp32():
         writer = ShardWriter(partial)
-        for weight, layer in job.quantized_layers(changed):
+        tell = progress or (lambda done, total, what: None)
+        backend = job.options.third_party
+        if backend is None:
+            made = job.quantized_layers(changed)
+        else:
+            made = job.layers_by(backend, changed, partial, lambda stage: tell(0, len(job.schemes), stage))
+        for weight, layer in made:
             writer.add_all(format.pack(layer.name, weight))
             layers.append(layer)
-            if progress is not None:
-                progress(len(layers), len(job.schemes), layer.name)
+            tell(len(layers), len(job.schemes), layer.name)
         for name in job.kept_tensors:
             tensor = job.source.tensors.load(name)
             writer.add(name, changed[name].to(tensor.dtype) if name in changed else tensor)
@@ -200,6 +212,29 @@ class Job:
         weight = self.source.tensors.load(f"{name}.weight", self.source.device).float()
         _check_weight(name, weight)
         return weight
+
+    def layers_by(
+        self, backend: Backend, changed: dict[str, Tensor], folder: Path, on_stage: Callable[[str], None]
+    ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
+        """Have ``backend`` do the work, in a folder within ``folder``. What it hands back stands for itself: of layers
+        that it has scaled as well as rounded, nothing says how much of the difference is which."""
+        options, windows = self.options, self.windows
+        assert windows is not None
+        with TemporaryDirectory(dir=folder, prefix=".backend-") as scratch:
+            written = run_backend(
+                backend, self.folder, options.choice, windows, self.source.device, Path(scratch), on_stage
+            )
+            if options.choice.method == AWQ:
+                changed |= {name: written.tensors.load(name) for name in self.kept_tensors if name in written.tensors}
+            for name, scheme in self.schemes.items():
+                quantized = written.layer(name, _shape(name, self.source.tensors), scheme)
+                weight = self._weight(name)
+                plain, whole = rtn.quantize_weight(weight, scheme), energy(weight, None) or 1.0
+                error, rtn_error = (
+                    nan if options.choice.method == AWQ else energy(each.dequantize().sub_(weight), None) / whole
+                    for each in (quantized, plain)
+                )
+                yield quantized, LayerReport(name, options.choice.method, str(scheme), error, rtn_error)
 
     def _local(self, prefix: str) -> dict[str, Scheme]:
         """The schemes of the layers of a block that are to be quantized, by their names within it."""
@@ -302,6 +337,8 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         )
     if options.choice.method == BNB:
         bnb.check_installed()
+    if options.third_party is not None:
+        python_of(options.third_party)
     every = [f"{block_name(layer)}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
     wanted = _wanted(every, options)
     if HEAD in wanted and config.tied_embeddings:
@@ -316,7 +353,8 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
     if not fitting:
         raise LlmqError("every linear layer is ignored: nothing is left to quantize", "ignore fewer by --ignore")
     format_for(options.choice.format, fitting)
-    windows = draw_windows(folder, config, options.calibration) if options.choice.method in CALIBRATED else None
+    calibrated = options.choice.method in CALIBRATED or options.third_party is not None
+    windows = draw_windows(folder, config, options.calibration) if calibrated else None
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
     return Job(
@@ -408,23 +446,27 @@ def _report(
     job: Job, output: Path, layers: Sequence[LayerReport], num_bytes: int, seconds: float
 ) -> QuantizationReport:
     choice, windows, tensors = job.options.choice, job.windows, job.source.tensors
+    native = job.options.third_party is None
+    outputs = native and choice.method in CALIBRATED
     weights = sum(out_features * in_features for out_features, in_features in (_shape(x, tensors) for x in job.schemes))
     return QuantizationReport(
         model=_public_name(job.model),
         output=str(output),
         method=choice.method,
+        backend=job.options.backend,
         format=choice.format,
         scheme=str(choice.scheme),
         device=job.source.device,
         calibration_samples=0 if windows is None else windows.shape[0],
         calibration_seqlen=0 if windows is None else windows.shape[1],
         layers=tuple(layers),
+        error_of="layers' outputs on the calibration text" if outputs else "weights",
         left_out=job.left_out,
         bytes_before=tensors.num_bytes,
         bytes_after=num_bytes,
         effective_bits=8 * job.packed_bytes / weights,
         seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(job.source.device),
+        peak_memory_bytes=peak_memory_bytes(job.source.device) if native else peak_memory_of_children(),
         warnings=tuple(_warnings(job, layers)),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from llmq.checkpoint.formats import FORMATS
 from llmq.checkpoint.formats.packed import HEAD
 from llmq.memory import format_bytes
+from llmq.quant.backends import NATIVE
 from llmq.quant.options import DEFAULTS, QuantizeOptions
 from llmq.quant.schemes import CALIBRATED, PRESETS, formats_for
 from llmq.scheme import INT, Scheme
@@ -25,7 +27,8 @@ class LayerReport:
     method     the method really used: a layer falls back to rtn where gptq does not do better
     error      of the layer's output on the calibration inputs, tr(E H Eᵀ) / tr(W H Wᵀ); without calibration, of its
                weights, ‖E‖² / ‖W‖²
-    rtn_error  the same of plain rounding to nearest, of weights that awq or smoothquant have scaled
+    rtn_error  the same of plain rounding to nearest, of weights that awq or smoothquant have scaled. Both are NaN where
+               a third-party quantizer has scaled weights: nothing says by how much
     """
 
     name: str
@@ -41,6 +44,7 @@ class QuantizationReport:
 
     left_out           the linear layers of the decoder blocks that stay as they were
     bytes_before       of all tensors; ``bytes_after`` likewise
+    error_of           what the layers' errors are errors of
     effective_bits     what a quantized weight takes, with its share of scales and zero points
     peak_memory_bytes  of the device, or on a CPU of the process
     """
@@ -48,12 +52,14 @@ class QuantizationReport:
     model: str
     output: str
     method: str
+    backend: str
     format: str
     scheme: str
     device: str
     calibration_samples: int
     calibration_seqlen: int
     layers: tuple[LayerReport, ...]
+    error_of: str
     left_out: tuple[str, ...]
     bytes_before: int
     bytes_after: int
@@ -63,13 +69,20 @@ class QuantizationReport:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """NaN, which JSON does not have, becomes null."""
+        fields = asdict(self)
+        for layer in fields["layers"]:
+            layer |= {name: None for name in ("error", "rtn_error") if isnan(layer[name])}
+        return fields
 
 
 def errors_by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
-    """The layers by the last part of their names (``q_proj``, …), in the order in which the kinds first appear."""
+    """Layers with known errors by the last part of their names (``q_proj``, …), in the order in which the kinds first
+    appear."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
+        if isnan(layer.error):
+            continue
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     return kinds
 
@@ -88,13 +101,14 @@ def model_card(
     windows = f"{report.calibration_samples} windows of {report.calibration_seqlen} tokens"
     data = options.calibration.data
     text = "the text shipped with llmq" if data is None else Path(data).name
-    of_what = "layer outputs on the calibration text" if calibrated else "weights"
     exceptions = "".join(f"| {rule.pattern} | {rule.scheme or 'not quantized'} |\n" for rule in options.rules)
     rows = "\n".join(
         f"| {kind} | {len(layers)} | {fmean(x.error for x in layers):.2e} | {max(x.error for x in layers):.2e} "
         f"| {fmean(x.rtn_error for x in layers):.2e} |"
         for kind, layers in errors_by_kind(report.layers).items()
     )
+    header = "| layers | number | mean | worst | mean if rounded to nearest |\n|---|---|---|---|---|"
+    table = f"Relative squared error of the {report.error_of}:\n\n{header}\n{rows}\n" if rows else ""
     return (
         f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -105,7 +119,7 @@ def model_card(
 | | |
 |---|---|
 | base model | {report.model} |
-| method | {report.method} |
+| method | {report.method}{f", by {report.backend}" if options.third_party else ""} |
 | scheme | {scheme} |
 {exceptions}| embeddings, norms{"" if any(x.name == HEAD for x in report.layers) else f", {HEAD}"} | not quantized |
 | format | {FORMATS[report.format].title} |
@@ -118,12 +132,7 @@ def model_card(
 {_command(report, options)}
 ```
 
-Relative squared error of the {of_what}:
-
-| layers | number | mean | worst | mean if rounded to nearest |
-|---|---|---|---|---|
-{rows}
-{"".join(f"{chr(10)}- {warning}" for warning in report.warnings)}
+{table}{"".join(f"{chr(10)}- {warning}" for warning in report.warnings)}
 """.rstrip()
         + "\n"
     )
@@ -133,6 +142,8 @@ def _command(report: QuantizationReport, options: QuantizeOptions) -> str:
     choice, calibration = options.choice, options.calibration
     words = ["llmq quantize", report.model, "-o", Path(report.output).name, *_scheme_words(choice.scheme)]
     words += ["--method", choice.method]
+    if options.backend != NATIVE:
+        words += ["--backend", options.backend]
     if choice.format != formats_for(choice.scheme, choice.method)[0]:
         words += ["--format", choice.format]
     if options.clip:

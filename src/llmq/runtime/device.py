@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -60,10 +62,16 @@ def peak_memory_bytes(device: str) -> int:
     """The most memory this process has had: on the device, or resident in main memory for a CPU."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(torch.device(device))
-    import resource
-    import sys
+    return _peak_resident(resource.RUSAGE_SELF)
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak_memory_of_children() -> int:
+    """The most main memory that a process started by this one, and waited for, has had."""
+    return _peak_resident(resource.RUSAGE_CHILDREN)
+
+
+def _peak_resident(whose: int) -> int:
+    peak = resource.getrusage(whose).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
