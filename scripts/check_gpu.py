@@ -450,7 +450,7 @@ class ModelCase:
 
         with TemporaryDirectory() as folder:
             save_variant(Path(folder), self.variant)
-            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=FP32).eval().cuda()
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=FP32, attn_implementation="eager").eval().cuda()
             prompts = [torch.randint(0, 250, (1, length), device="cuda") for length in (1, 17, 100, 450)]
             params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
             llm = LLM(folder, device="cuda", dtype="float32", options=EngineOptions(kv_cache_memory=2**24))

@@ -81,7 +81,8 @@ def reduce_kernel(
     size = tl.cast(rows, tl.int64) * out_features
     acc = sum_splits(sums, row * out_features + n, inside, size, splits).to(tl.float32)
     if weight_scales is not None:
-        acc *= tl.load(x_scales + row) * tl.load(weight_scales + n, mask=inside, other=0.0)
+        # In this order wherever 8-bit products are scaled: a row has the same bits in a batch of any size.
+        acc = acc * tl.load(weight_scales + n, mask=inside, other=0.0) * tl.load(x_scales + row)
     if bias is not None:
         acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_features + n, acc.to(out.dtype.element_ty), mask=inside)
