@@ -12,6 +12,7 @@ profile   where the time of one decode step goes, at 1 and 128 sequences
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -332,6 +333,7 @@ def main() -> None:
         for scheme in arguments.scheme:
             results[shape, scheme] = measure(shape, scheme, arguments.only, roofline)
             table({(shape, scheme): results[shape, scheme]})
+            gc.collect()
             torch.cuda.empty_cache()
     table(results)
     if arguments.json:
