@@ -131,4 +131,4 @@ def test_a_grid_fitted_to_input_energies_weighs_errors_by_them(weight: torch.Ten
     plain, fitted = fit_grid(weight, scheme), fit_grid(weight, scheme, energy)
     assert (loss(*fitted) <= loss(*plain) * EXACT).all()
     assert (fitted[0] <= plain[0]).all()
-    assert (fitted[0].float() >= 0.7 * plain[0].float() - 2**-24).all()
+    assert (fitted[0].float() >= 0.4 * plain[0].float() - 2**-24).all()

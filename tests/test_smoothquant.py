@@ -39,7 +39,7 @@ def opened(folder: Path) -> Source:
     return open_source(folder, "cpu", torch.float32)
 
 
-def block_loss(source: Source, alpha: float | None, *, smooth: bool = True) -> float:
+def block_loss(source: Source, alpha: float | str, *, smooth: bool = True) -> float:
     """What the first block's output loses when its weights and their inputs are rounded to 8 bits."""
     block, states = load_layer(source, 0), HiddenStates(source, IDS)
     schemes = dict.fromkeys(source.config.linears, W8A8)
@@ -70,12 +70,12 @@ def test_scales_are_those_of_the_paper(twin: Path) -> None:
 
 def test_smoothing_saves_most_of_what_outliers_cost(twin: Path) -> None:
     source = opened(twin)
-    assert block_loss(source, 0.8) < 0.2 * block_loss(source, None, smooth=False)
+    assert block_loss(source, 0.8) < 0.2 * block_loss(source, 0.5, smooth=False)
 
 
 def test_a_search_finds_about_the_best_strength_of_its_grid(twin: Path) -> None:
     source = opened(twin)
-    found = block_loss(source, None)
+    found = block_loss(source, "auto")
     assert found <= 1.1 * min(block_loss(source, alpha) for alpha in smoothquant.ALPHAS[::5])
 
 

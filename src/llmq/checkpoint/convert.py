@@ -137,7 +137,7 @@ def _layers(config: ModelConfig, tensors: Tensors, source: Format) -> dict[str, 
 def _schemes(packed: Sequence[str], tensors: Tensors, source: Format) -> dict[str, Scheme]:
     """The scheme of each packed layer: symmetric where all layers of a scheme have the middle code for every zero
     point, declared or not."""
-    schemes = {name: stated_scheme(source, name) for name in packed}
+    schemes = {name: stated_scheme(name, source.scheme_of(name)) for name in packed}
     for scheme in set(schemes.values()):
         names = [name for name in packed if schemes[name] == scheme]
         if not scheme.symmetric and all(

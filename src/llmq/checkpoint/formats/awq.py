@@ -125,7 +125,7 @@ class Awq:
         """Read layer ``name``. Raises LlmqError when its tensors contradict the config."""
         in_features, words = stored_shape(f"{name}.qweight", tensors)
         out_features = words * 8
-        scheme = stated_scheme(self, name)
+        scheme = stated_scheme(name, self.scheme_of(name))
         check_layout(name, tensors, self.layout((out_features, in_features), scheme), scheme)
         codes, zeros = (
             _permuted(unpack_words(tensors.load(f"{name}.{suffix}", device).t(), BITS, out_features), NIBBLE)

@@ -148,7 +148,7 @@ class BitsAndBytes:
         """Read layer ``name``. Raises LlmqError when its tensors contradict the config."""
         import torch
 
-        scheme = stated_scheme(self, name)
+        scheme = stated_scheme(name, self.scheme_of(name))
         if scheme == INT8:
             shape = stored_shape(f"{name}.weight", tensors)
             check_layout(name, tensors, self.layout(shape, scheme), scheme)

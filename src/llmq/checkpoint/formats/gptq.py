@@ -10,7 +10,8 @@ For a linear layer P with N outputs, K inputs and G groups, in place of ``P.weig
 
 Version 1 (``checkpoint_format: gptq``) stores ``zero − 1``; a zero point of 0 has no encoding that all readers agree
 on. So symmetric weights, whose zero point is the middle code, are written as version 1, which every runtime has its
-fastest kernel for; asymmetric ones as version 2 (``gptq_v2``), which stores the zero point itself.
+fastest kernel for; asymmetric ones as version 2 (``gptq_v2``), which stores the zero point itself. Layers of another
+scheme than most, and those that are not quantized, are named in ``dynamic``, as GPTQModel invented and vLLM reads it.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ class Gptq:
 
     def unpack(self, name: str, tensors: Tensors, device: str = "cpu") -> QuantizedWeight:
         """Read layer ``name``. Raises LlmqError when its tensors contradict the config."""
-        scheme = stated_scheme(self, name)
+        scheme = stated_scheme(name, self.scheme_of(name))
         bits = scheme.bits
         word_rows, out_features = stored_shape(f"{name}.qweight", tensors)
         in_features = word_rows * WORD_BITS // bits
