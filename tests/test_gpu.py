@@ -15,7 +15,7 @@ from llmq import LLM, SamplingParams, Scheme, quantize
 from llmq.checkpoint.folder import demo_folder
 from llmq.engine.options import EngineOptions
 from llmq.runtime.decoder import CausalAttention
-from llmq.runtime.linear import merge, quantized_linear
+from llmq.runtime.linear import input_number, merge, quantized_linear
 from llmq.runtime.loader import load_decoder, open_source
 from llmq.scheme import E4M3, NF4
 
@@ -136,10 +136,12 @@ def test_a_quantized_layer_is_that_of_a_cpu(scheme: Scheme, rows: int) -> None:
     x, bias = torch.randn(rows, 512), torch.randn(192)
     expected = quantized_linear(weight, bias, torch.float32)(x)
     layers = [quantized_linear(there, bias.cuda(), torch.float32) for _ in range(2)]
-    assert (layers[0](x.cuda()).cpu() - expected).norm() <= 1e-5 * expected.norm()
+    # Hopper's matrix unit has fewer bits than fp32 for sums of FP8.
+    most = 4e-4 if input_number(layers[0]) == E4M3 else 1e-5
+    assert (layers[0](x.cuda()).cpu() - expected).norm() <= most * expected.norm()
     merged = merge(layers)
     assert merged is not None
-    assert (merged(x.cuda()).cpu() - torch.cat([expected, expected], dim=1)).norm() <= 2e-5 * expected.norm()
+    assert (merged(x.cuda()).cpu() - torch.cat([expected, expected], dim=1)).norm() <= 2 * most * expected.norm()
 
 
 def test_demo_generates_the_same_on_a_gpu_and_a_cpu() -> None:

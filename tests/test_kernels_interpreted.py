@@ -222,7 +222,7 @@ else:
     @pytest.mark.parametrize("number", [INT, E4M3])
     def test_quantize_rows(number: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        x = draw_rows(5, 200, number, dtype)[:, :150]
+        x = draw_rows(100, 200, number, dtype)[:, :150]  # enough for ties in half precision
         x[2] = 0
         assert same_rows(quantize_rows(x, number), quantize_rows_reference(x, number))
 
