@@ -50,6 +50,12 @@ def test_fp32_greedy_tokens_are_those_of_a_cpu(variant: str, tmp_path: Path) -> 
     assert greedy(folder, "cuda") == pressed == greedy(folder, "cpu")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_replayed_graph_gives_the_tokens_of_kernels_launched_one_by_one(dtype: str, tmp_path: Path) -> None:
+    folder = save_variant(tmp_path / "model", "qwen3")
+    assert greedy(folder, "cuda", dtype) == greedy(folder, "cuda", dtype, enforce_eager=True)
+
+
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_preemption_changes_no_token(preemption: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "llama")
