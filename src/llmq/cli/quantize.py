@@ -14,7 +14,7 @@ from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
 from llmq.quant.backends import BACKEND_NAMES, preferences
-from llmq.quant.options import ACT_ORDERS, DEFAULTS, Calibration, Rule
+from llmq.quant.options import ACT_ORDERS, DEFAULTS, FP8, Calibration, Rule
 from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, Choice, choose
 from llmq.scheme import BITS, GROUP_SIZES, INT
 
@@ -55,6 +55,9 @@ def quantize(
     alpha: Annotated[
         str | None, typer.Option(help="smoothquant: 0 to 1, or auto.", show_default="by the model's family")
     ] = None,
+    kv_cache_scheme: Annotated[
+        str | None, typer.Option(help=f"{FP8}: measure scales for a KV cache of 8 bits.", show_default=False)
+    ] = DEFAULTS.kv_cache,
     calib_data: Annotated[
         str | None,
         typer.Option(metavar="FILE", help='A .txt, or a .jsonl with "text".', show_default="a text shipped with llmq"),
@@ -107,6 +110,7 @@ def quantize(
             clip=clip,
             act_order=act_order,
             alpha=_alpha(alpha),
+            kv_cache=kv_cache_scheme,
             device=device,
             backend=backend,
             revision=revision,
