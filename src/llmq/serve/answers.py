@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from llmq.engine.detokenizer import Detokenizer
@@ -59,7 +59,7 @@ class Generation:
         self._stream: RequestStream = client.submit(prompt_ids, params)
         client.metrics.prompt_tokens += len(prompt_ids)
 
-    async def pieces(self) -> AsyncIterator[list[Answer]]:
+    async def pieces(self) -> AsyncGenerator[list[Answer]]:
         """Whatever there is to be read of the answers, as soon as there is something.
 
         Raises EngineDied, and ApiError when the engine refuses the prompt.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -136,16 +137,17 @@ async def _respond(
     def marked(choice: Choice, answer: Answer) -> Choice:
         return {**choice, "token_ids": answer.token_ids} if shows_tokens else choice
 
-    async def chunks() -> AsyncIterator[dict[str, Any]]:
+    async def chunks() -> AsyncGenerator[dict[str, Any]]:
         """The events of a stream. Where usage is asked for it is null in all but the last."""
         envelope, more = Envelope(form.chunk, service.name), {"usage": None} if body.include_usage else {}
         if form.opening is not None:
             for number, generation in enumerate(generations):
                 for index in range(number * params.n, (number + 1) * params.n):
                     yield envelope.around([form.opening(generation, index)], **more)
-        async for number, pieces in merged(generations):
-            choices = [marked(form.piece(piece, number * params.n + piece.index), piece) for piece in pieces]
-            yield envelope.around(choices, **more)
+        async with aclosing(merged(generations)) as incoming:
+            async for number, pieces in incoming:
+                choices = [marked(form.piece(piece, number * params.n + piece.index), piece) for piece in pieces]
+                yield envelope.around(choices, **more)
         if body.include_usage:
             yield envelope.around([], usage=_usage(generations))
 
