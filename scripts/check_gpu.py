@@ -1,4 +1,4 @@
-"""Check every kernel on a GPU against float64, then time it against what the device can do.
+"""Check every kernel on a GPU against float64, every architecture against transformers, then time the kernels.
 
     PYTHONPATH=src python scripts/check_gpu.py            both parts; exit code 1 if a check fails
     PYTHONPATH=src python scripts/check_gpu.py --checks   the checks alone
@@ -6,7 +6,8 @@
 
 A check draws fresh random inputs from a fixed seed, fills what the kernel must not read and what it has to write with
 NaN, compares by ‖out − exact‖ / ‖exact‖, and runs the kernel twice for the same bits. A timing is the median over
-replays of a CUDA graph that goes round several sets of inputs, together several times the L2 cache.
+replays of a CUDA graph that goes round several sets of inputs, together several times the L2 cache. The products are
+timed by bench_kernels.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import torch
@@ -31,17 +33,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from tiny_models import VARIANTS, save_variant
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention
+from llmq.runtime.kernels.dense import dense_matmul
+from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
+from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
 from llmq.runtime.kernels.kv_write import write_kv
-from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_reference
+from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
+from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows, quantize_rows_reference
 from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
-from llmq.runtime.kernels.silu import silu_mul, silu_mul_reference
-from llmq.runtime.kernels.wna16 import PackedWeight, pack_wna16, wna16_matmul
-from llmq.scheme import Scheme
+from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
+from llmq.runtime.kernels.w8a8 import Weight8, pack_w8a8, w8a8_matmul
+from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
+from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
+FP8_TOLERANCE = 4e-4  # whatever the type: Hopper's matrix unit has fewer bits than fp32 for sums of FP8
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN = float("nan")
 Rows = Sequence[tuple[int, int]]  # (queries, tokens in the cache) of each row
@@ -51,7 +62,7 @@ Rows = Sequence[tuple[int, int]]  # (queries, tokens in the cache) of each row
 class Outcome:
     error: float
     tolerance: float
-    repeats: bool  # a second run gave the same bits
+    repeats: bool  # a second run gave the same bits; of a model: its tokens are transformers'
 
     @property
     def ok(self) -> bool:
@@ -122,14 +133,21 @@ class Paged:
             tables.cuda(), starts.cuda(), torch.tensor([kv for _, kv in rows], dtype=torch.int32).cuda(), rows,
         )  # fmt: skip
 
-    def run(self, window: int | None = None, split: int | None = None) -> Tensor:
+    def run(
+        self, window: int | None = None, split: int | None = None,
+        scale: float | None = None, softcap: float | None = None, loose: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """``loose``: the bound is not the longest row but four times that, as in a CUDA graph for many lengths."""
+        most = max(kv for _, kv in self.rows)
         return paged_attention(
             self.query, self.key_cache, self.value_cache, self.block_tables, self.query_starts, self.kv_lengths,
             window=window, max_query_length=max(queries for queries, _ in self.rows),
-            max_kv_length=max(kv for _, kv in self.rows), split=split,
+            max_kv_length=4 * most if loose else most, scale=scale, softcap=softcap, split=split,
+            longest=self.kv_lengths.max()[None] if loose else None,
+            order=self.kv_lengths.argsort(descending=True).int() if loose else None,
         )  # fmt: skip
 
-    def exact(self, window: int | None) -> Tensor:
+    def exact(self, window: int | None, scale: float | None = None, softcap: float | None = None) -> Tensor:
         out = torch.zeros(self.query.shape, dtype=torch.float64, device="cuda")
         block_size, kv_heads, head_dim = self.key_cache.shape[1:]
         start = 0
@@ -141,7 +159,9 @@ class Paged:
                     for cache in (self.key_cache, self.value_cache)
                 )
                 query = self.query[start : start + queries].double().view(queries, kv_heads, -1, head_dim)
-                scores = torch.einsum("qhgd,hkd->hgqk", query, key) / math.sqrt(head_dim)
+                scores = torch.einsum("qhgd,hkd->hgqk", query, key) * (scale or 1 / math.sqrt(head_dim))
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
                 distance = torch.arange(kv - queries, kv, device="cuda")[:, None] - torch.arange(kv, device="cuda")
                 seen = distance >= 0
                 if window is not None:
@@ -165,13 +185,19 @@ class AttentionCase:
     num_blocks: int = 0
     interleaved: bool = False
     split: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    loose: bool = False
 
     def check(self) -> Outcome:
         paged = Paged.draw(
             self.rows, self.heads, self.kv_heads, self.head_dim, self.block_size, self.dtype,
             self.num_blocks, self.interleaved,
         )  # fmt: skip
-        return compare(lambda: paged.run(self.window, self.split), paged.exact(self.window))
+        scores = (self.scale, self.softcap)
+        return compare(
+            lambda: paged.run(self.window, self.split, *scores, self.loose), paged.exact(self.window, *scores)
+        )
 
 
 @dataclass
@@ -211,16 +237,20 @@ class SmallCase:
     head_dim: int
     dtype: torch.dtype
     normed: bool
+    rotated: int = 0  # channels of a head; 0: all
+    wide: bool = False  # norms' weights are fp32
 
     def check(self) -> Outcome:
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, device="cuda").to(self.dtype)
+        def draw(*shape: int, wide: bool = False) -> Tensor:
+            return torch.randn(*shape, device="cuda").to(FP32 if wide else self.dtype)
 
-        residual, x, weight = draw(self.tokens, self.hidden), draw(self.tokens, self.hidden), draw(self.hidden)
+        residual, x = draw(self.tokens, self.hidden), draw(self.tokens, self.hidden)
+        weight = draw(self.hidden, wide=self.wide)
         gate, up = draw(self.tokens, 2 * self.hidden).chunk(2, dim=1)
         fused = draw(self.tokens, self.heads + 2 * self.kv_heads, self.head_dim)
-        angles = torch.randn(self.tokens, 1, self.head_dim // 2, device="cuda")
-        norms = (draw(self.head_dim), draw(self.head_dim)) if self.normed else None
+        angles = torch.randn(self.tokens, 1, (self.rotated or self.head_dim) // 2, device="cuda")
+        query_norm, key_norm = (draw(self.head_dim, wide=self.wide) for _ in range(2))
+        norms = (query_norm, key_norm) if self.normed else None
         slots = torch.randperm(self.tokens + 64, device="cuda")[: self.tokens]
         query, key, value = fused.tensor_split([self.heads, self.heads + self.kv_heads], dim=1)
 
@@ -229,7 +259,8 @@ class SmallCase:
             normal = add_rms_norm(total, x, weight, 1e-5)
             rotation = (angles.cos(), angles.sin())
             turned = rope_and_write(query, key, value, rotation, pool[0], pool[1], slots, norms=norms, eps=1e-5)
-            return torch.cat([y.flatten() for y in (normal, total, silu_mul(gate, up), turned, pool)])
+            gated = (silu_mul(gate, up), gelu_mul(gate, up))
+            return torch.cat([y.flatten() for y in (normal, total, *gated, turned, pool)])
 
         total, pool = residual.double(), self.pool(torch.float64)
         normal = add_rms_norm_reference(total, x.double(), weight.double(), 1e-5)
@@ -238,23 +269,22 @@ class SmallCase:
         turned = rope_and_write_reference(
             query.double(), key.double(), value.double(), rotation, pool[0], pool[1], slots, norms=wide_norms, eps=1e-5
         )  # fmt: skip
-        gated = silu_mul_reference(gate.double(), up.double())
-        return compare(kernels, torch.cat([y.flatten() for y in (normal, total, gated, turned, pool)]), 1.2)
+        gated = [reference(gate.double(), up.double()) for reference in (silu_mul_reference, gelu_mul_reference)]
+        return compare(kernels, torch.cat([y.flatten() for y in (normal, total, *gated, turned, pool)]), 1.2)
 
     def pool(self, dtype: torch.dtype) -> Tensor:
         blocks = -(-(self.tokens + 64) // 64)
         return torch.zeros(2, blocks, 64, self.kv_heads, self.head_dim, dtype=dtype, device="cuda")
 
 
-def draw_weight(
-    out_features: int, in_features: int, bits: int, group: int, symmetric: bool, act_order: bool = False
-) -> QuantizedWeight:
-    scheme = Scheme(bits, group, symmetric)
+def draw_weight(out_features: int, in_features: int, scheme: Scheme, act_order: bool = False) -> QuantizedWeight:
     groups = scheme.num_groups(in_features)
-    codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8, device="cuda")
+    codes = torch.randint(0, 2**scheme.bits, (out_features, in_features), dtype=torch.uint8, device="cuda")
+    if scheme.number == E4M3:
+        codes[codes & 0x7F == 0x7F] = 0  # not a number
     scales = (torch.rand(out_features, groups, device="cuda") * 0.02 + 0.005).half()
-    zeros = torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8, device="cuda")
-    if symmetric:
+    zeros = torch.randint(0, 2**scheme.bits, (out_features, groups), dtype=torch.uint8, device="cuda")
+    if scheme.symmetric:
         zeros.fill_(scheme.middle_code)
     index = None
     if act_order:
@@ -269,17 +299,13 @@ class LinearCase:
     batch: int
     out_features: int
     in_features: int
-    bits: int
-    group: int
-    symmetric: bool
+    scheme: Scheme
     dtype: torch.dtype
     act_order: bool = False
     bias: bool = False
 
     def check(self) -> Outcome:
-        weight = draw_weight(
-            self.out_features, self.in_features, self.bits, self.group, self.symmetric, self.act_order
-        )  # fmt: skip
+        weight = draw_weight(self.out_features, self.in_features, self.scheme, self.act_order)
         packed = pack_wna16(weight, self.dtype)
         # A slice of a wider tensor: rows apart, columns together.
         x = torch.randn(self.batch, 2 * self.in_features, device="cuda").to(self.dtype)[:, : self.in_features]
@@ -287,6 +313,99 @@ class LinearCase:
         exact = F.linear(x.double(), weight.dequantize().double(), None if bias is None else bias.double())
         # A long batch multiplies by the weight in the type of x: the weight is rounded too, not the output alone.
         return compare(lambda: wna16_matmul(x, packed, bias), exact, 1.2 if self.batch > 256 else 1.0)
+
+
+@dataclass
+class DenseCase:
+    batch: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+
+    def check(self) -> Outcome:
+        weight = torch.randn(self.out_features, self.in_features, device="cuda").to(self.dtype)
+        x = torch.randn(self.batch, 2 * self.in_features, device="cuda").to(self.dtype)[:, : self.in_features]
+        bias = torch.randn(self.out_features, device="cuda").to(self.dtype)
+        return compare(lambda: dense_matmul(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
+
+
+@dataclass
+class DrawCase:
+    """Tokens, of which there is no error but another token; where noise is nearly equal, rounding may choose."""
+
+    vocabulary: int
+    dtype: torch.dtype
+
+    def check(self) -> Outcome:
+        logits = (3 * torch.randn(256, self.vocabulary, device="cuda")).to(self.dtype)
+        heat = torch.rand(256, device="cuda") * (torch.arange(256, device="cuda") % 4 > 0)
+        seeds = torch.randint(0, 2**62, (256,), device="cuda")
+        positions = torch.arange(256, device="cuda")
+        first, second = (draw_gumbel(logits, heat, seeds, positions) for _ in range(2))
+        expected = draw_gumbel_reference(logits, heat, seeds, positions)
+        return Outcome((first != expected).float().mean().item(), 0.01, torch.equal(first, second))
+
+
+def w8a8_scheme(number: str) -> Scheme:
+    return Scheme(8, -1, number=number, activation_bits=8)
+
+
+@dataclass
+class RoundedCase:
+    """Products of 8-bit activations; those of integers, unscaled, are exact to the last bit."""
+
+    batch: int
+    out_features: int
+    in_features: int
+    number: str
+    dtype: torch.dtype
+    bias: bool = False
+
+    def check(self) -> Outcome:
+        weight = pack_w8a8(draw_weight(self.out_features, self.in_features, w8a8_scheme(self.number)))
+        x = quantize_rows(torch.randn(self.batch, self.in_features, device="cuda"), self.number)
+        bias = torch.randn(self.out_features, device="cuda").to(self.dtype) if self.bias else None
+        sums = x.codes.double() @ weight.codes.double().t()
+        if self.number == INT:
+            unscaled = QuantizedRows(x.codes, torch.ones_like(x.scales))
+            plain = Weight8(weight.codes, torch.ones_like(weight.scales))
+            if not w8a8_matmul(unscaled, plain, None, FP32).double().equal(sums):
+                return Outcome(math.inf, 0.0, True)
+        exact = sums * x.scales.double() * weight.scales.double() + (0 if bias is None else bias.double())
+        outcome = compare(lambda: w8a8_matmul(x, weight, bias, self.dtype), exact)
+        if self.number == E4M3:
+            outcome.tolerance = max(outcome.tolerance, FP8_TOLERANCE)
+        return outcome
+
+
+@dataclass
+class RowsCase:
+    """Rounding to 8 bits, alone and in the pass that computes what is rounded: the codes are those of a CPU."""
+
+    tokens: int
+    width: int
+    number: str
+    dtype: torch.dtype
+
+    def check(self) -> Outcome:
+        residual, x = torch.randn(2, self.tokens, self.width, device="cuda").to(self.dtype)
+        gate, up = torch.randn(self.tokens, 2 * self.width, device="cuda").to(self.dtype).chunk(2, dim=1)
+        weight = torch.randn(self.width, device="cuda").to(self.dtype)
+        total = residual.clone()
+        normed = add_rms_norm_quantize(residual, x, weight, 1e-5, self.number)
+        wrong = int((residual != total.add_(x)).sum())
+        for ours, plain in (
+            (quantize_rows(up, self.number), up),
+            (silu_mul_quantize(gate, up, self.number), silu_mul(gate, up)),
+        ):
+            exact = quantize_rows_reference(plain.cpu(), self.number)
+            wrong += int((ours.codes.cpu().view(torch.uint8) != exact.codes.view(torch.uint8)).sum())
+            wrong += int((ours.scales.cpu() != exact.scales).sum())
+        # A mean is summed in another order: a few codes may be a step off.
+        exact = quantize_rows_reference(add_rms_norm(residual, None, weight, 1e-5), self.number)
+        off = (normed.codes.double() * normed.scales - exact.codes.double() * exact.scales).norm()
+        error = (off / (exact.codes.double() * exact.scales).norm()).item()
+        return Outcome(error if wrong == 0 else math.inf, TOLERANCE[BF16], True)
 
 
 @dataclass
@@ -304,11 +423,18 @@ class AloneCase:
                 window=None, max_query_length=1, max_kv_length=8192, split=256,
             )  # fmt: skip
             wrong += int((alone[0] != together[row]).sum())
-        packed = pack_wna16(draw_weight(4096, 4096, 4, 128, True), BF16)
+        packed = pack_wna16(draw_weight(4096, 4096, Scheme()), BF16)
         x = torch.randn(200, 4096, device="cuda", dtype=BF16)
         together = wna16_matmul(x, packed)
         for batch in (1, 8, 9, 16, 17, 33, 100):
             wrong += int((wna16_matmul(x[:batch], packed) != together[:batch]).sum())
+        for number, batches in ((INT, (1, 8, 16, 17, 64, 65, 257, 400)), (E4M3, (1, 8, 9, 16)), (E4M3, (17, 32, 64))):
+            weight = pack_w8a8(draw_weight(4096, 4096, w8a8_scheme(number)))
+            rows = quantize_rows(torch.randn(max(batches), 4096, device="cuda"), number)
+            together = w8a8_matmul(rows, weight, None, BF16)
+            for batch in batches:
+                part = QuantizedRows(rows.codes[:batch], rows.scales[:batch])
+                wrong += int((w8a8_matmul(part, weight, None, BF16) != together[:batch]).sum())
         return Outcome(float(wrong), 0.0, True)
 
 
@@ -348,6 +474,44 @@ class GraphCase:
         return Outcome(worst, TOLERANCE[BF16], True)
 
 
+@dataclass
+class ModelCase:
+    """A tiny model: in fp32 transformers' greedy tokens, in bf16 no more than 1.2 × transformers' error in bf16."""
+
+    variant: str
+
+    def check(self) -> Outcome:
+        from transformers import AutoModelForCausalLM
+
+        from llmq import LLM, SamplingParams
+        from llmq.engine.options import EngineOptions
+        from llmq.runtime.decoder import CausalAttention
+        from llmq.runtime.loader import load_decoder, open_source
+
+        with TemporaryDirectory() as folder:
+            save_variant(Path(folder), self.variant)
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=FP32).eval().cuda()
+            prompts = [torch.randint(0, 250, (1, length), device="cuda") for length in (1, 17, 100, 450)]
+            params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+            llm = LLM(folder, device="cuda", dtype="float32", options=EngineOptions(kv_cache_memory=2**24))
+            answers = llm.generate([prompt[0].tolist() for prompt in prompts], params)
+            same = True
+            with torch.inference_mode():
+                for prompt, answer in zip(prompts, answers, strict=True):
+                    whole = theirs.generate(
+                        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False,
+                        eos_token_id=None, pad_token_id=0,
+                    )  # fmt: skip
+                    same &= whole[0, prompt.shape[1] :].tolist() == answer.completions[0].token_ids
+                ids = prompts[-1]
+                exact = theirs(ids).logits[0].double()
+                narrow = theirs.to(BF16)(ids).logits[0].double()
+                model = load_decoder(open_source(Path(folder), "cuda", BF16))
+                positions = torch.arange(ids.shape[1], device="cuda")
+                ours = model.logits(model(ids[0], positions, CausalAttention(ids.shape[1]))).double()
+        return Outcome(((ours - exact).norm() / (narrow - exact).norm()).item(), 1.2, same)
+
+
 def all_cases() -> list[Case]:
     cases: list[Case] = []
     mixed = [(1, 1328), (5, 18), (129, 463)]
@@ -382,6 +546,11 @@ def all_cases() -> list[Case]:
     for split in (128, 256, 512, 1024):
         cases.append(AttentionCase(chunks + edges, 32, 8, 128, 64, BF16, split=split))
         cases.append(AttentionCase(chunks + edges, 32, 8, 128, 64, BF16, window=300, split=split))
+    for softcap in (5.0, 50.0):  # Gemma-2's, and one that bends every score; its heads of 256 and windows
+        for dtype in (BF16, FP16, FP32):
+            for window in (None, 128):
+                cases.append(AttentionCase(chunks, 8, 4, 256, 64, dtype, window, scale=0.15, softcap=softcap))
+                cases.append(AttentionCase(decode, 8, 4, 256, 64, dtype, window, scale=0.15, softcap=softcap))
     cases.append(AttentionCase([(1, 131072)], 32, 8, 128, 64, BF16))
     cases.append(AttentionCase(chunks, 32, 8, 128, 64, BF16, num_blocks=40000))  # 2.6e9 elements
     for block_size, head_dim, kv_heads, interleaved in ((16, 128, 8, True), (64, 64, 3, False), (48, 80, 2, True)):
@@ -394,31 +563,60 @@ def all_cases() -> list[Case]:
         cases.append(SmallCase(67, 2048, 32, 8, 64, dtype, True))
         cases.append(SmallCase(5, 3000, 9, 3, 80, dtype, True))
         cases.append(SmallCase(300, 8192, 64, 8, 128, dtype, True))
+        cases.append(SmallCase(67, 3072, 24, 8, 128, dtype, False, rotated=96))
+        cases.append(SmallCase(67, 3000, 9, 3, 80, dtype, True, rotated=20, wide=True))
+        cases.append(SmallCase(5, 2304, 8, 4, 256, dtype, True, wide=True))
     # Marlin's batches, then vLLM's Marlin factors, then odd sizes.
     for batch in (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 118, 128, 152, 256, 257, 1024):
         for bits in (4, 8):
             for dtype in (BF16, FP16):
-                cases.append(LinearCase(batch, 512, 1024, bits, 128, True, dtype))
+                cases.append(LinearCase(batch, 512, 1024, Scheme(bits), dtype))
     for m, n, k in ((1, 1, 1), (1, 4, 8), (26, 37, 13), (257, 13, 11)):
         for bits in (4, 8):
             for group in (32, 64, 128, -1):
                 for width in (64, 256):
-                    cases.append(LinearCase(m, n * width, k * 128, bits, group, group == 64, BF16, bias=True))
+                    cases.append(LinearCase(m, n * width, k * 128, Scheme(bits, group, group == 64), BF16, bias=True))
     for out_features, in_features, group in ((7, 32, 32), (33, 96, 32), (100, 192, 64), (65, 320, 64), (63, 130, -1)):
         for bits in (4, 8):
             for symmetric in (True, False):
                 for dtype in (BF16, FP16, FP32):
                     for batch in (1, 20, 70, 300):
-                        cases.append(LinearCase(batch, out_features, in_features, bits, group, symmetric, dtype))
-    cases.append(LinearCase(64, 1, 256, 4, 128, True, FP32))
+                        scheme = Scheme(bits, group, symmetric)
+                        cases.append(LinearCase(batch, out_features, in_features, scheme, dtype))
+    cases.append(LinearCase(64, 1, 256, Scheme(), FP32))
+    for batch in (1, 16, 70, 300):
+        for dtype in (BF16, FP16, FP32):
+            for scheme in (Scheme(2, 32), Scheme(3, 64, False), Scheme(5, 128), Scheme(6, -1, False),
+                           Scheme(8, 128, number=E4M3), Scheme(8, -1, number=E4M3), Scheme(8, 0),
+                           Scheme(4, 64, number=NF4), Scheme(4, 32, number=FP4)):  # fmt: skip
+                cases.append(LinearCase(batch, 200, 1024, scheme, dtype))
     for bits in (4, 8):
         for dtype in (BF16, FP16):
-            cases.append(LinearCase(5, 256, 1024, bits, 128, True, dtype, act_order=True))
-            cases.append(LinearCase(300, 256, 1024, bits, 64, False, dtype, act_order=True, bias=True))
+            cases.append(LinearCase(5, 256, 1024, Scheme(bits), dtype, act_order=True))
+            cases.append(LinearCase(300, 256, 1024, Scheme(bits, 64, False), dtype, act_order=True, bias=True))
             for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
                 for batch in (1, 16, 64, 130):
-                    cases.append(LinearCase(batch, out_features, in_features, bits, 128, True, dtype))
-    return [*cases, AloneCase(), GraphCase()]
+                    cases.append(LinearCase(batch, out_features, in_features, Scheme(bits), dtype))
+    for number in (INT, E4M3):
+        for dtype in (BF16, FP16, FP32):
+            for batch in (1, 5, 9, 16, 17, 32, 33, 64, 65, 128, 200, 257, 1024):
+                cases.append(RoundedCase(batch, 512, 1024, number, dtype, bias=batch % 2 == 1))
+                cases.append(RoundedCase(batch, 65, 300, number, dtype, bias=batch % 2 == 0))
+            cases.append(RoundedCase(300, 200, 208, number, dtype))
+            for tokens, width in ((1, 64), (7, 300), (3, 14336), (100, 4096), (2, 28672)):
+                cases.append(RowsCase(tokens, width, number, dtype))
+        for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+            for batch in (1, 16, 32, 64, 128, 256, 1000):
+                cases.append(RoundedCase(batch, out_features, in_features, number, BF16))
+    for rows in (decode, edges, chunks, [(1, 1088)] * 128, [(1, 30_000), *[(1, 70)] * 40]):
+        for window in (None, 100):
+            cases.append(AttentionCase(rows, 32, 8, 128, 64, BF16, window, loose=True))
+    for dtype in (BF16, FP16):
+        for batch in (1, 7, 16, 17, 32):
+            for out_features, in_features in ((6144, 4096), (28672, 4096), (4096, 14336), (1024, 3072), (33, 256)):
+                cases.append(DenseCase(batch, out_features, in_features, dtype))
+        cases += [DrawCase(vocabulary, dtype) for vocabulary in (100, 4096, 128_256, 151_936)]
+    return [*map(ModelCase, VARIANTS), *cases, AloneCase(), GraphCase()]
 
 
 def run_case(index: int) -> tuple[int, Outcome | str]:
@@ -529,35 +727,6 @@ def time_prefill() -> None:
         print(f"  {name:44} {spent * 1e3:7.2f} {operations / spent / 1e12:9.0f} {other}", flush=True)
 
 
-def time_linear(bandwidth: float) -> None:
-    print(
-        "\nlinear, g128, bf16    shape      M  cuBLAS µs      W4 µs    GB/s  share speed-up      W8 µs    GB/s  share"
-    )
-    for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
-        copies = max(4, 2**29 // (out_features * in_features))
-        packed: dict[int, list[PackedWeight]] = {
-            bits: [pack_wna16(draw_weight(out_features, in_features, bits, 128, True), BF16) for _ in range(copies)]
-            for bits in (4, 8)
-        }
-        dense = [torch.randn(out_features, in_features, device="cuda", dtype=BF16) for _ in range(copies)]
-        for batch in (1, 8, 16, 32, 64):
-            x = torch.randn(batch, in_features, device="cuda", dtype=BF16)
-            base = seconds([partial(F.linear, x, weight) for weight in dense])
-            line = f"  {out_features:20} × {in_features:5} {batch:4} {base * 1e6:10.1f}"
-            for bits in (4, 8):
-                spent = seconds([partial(wna16_matmul, x, weight) for weight in packed[bits]])
-                rate = (packed[bits][0].words.nbytes + packed[bits][0].meta.nbytes) / spent
-                line += f" {spent * 1e6:10.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%}"
-                line += f" {base / spent:8.2f}×" if bits == 4 else ""
-            print(line, flush=True)
-        for batch in (128, 256, 512, 2048):
-            x = torch.randn(batch, in_features, device="cuda", dtype=BF16)
-            base = seconds([partial(F.linear, x, dense[0])] * 4)
-            spent = seconds([partial(wna16_matmul, x, packed[4][0])] * 4)
-            print(f"  {out_features:20} × {in_features:5} {batch:4} {base * 1e6:10.1f} {spent * 1e6:10.1f}"
-                  f" {'':14} {base / spent:8.2f}×", flush=True)  # fmt: skip
-
-
 def time_small() -> None:
     print("\nbetween the products, bf16, 8B shapes       tokens   kernel µs   plain PyTorch µs")
     for tokens in (1, 64, 2048):
@@ -591,7 +760,6 @@ def main() -> int:
         print(f"\ncopy bandwidth {bandwidth / 1e9:.0f} GB/s, read and written")
         time_decode(bandwidth)
         time_prefill()
-        time_linear(bandwidth)
         time_small()
     return 0 if well else 1
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from llmq.checkpoint.config import ModelConfig, Rope, read_config
+from llmq.checkpoint.config import ModelConfig, read_config
+from llmq.checkpoint.rope import Rope
 
 LLAMA_2_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -77,7 +78,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         vocab_size=draw(st.integers(1, 100_000)),
         context_length=draw(st.integers(1, 100_000)),
         rms_norm_eps=1e-5,
-        rope=Rope(),
+        ropes=(Rope(),) * layers,
         windows=(None,) * layers,
         tied_embeddings=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),

@@ -37,7 +37,7 @@ class SimulatedModel:
     def run(self, plan: StepPlan) -> StepOutput:
         self._move(plan)
         sampled: list[SampledToken] = []
-        sequences = self.scheduler._in_step
+        sequences = self.scheduler._flights[-1].sequences
         rows = plan.rows[: len(sequences)]
         assert all(not any(chain(*row.block_tables)) for row in plan.rows[len(sequences) :])
         written: set[tuple[int, int]] = set()
@@ -149,7 +149,7 @@ def run(scheduler: Scheduler, token: int = 7) -> StepPlan:
 def taken(plan: StepPlan, scheduler: Scheduler) -> dict[object, int]:
     """Request id → tokens that the step, which has just been planned, computes for it."""
     counts: dict[object, int] = {}
-    for row, sequence in zip(plan.rows, scheduler._in_step, strict=True):
+    for row, sequence in zip(plan.rows, scheduler._flights[-1].sequences, strict=True):
         name = sequence.request.request_id
         counts[name] = counts.get(name, 0) + len(row.tokens)
     return counts

@@ -115,13 +115,13 @@ def test_a_missing_tensor_is_named(broken: Path) -> None:
     assert_refused(llmq("generate", broken, "-p", "x"), "no tensor model.layers.2.")
 
 
-def test_a_group_size_that_does_not_divide_a_layer(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "odd", "llama", intermediate_size=160)
-    assert_refused(llmq("quantize", model, "-o", "out", "--group-size", 64), "do not divide the 160 inputs")
+def test_a_group_size_that_divides_no_layer(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "odd", "llama", hidden_size=96, intermediate_size=160, head_dim=24)
+    assert_refused(llmq("quantize", model, "-o", "out", "--group-size", 64), "has 96 inputs, which groups of 64 do not")
     assert nothing_was_written()
 
 
-@pytest.mark.parametrize("option", [("--bits", 5), ("--group-size", 77), ("--method", "magic"), ("--calib-samples", 0)])
+@pytest.mark.parametrize("option", [("--bits", 7), ("--group-size", 77), ("--method", "magic"), ("--calib-samples", 0)])
 def test_an_unsupported_scheme_is_a_usage_error(tiny: Path, option: tuple[str, object]) -> None:
     assert_refused(llmq("quantize", tiny, "-o", "out", *option), "", code=2)
     assert nothing_was_written()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 from llmq.checkpoint.convert import convert
-from llmq.checkpoint.formats import FORMATS
 from llmq.checkpoint.inspect import inspect
 from llmq.checkpoint.tensors import Tensors
 from llmq.quant.pipeline import quantize
 from llmq.runtime.loader import load_decoder, open_source
 from llmq.scheme import Scheme
 
+FIXTURES = Path(__file__).parent / "fixtures"
 LINEARS = 7 * 2
 ONE = "model.layers.1.mlp.down_proj"
 
@@ -69,10 +71,10 @@ def edit_config(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps(config))
 
 
-def edit_tensors(folder: Path, **changes: torch.Tensor) -> None:
-    """Change tensors of layer ONE."""
+def edit_tensors(folder: Path, layer: str = ONE, **changes: torch.Tensor) -> None:
+    """Change tensors of a layer."""
     stored = load_file(folder / "model.safetensors")
-    stored |= {f"{ONE}.{suffix}": tensor for suffix, tensor in changes.items()}
+    stored |= {f"{layer}.{suffix}": tensor for suffix, tensor in changes.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -115,7 +117,7 @@ def test_there_and_back_every_tensor_has_the_same_bytes(
 def test_all_formats_are_the_same_weights(tmp_path: Path, tiny: Path, scheme: Scheme) -> None:
     """Quantized into each directly, and converted to each: one set of numbers."""
     models = {}
-    for name in FORMATS:
+    for name in ("gptq", "awq", "compressed-tensors"):
         direct, converted = tmp_path / name, tmp_path / f"to-{name}"
         quantized(tiny, direct, scheme, format=name)
         source = tmp_path / ("awq" if name == "compressed-tensors" else "gptq")
@@ -217,27 +219,88 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, w4: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["w4"]
 
 
-def test_several_schemes_in_one_folder_are_not_squeezed_into_one(tmp_path: Path, tiny: Path) -> None:
+@pytest.mark.parametrize(
+    ("writer", "case", "form", "scheme"),
+    [
+        ("gptqmodel", "mixed-v2", "compressed-tensors", "int4 g32 sym, int4 g64 asym, int8 g128 sym"),
+        ("gptqmodel", "w4-head", "compressed-tensors", "int4 g32 sym, int8 g32 sym"),
+        ("auto_gptq", "w4-asym", "awq", "int4 g32 asym"),
+        ("auto_gptq", "w3", "compressed-tensors", "int3 g32 sym"),
+        ("autoawq", "w4", "gptq", "int4 g32 asym"),
+        ("llmcompressor", "w4-asym", "gptq", "int4 g32 asym"),
+        ("bitsandbytes", "int8", "compressed-tensors", "int8 row sym"),
+    ],
+)
+def test_what_others_wrote_becomes_the_same_numbers(
+    tmp_path: Path, writer: str, case: str, form: str, scheme: str
+) -> None:
+    source, out = FIXTURES / writer / case, tmp_path / "out"
+    result = llmq("convert", source, "-o", out, "--format", form, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["scheme"] == scheme
+    assert inspect(str(out)).problems == ()
+    before, after = (load_decoder(open_source(folder, "cpu", torch.float32)).state_dict() for folder in (source, out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+@pytest.mark.parametrize(
+    ("writer", "case", "form", "message", "code"),
+    [
+        ("gptqmodel", "mixed-v2", "awq", "holds codes of 4 bits, and these have 8", 2),
+        ("llmcompressor", "w8a8", "gptq", "and not int8 row sym, 8-bit activations", 2),
+        ("llmcompressor", "w5", "gptq", "codes of 2, 3, 4 or 8 bits, and these have 5", 2),
+        ("llmcompressor", "w4", "bitsandbytes", "and not int4 g32 sym", 2),
+        ("bitsandbytes", "nf4", "compressed-tensors", "integers and e4m3, and not nf4 g64", 2),
+        ("llmcompressor", "w4", "gptq", "scales in bfloat16 have no equal in fp16", 1),
+    ],
+)
+def test_numbers_that_a_format_does_not_have_are_refused(
+    tmp_path: Path, writer: str, case: str, form: str, message: str, code: int
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / writer / case, source)
+    if form == "gptq" and case == "w4":
+        edit_tensors(source, "model.layers.0.mlp.down_proj", weight_scale=torch.full((64, 4), 1e-30).bfloat16())
+    assert_refused(llmq("convert", source, "-o", tmp_path / "out", "--format", form), message, code)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_scales_of_a_kv_cache_are_not_lost(tmp_path: Path, tiny: Path) -> None:
     source = quantized(tiny, tmp_path / "source", Scheme(4, 32), format="compressed-tensors")
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    groups = json.loads((source / "config.json").read_text())["quantization_config"]["config_groups"]
-    edit_config(source, config_groups=groups | {"group_1": {"targets": [ONE], "weights": weights}})
+    edit_tensors(source, "model.layers.0.self_attn", k_scale=torch.tensor([0.5]), v_scale=torch.tensor([0.25]))
+    edit_config(source, kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "tensor"})
+    assert llmq("inspect", source).code == 0
     result = llmq("convert", source, "-o", tmp_path / "out", "--format", "gptq")
-    assert_refused(result, "several schemes: int4 g32 sym, int8 row sym")
+    assert_refused(result, "scales a KV cache of 8 bits, for which the GPTQ format has no place")
 
 
-def test_an_odd_size_is_packed_where_it_can_be(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model", intermediate_size=240)
-    source = quantized(model, tmp_path / "source", Scheme(4, -1), format="compressed-tensors")
-    assert load_decoder(open_source(source, "cpu", torch.float32))
-    result = llmq("convert", source, "-o", tmp_path / "out", "--format", "gptq")
-    assert_refused(result, "packs multiples of 32")
+@pytest.mark.parametrize(
+    ("writer", "name", "fields"),
+    [
+        ("autoawq", "quant_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}),
+        ("auto_gptq", "quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False, "sym": True}),
+    ],
+)
+def test_what_stands_in_a_file_of_its_own_is_read_as_if_in_config_json(
+    tmp_path: Path, writer: str, name: str, fields: dict[str, Any]
+) -> None:
+    """As AutoAWQ and AutoGPTQ began, without the method's name."""
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / writer / "w4", source)
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    (source / name).write_text(json.dumps(fields))
+    assert inspect(str(source)) == replace(inspect(str(FIXTURES / writer / "w4")), folder=str(source))
+    assert llmq("convert", source, "-o", tmp_path / "out", "--format", "compressed-tensors").code == 0
+    assert not (tmp_path / "out" / name).exists()
 
 
 # Inspect
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ["gptq", "awq", "compressed-tensors"])
 def test_every_layer_is_told_with_its_scheme_and_bytes(tmp_path: Path, tiny: Path, form: str) -> None:
     folder = quantized(tiny, tmp_path / "out", Scheme(4, 32, False), format=form, ignore=[ONE])
     result = llmq("inspect", folder, "--json")
@@ -287,7 +350,7 @@ def test_missing_and_surplus_layers_are_said(w4: Path) -> None:
     del stored["lm_head.weight"]
     save_file(stored, w4 / "model.safetensors", metadata={"format": "pt"})
     problems = "\n".join(inspect(str(w4)).problems)
-    for part in (f"{ONE}.weight is missing", "lm_head.weight is missing", "lm_head is packed, and is no linear layer"):
+    for part in (f"{ONE}.weight is missing", "lm_head is packed, and quantization_config says that it is not"):
         assert part in problems
 
 

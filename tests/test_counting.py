@@ -11,8 +11,9 @@ from counting_model import counting_decoder
 from simulated_model import make_request, make_scheduler
 
 from llmq.engine.request import Request
+from llmq.plan import StepPlan
 from llmq.runtime.kv_cache import KVCache
-from llmq.runtime.runner import Runner
+from llmq.runtime.runner import Result, Runner
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -45,7 +46,7 @@ def test_every_answer_counts_on(settings: str) -> None:
     scheduler = make_scheduler(blocks, windows=windows, **options)
     decoder = counting_decoder(windows)
     cache = KVCache(decoder.config, blocks + 1, 16, torch.float32, "cpu", options.get("cpu_blocks", 0))
-    runner = Runner(decoder, cache, "cpu")
+    runner = Runner(decoder, cache, "cpu", max_sequences=64, max_tokens=2048)
     chance = random.Random(settings)
     asked = requests(chance)
     scheduler.pressure = lambda running: chance.choice(running) if running and chance.random() < 0.05 else None
@@ -55,7 +56,7 @@ def test_every_answer_counts_on(settings: str) -> None:
             scheduler.add(queue.pop(0))
         if not scheduler.idle:
             plan = scheduler.schedule()
-            scheduler.update(plan, runner.run(plan))
+            scheduler.update(plan, runner.launch(plan)())
             scheduler.check_integrity()
     for request in asked:
         start = request.prompt_ids[-1] + 1
@@ -67,16 +68,60 @@ def test_every_answer_counts_on(settings: str) -> None:
     assert scheduler.stats.preemptions > 0
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_answer_counts_on_when_each_step_is_planned_while_the_last_one_runs(settings: str) -> None:
+    """Through preemption, swapping, and ends by length, by a stop token that nobody knows of yet, and from outside."""
+    options = dict(SETTINGS[settings])
+    windows = options.pop("windows", (None,))
+    blocks = 22 * len(windows)
+    scheduler = make_scheduler(blocks, windows=windows, **options)
+    decoder = counting_decoder(windows)
+    cache = KVCache(decoder.config, blocks + 1, 16, torch.float32, "cpu", options.get("cpu_blocks", 0))
+    runner = Runner(decoder, cache, "cpu", max_sequences=64, max_tokens=2048)
+    chance = random.Random(settings)
+    asked: list[Request] = []
+    for number in range(30):
+        prompt = list(range(100 + number, 100 + number + chance.choice([1, 15, 16, 17, 40, chance.randint(1, 70)])))
+        stop = (prompt[-1] + chance.randint(1, 60),)
+        asked.append(make_request(number, prompt, chance.randint(1, 40), temperature=0, stop_token_ids=stop))
+    scheduler.pressure = lambda running: chance.choice(running) if running and chance.random() < 0.05 else None
+    queue, flights = list(asked), list[tuple[StepPlan, Result]]()
+    while queue or flights or not scheduler.idle:
+        while queue and chance.random() < 0.4:
+            scheduler.add(queue.pop(0))
+        if chance.random() < 0.02:
+            scheduler.abort(chance.choice(asked).request_id)
+        if flights:
+            scheduler.presume(flights[-1][0])
+        if scheduler.has_work:
+            plan = scheduler.schedule()
+            flights.append((plan, runner.launch(plan)))
+        if len(flights) > 1 or (flights and not scheduler.has_work):
+            plan, result = flights.pop(0)
+            scheduler.update(plan, result())
+    scheduler.check_integrity()
+    assert scheduler.blocks.used == 0
+    for request in asked:
+        (answer,) = request.sequences
+        start = request.prompt_ids[-1] + 1
+        length = len(answer.output_ids)
+        assert answer.output_ids == list(range(start, start + length))
+        if not request.aborted:
+            assert length == min(request.params.max_tokens or 0, request.params.stop_token_ids[0] - start + 1)
+    assert any(one.sequences[0].finish_reason == "stop" for one in asked)
+    assert scheduler.stats.preemptions > 0
+
+
 def test_the_count_breaks_when_a_block_is_misread() -> None:
     scheduler = make_scheduler(10)
     decoder = counting_decoder()
     cache = KVCache(decoder.config, 11, 16, torch.float32, "cpu")
-    runner = Runner(decoder, cache, "cpu")
+    runner = Runner(decoder, cache, "cpu", max_sequences=64, max_tokens=2048)
     request = make_request(0, list(range(500, 540)), 20, temperature=0)
     scheduler.add(request)
     for step in range(20):
         if step == 3:
             cache.pool[0, 1, request.live[0].tables[0][0]] += 1
         plan = scheduler.schedule()
-        scheduler.update(plan, runner.run(plan))
+        scheduler.update(plan, runner.launch(plan)())
     assert request.sequences[0].output_ids != list(range(540, 560))

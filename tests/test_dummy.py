@@ -65,8 +65,8 @@ def test_the_random_workload_runs_on_a_config_alone(tmp_path: Path) -> None:
 
 
 def test_the_logits_of_a_deep_quantized_dummy_are_finite(tmp_path: Path) -> None:
-    scheme = Scheme(4, 64)
-    quantization = format_for("gptq", scheme).config_dict(quantized=["self_attn.q_proj"], ignored=[], writer="w")
+    schemes = {"self_attn.q_proj": Scheme(4, 64)}
+    quantization = format_for("gptq", schemes).config_dict(quantized=list(schemes), ignored=[], writer="w")
     config = read_config(config_alone(tmp_path / "model", num_hidden_layers=8, quantization_config=quantization))
     model = dummy_decoder(config, "cpu", torch.float32)
     assert not any(parameter.is_meta for parameter in model.parameters())

@@ -43,7 +43,7 @@ def write(folder: Path, weight: QuantizedWeight, config: gptq.Gptq) -> Tensors:
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.builds(Scheme, st.sampled_from((4, 8)), st.sampled_from((32, 64, -1)), st.booleans()),
+    st.builds(Scheme, st.sampled_from((2, 3, 4, 8)), st.sampled_from((32, 64, -1)), st.booleans()),
     st.sampled_from((32, 96)),
     st.sampled_from((64, 192)),
     st.integers(0, 1000),
@@ -51,7 +51,7 @@ def write(folder: Path, weight: QuantizedWeight, config: gptq.Gptq) -> Tensors:
 def test_unpack_gives_back_what_was_packed(
     tmp_path: Path, scheme: Scheme, out_features: int, in_features: int, seed: int
 ) -> None:
-    weight, config = random_quantized(scheme, out_features, in_features, seed), gptq.Gptq.for_scheme(scheme)
+    weight, config = random_quantized(scheme, out_features, in_features, seed), gptq.Gptq.for_schemes({NAME: scheme})
     tensors = write(tmp_path, weight, config)
     restored = config.unpack(NAME, tensors)
     assert torch.equal(restored.codes, weight.codes)
@@ -95,14 +95,53 @@ def test_groups_scattered_by_activation_order_are_read(tmp_path: Path, version: 
     assert torch.equal(restored.dequantize(), weight.dequantize())
 
 
+def test_three_bits_are_where_auto_gptq_has_them(tmp_path: Path) -> None:
+    """32 codes in three words: 10 and 21 stand in two, low bits first."""
+    scheme = Scheme(3, 32)
+    weight = random_quantized(scheme, 32, 32, 0)
+    qweight = write(tmp_path, weight, gptq.Gptq(scheme, gptq.V1)).load(f"{NAME}.qweight")
+    assert qweight.shape == (3, 32)
+    codes, (w0, w1, w2) = weight.codes[5].tolist(), (int(word) % 2**32 for word in qweight[:, 5])
+    assert [w0 >> 3 * i & 7 for i in range(10)] == codes[:10]
+    assert w0 >> 30 | (w1 & 1) << 2 == codes[10]
+    assert [w1 >> 3 * i + 1 & 7 for i in range(10)] == codes[11:21]
+    assert w1 >> 31 | (w2 & 3) << 1 == codes[21]
+    assert [w2 >> 3 * i + 2 & 7 for i in range(10)] == codes[22:]
+
+
+@pytest.mark.parametrize("stored", [0xFFFFFFFF, 0x7777777F, 0x67777F77], ids=hex)
+def test_zero_points_of_0_in_version_1_are_refused(tmp_path: Path, stored: int) -> None:
+    """Stored less one, they wrap in their field, or borrow from the next: programs differ, and nothing says which."""
+    scheme = Scheme(4, 32, False)
+    weight, config = random_quantized(scheme, 32, 32, 0), gptq.Gptq(scheme, gptq.V1)
+    writer = ShardWriter(tmp_path)
+    for name, tensor in config.pack(NAME, weight):
+        if name.endswith("qzeros"):
+            tensor = torch.full_like(tensor, stored - 2**32 if stored >= 2**31 else stored)
+        writer.add(name, tensor)
+    writer.close()
+    with pytest.raises(LlmqError, match="zero points of 0") as caught:
+        config.unpack(NAME, Tensors(tmp_path))
+    assert caught.value.hint
+
+
+def test_version_2_holds_zero_points_of_0(tmp_path: Path) -> None:
+    scheme = Scheme(4, 32, False)
+    weight = random_quantized(scheme, 32, 32, 0)
+    zeros = torch.zeros_like(weight.zero_points)
+    weight = QuantizedWeight(scheme, weight.codes, weight.scales, zeros)
+    config = gptq.Gptq.for_schemes({NAME: scheme})
+    assert torch.equal(config.unpack(NAME, write(tmp_path, weight, config)).zero_points, zeros)
+
+
 def test_symmetric_weights_are_version_1_and_asymmetric_ones_version_2() -> None:
-    assert gptq.Gptq.for_scheme(Scheme(symmetric=True)).checkpoint_format == gptq.V1
-    assert gptq.Gptq.for_scheme(Scheme(symmetric=False)).checkpoint_format == gptq.V2
+    assert gptq.Gptq.for_schemes({NAME: Scheme(symmetric=True)}).checkpoint_format == gptq.V1
+    assert gptq.Gptq.for_schemes({NAME: Scheme(symmetric=False)}).checkpoint_format == gptq.V2
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 128, True), Scheme(8, -1, False)], ids=str)
 def test_the_config_is_read_as_it_was_written(scheme: Scheme) -> None:
-    config = gptq.Gptq.for_scheme(scheme)
+    config = gptq.Gptq.for_schemes({NAME: scheme})
     fields = config.config_dict(quantized=[NAME], ignored=[], damp_percent=0.01, writer="llmq:0")
     assert gptq.Gptq.read(fields) == config
     assert fields["desc_act"] is False
@@ -110,12 +149,20 @@ def test_the_config_is_read_as_it_was_written(scheme: Scheme) -> None:
     assert "modules_in_block_to_quantize" not in fields
 
 
+def test_scattered_groups_are_announced_where_readers_look() -> None:
+    """Without ``desc_act``, fast kernels take the groups to be in their places, whatever the index says."""
+    config = gptq.Gptq.for_schemes({NAME: Scheme()})
+    for scattered in (True, False):
+        fields = config.config_dict(quantized=[NAME], ignored=[], writer="llmq:0", act_order=scattered)
+        assert fields["desc_act"] is scattered
+
+
 def names(*layers: str) -> list[str]:
     return [f"model.layers.{layer}" for layer in layers]
 
 
 def test_layers_ignored_in_all_blocks_are_named_within_the_block() -> None:
-    fields = gptq.Gptq.for_scheme(Scheme()).config_dict(
+    fields = gptq.Gptq.for_schemes({NAME: Scheme()}).config_dict(
         quantized=names("0.mlp.up_proj", "1.mlp.up_proj"),
         ignored=names("0.mlp.down_proj", "1.mlp.down_proj"),
         damp_percent=None,
@@ -126,7 +173,7 @@ def test_layers_ignored_in_all_blocks_are_named_within_the_block() -> None:
 
 
 def test_layers_ignored_in_some_blocks_are_named_in_full() -> None:
-    fields = gptq.Gptq.for_scheme(Scheme()).config_dict(
+    fields = gptq.Gptq.for_schemes({NAME: Scheme()}).config_dict(
         quantized=names("0.mlp.up_proj", "1.mlp.up_proj", "1.mlp.down_proj"),
         ignored=names("0.mlp.down_proj"),
         damp_percent=None,
@@ -137,7 +184,7 @@ def test_layers_ignored_in_some_blocks_are_named_in_full() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"bits": "four"}, {"bits": 3}, {"bits": 4, "group_size": 48}, {"bits": 4, "checkpoint_format": "x"}]
+    "fields", [{}, {"bits": "four"}, {"bits": 6}, {"bits": 4, "group_size": 48}, {"bits": 4, "checkpoint_format": "x"}]
 )
 def test_configs_that_llmq_does_not_read_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(LlmqError):
@@ -145,6 +192,6 @@ def test_configs_that_llmq_does_not_read_are_refused(fields: dict[str, object]) 
 
 
 def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> None:
-    tensors = write(tmp_path, random_quantized(Scheme(4, 32), 32, 64, 0), gptq.Gptq.for_scheme(Scheme(4, 32)))
+    tensors = write(tmp_path, random_quantized(Scheme(4, 32), 32, 64, 0), gptq.Gptq.for_schemes({NAME: Scheme(4, 32)}))
     with pytest.raises(LlmqError, match=r"qzeros is I32 .* int4 g64 sym makes it"):
-        gptq.Gptq.for_scheme(Scheme(4, 64)).unpack(NAME, tensors)
+        gptq.Gptq.for_schemes({NAME: Scheme(4, 64)}).unpack(NAME, tensors)

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -27,18 +28,31 @@ else:
     from test_kernels_reference import Rows, draw_paged, draw_weight
 
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
+    from llmq.runtime.kernels.dense import CHANNELS, dense_matmul
+    from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
+    from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
     from llmq.runtime.kernels.kv_write import write_kv, write_kv_reference
-    from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_reference
+    from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
+    from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows, quantize_rows, quantize_rows_reference
     from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
-    from llmq.runtime.kernels.silu import silu_mul, silu_mul_reference
+    from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
+    from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference
     from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference
-    from llmq.scheme import Scheme
+    from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
     TOLERANCE = {torch.float16: 4e-4, torch.float32: 1e-6}
     EDGES: Rows = [(1, kv) for kv in (1, 15, 16, 17, 33, 0)]
     MIXED: Rows = [(1, 17), (5, 18), (1, 0), (3, 3), (40, 70)]
     LONG: Rows = [(1, 300), (1, 128), (1, 129), (2, 200)]
     CHUNKS: Rows = [(100, 170), (1, 70), (66, 66)]  # more queries than one tile holds, before and after a page's end
+
+    def draw_rows(tokens: int, width: int, number: str, dtype: torch.dtype) -> Tensor:
+        """Random; for e4m3 of its numbers, up to the largest, as the interpreter rounds to it wrongly."""
+        x = torch.randn(tokens, width)
+        if number == E4M3:
+            x = (x * 100).to(torch.float8_e4m3fn).float()
+            x[:, 0] = LARGEST[number]
+        return x.to(dtype)
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("window", [None, 5, 40])
@@ -60,9 +74,31 @@ else:
         query, keys, values, *tables = draw_paged(rows, *heads, head_dim, block_size)
         narrow = [x.to(dtype) for x in (query, keys, values)]
         bounds = {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
-        out = paged_attention(*narrow, *tables, window=window, **bounds, split=128)
         exact = paged_attention_reference(*(x.double() for x in narrow), *tables, window=window, **bounds)
-        assert (out - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+        # Splits of a length that is given, or shared out by the bound, or by the longest row within a looser bound.
+        longest = torch.tensor([bounds["max_kv_length"]], dtype=torch.int32)
+        order = torch.tensor(sorted(range(len(rows)), key=lambda row: -rows[row][1]), dtype=torch.int32)
+        loose = bounds | {"max_kv_length": 1024, "longest": longest, "order": order}
+        for split in (bounds | {"split": 128}, loose) if dtype == torch.float32 else (bounds,):
+            out = paged_attention(*narrow, *tables, window=window, **split)
+            assert (out - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("window", [None, 40])
+    @pytest.mark.parametrize("rows", [MIXED, LONG, CHUNKS])
+    @pytest.mark.parametrize(("scale", "softcap"), [(0.5, None), (0.5, 3.0), (None, 50.0)])
+    def test_attention_of_scaled_and_capped_scores(
+        scale: float | None, softcap: float | None, rows: Rows, window: int | None, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(0)
+        query, keys, values, *tables = draw_paged(rows, 4, 2, 16, 16)
+        narrow = [x.to(dtype) for x in (query, keys, values)]
+        rest = {"window": window, "scale": scale, "softcap": softcap}
+        rest |= {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
+        out = paged_attention(*narrow, *tables, **rest, split=128)
+        exact = paged_attention_reference(*(x.double() for x in narrow), *tables, **rest)
+        # What tanh loses near 0 is small against the cap, not against the score.
+        assert (out - exact).norm() <= (TOLERANCE[dtype] + 1e-7 * (softcap or 0.0)) * exact.norm()
 
     @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])
     def test_write_kv(kv_heads: int, head_dim: int) -> None:
@@ -101,12 +137,47 @@ else:
         assert (wna16_matmul(x, packed, bias) - exact).norm() <= TOLERANCE[dtype] * exact.norm()
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize(
+        "scheme",
+        [Scheme(3, 32, False), Scheme(5, 64), Scheme(8, 128, number=E4M3), Scheme(8, -1, number=E4M3),
+         Scheme(4, 64, number=NF4), Scheme(4, 128, number=FP4)],
+        ids=str,
+    )  # fmt: skip
+    @pytest.mark.parametrize("batch", [3, 260])
+    def test_wna16_of_other_numbers(batch: int, scheme: Scheme, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        packed = pack_wna16(draw_weight((40, 256), scheme), dtype)
+        x = torch.randn(batch, 256).to(dtype)
+        exact = wna16_matmul_reference(x.double(), packed)
+        assert (wna16_matmul(x, packed) - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    @pytest.mark.parametrize(
+        ("batch", "shape"),
+        [
+            (1, (48, 2048)),  # slices
+            (13, (65, 1100)),
+            (20, (40, 2048)),  # splits
+            (70, (70, 300)),
+            (260, (80, 304)),  # big tiles
+            (260, (65, 300)),  # rows that the copy engine cannot address
+        ],
+    )
+    def test_w8a8(batch: int, shape: tuple[int, int], number: str) -> None:
+        torch.manual_seed(0)
+        weight = pack_w8a8(draw_weight(shape, Scheme(8, -1, number=number, activation_bits=8)))
+        x, bias = quantize_rows(draw_rows(batch, shape[1], number, torch.float32), number), torch.randn(shape[0])
+        exact = w8a8_matmul_reference(x, weight, bias, torch.float64)
+        assert (w8a8_matmul(x, weight, bias, torch.float32) - exact).norm() <= 1e-6 * exact.norm()
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("kind", ["narrow", "fp32"])
     @pytest.mark.parametrize("added", [True, False])
     @pytest.mark.parametrize("hidden", [64, 100])
-    def test_add_rms_norm(hidden: int, added: bool, dtype: torch.dtype) -> None:
+    def test_add_rms_norm(hidden: int, added: bool, kind: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         residual, x, weight = (torch.randn(3, hidden).to(dtype), torch.randn(3, 2 * hidden).to(dtype)[:, :hidden],
-                               torch.randn(hidden).to(dtype))  # fmt: skip
+                               torch.randn(hidden).to(dtype if kind == "narrow" else torch.float32))  # fmt: skip
         ours, theirs = residual.clone(), residual.clone()
         out = add_rms_norm(ours, x if added else None, weight, 1e-5)
         expected = add_rms_norm_reference(theirs, x if added else None, weight, 1e-5)
@@ -120,14 +191,24 @@ else:
         assert (silu_mul(gate, up) - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
-    @pytest.mark.parametrize("normed", [True, False])
-    @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (9, 3, 20)])
-    def test_rope_and_write(heads: int, kv_heads: int, head_dim: int, normed: bool, dtype: torch.dtype) -> None:
+    def test_gelu_mul(dtype: torch.dtype) -> None:
+        gate, up = torch.randn(3, 2 * 1100).to(dtype).chunk(2, dim=1)
+        expected = gelu_mul_reference(gate, up)
+        assert (gelu_mul(gate, up) - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("normed", [None, "narrow", "fp32"])
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "head_dim", "rotated"), [(4, 2, 16, 16), (9, 3, 20, 20), (9, 3, 20, 14), (4, 2, 16, 8)]
+    )
+    def test_rope_and_write(
+        heads: int, kv_heads: int, head_dim: int, rotated: int, normed: str | None, dtype: torch.dtype
+    ) -> None:
         torch.manual_seed(0)
         fused = torch.randn(4, heads + 2 * kv_heads, head_dim).to(dtype)
         parts = fused.split([heads, kv_heads, kv_heads], dim=1)
-        angles = torch.randn(4, 1, head_dim // 2)
-        norms = tuple(torch.randn(2, head_dim).to(dtype)) if normed else None
+        angles = torch.randn(4, 1, rotated // 2)
+        norms = tuple(torch.randn(2, head_dim).to(dtype if normed == "narrow" else torch.float32)) if normed else None
         slots = torch.tensor([3, 17, 4, 47])
         ours, theirs = torch.zeros(2, 3, 2, 16, kv_heads, head_dim, dtype=dtype)
         rotation = (angles.cos(), angles.sin())
@@ -135,3 +216,49 @@ else:
         expected = rope_and_write_reference(*parts, rotation, theirs[:, 0], theirs[:, 1], slots, norms=norms, eps=1e-5)
         assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
         assert (ours - theirs).norm() <= TOLERANCE[dtype] * theirs.norm()
+
+    def same_rows(ours: QuantizedRows, theirs: QuantizedRows) -> bool:
+        return ours.scales.equal(theirs.scales) and ours.codes.view(torch.uint8).equal(theirs.codes.view(torch.uint8))
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    def test_quantize_rows(number: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        x = draw_rows(100, 200, number, dtype)[:, :150]  # enough for ties in half precision
+        x[2] = 0
+        assert same_rows(quantize_rows(x, number), quantize_rows_reference(x, number))
+
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    def test_the_fused_kernels_quantize_what_the_others_return(number: str) -> None:
+        torch.manual_seed(0)
+        residual, x, weight = torch.randn(3, 100).half(), torch.randn(3, 100).half(), torch.randn(100).half()
+        total = residual.clone()
+        normed = quantize_rows(add_rms_norm(total, x, weight, 1e-5), number)
+        assert same_rows(add_rms_norm_quantize(residual, x, weight, 1e-5, number), normed)
+        assert residual.equal(total)
+        gate, up = torch.randn(3, 2 * 1100).half().chunk(2, dim=1)
+        assert same_rows(silu_mul_quantize(gate, up, number), quantize_rows(silu_mul(gate, up), number))
+
+    @pytest.mark.parametrize("vocabulary", [5, 1024, 9000])
+    def test_draw_gumbel(vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(6, vocabulary, generator=generator) * 3
+        logits[1, :] = 1.0  # of equals the first
+        logits[2, 3:] = -torch.inf
+        temperatures = torch.tensor([0.0, 0.0, 1.0, 0.6, 5.0, 1.0])
+        seeds = torch.tensor([0, 1, 2**62, 3, 4, 2**40])
+        positions = torch.tensor([0, 1, 2, 2**20, 4, 5])
+        for narrow in (logits, logits.half()):
+            expected = draw_gumbel_reference(narrow, temperatures, seeds, positions)
+            assert draw_gumbel(narrow, temperatures, seeds, positions).equal(expected)
+
+    @pytest.mark.parametrize(("rows", "shape"), [(1, (40, 256)), (5, (100, 1024)), (17, (64, 1280)), (32, (2081, 256))])
+    def test_dense(rows: int, shape: tuple[int, int]) -> None:
+        torch.manual_seed(0)
+        x, weight, bias = (
+            torch.randn(rows, 2 * shape[1]).half()[:, : shape[1]],
+            *(torch.randn(size).half() for size in (shape, shape[:1])),
+        )
+        assert shape[1] % CHANNELS == 0
+        exact = x.double() @ weight.double().t() + bias.double()
+        assert (dense_matmul(x, weight, bias) - exact).norm() <= TOLERANCE[torch.float16] * exact.norm()

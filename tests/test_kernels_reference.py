@@ -12,12 +12,14 @@ from torch import Tensor
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention_reference
+from llmq.runtime.kernels.gelu import gelu_mul
 from llmq.runtime.kernels.kv_write import write_kv_reference
-from llmq.runtime.kernels.norm import add_rms_norm
+from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
+from llmq.runtime.kernels.quantize_rows import LARGEST, quantize_rows
 from llmq.runtime.kernels.rope import rope_and_write
-from llmq.runtime.kernels.silu import silu_mul
+from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul_reference
-from llmq.scheme import Scheme
+from llmq.scheme import E4M3, INT, Scheme
 
 Rows = list[tuple[int, int]]  # (queries, tokens in the cache) of each row
 
@@ -40,7 +42,9 @@ def draw_paged(rows: Rows, heads: int, kv_heads: int, head_dim: int, block_size:
     return query, caches[0], caches[1], tables, starts, torch.tensor([kv for _, kv in rows], dtype=torch.int32)
 
 
-def attention_by_loops(arguments: tuple[Tensor, ...], window: int | None) -> Tensor:
+def attention_by_loops(
+    arguments: tuple[Tensor, ...], window: int | None, scale: float | None = None, softcap: float | None = None
+) -> Tensor:
     query, keys, values, tables, starts, lengths = arguments
     block_size, group = keys.shape[1], query.shape[1] // keys.shape[2]
     out = torch.zeros_like(query)
@@ -51,7 +55,8 @@ def attention_by_loops(arguments: tuple[Tensor, ...], window: int | None) -> Ten
             for head in range(query.shape[1] if seen else 0):
                 at = [(tables[row, p // block_size], p % block_size, head // group) for p in seen]
                 key, value = (torch.stack([cache[place] for place in at]) for cache in (keys, values))
-                weights = (key @ query[token, head] / math.sqrt(query.shape[2])).softmax(0)
+                scores = key @ query[token, head] * (1 / math.sqrt(query.shape[2]) if scale is None else scale)
+                weights = (scores if softcap is None else softcap * (scores / softcap).tanh()).softmax(0)
                 out[token, head] = weights @ value
     return out
 
@@ -69,14 +74,22 @@ a_row = st.integers(0, 21).flatmap(lambda kv: st.tuples(st.integers(min(kv, 1), 
     heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
     block_size=st.sampled_from([4, 7, 16]),
     window=st.sampled_from([None, 1, 5]),
+    scale=st.sampled_from([None, 0.5]),
+    softcap=st.sampled_from([None, 2.0]),
 )
 def test_attention_is_the_softmax_over_the_positions_seen(
-    rows: Rows, heads: tuple[int, int], block_size: int, window: int | None
+    rows: Rows,
+    heads: tuple[int, int],
+    block_size: int,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
 ) -> None:
     torch.manual_seed(0)
     arguments = draw_paged(rows, *heads, 8, block_size)
     bounds = {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
-    assert close(paged_attention_reference(*arguments, window=window, **bounds), attention_by_loops(arguments, window))
+    out = paged_attention_reference(*arguments, window=window, scale=scale, softcap=softcap, **bounds)
+    assert close(out, attention_by_loops(arguments, window, scale, softcap))
 
 
 def test_a_row_of_length_zero_is_padding_and_its_output_zero() -> None:
@@ -101,13 +114,16 @@ def test_keys_and_values_land_in_their_slots_and_nowhere_else(interleaved: bool)
 
 def draw_weight(shape: tuple[int, int], scheme: Scheme, *, act_order: bool = False) -> QuantizedWeight:
     groups = scheme.num_groups(shape[1])
+    codes = torch.randint(0, 2**scheme.bits, shape, dtype=torch.uint8)
+    if scheme.number == E4M3:
+        codes[codes & 0x7F == 0x7F] = 0  # not a number
     zeros = torch.randint(0, 2**scheme.bits, (shape[0], groups), dtype=torch.uint8)
     if scheme.symmetric:
         zeros.fill_(scheme.middle_code)
     index = torch.arange(shape[1]) // scheme.group_length(shape[1])
     return QuantizedWeight(
         scheme,
-        torch.randint(0, 2**scheme.bits, shape, dtype=torch.uint8),
+        codes,
         (torch.rand(shape[0], groups) / 50 + 0.005).half(),
         zeros,
         index[torch.randperm(shape[1])] if act_order else None,
@@ -174,6 +190,64 @@ def test_add_rms_norm_leaves_the_sum_and_returns_it_with_mean_square_one() -> No
 def test_silu_mul_gates() -> None:
     gate, up = torch.tensor([[-100.0, 0.0, 100.0]]), torch.tensor([[5.0, 6.0, 7.0]])
     assert silu_mul(gate, up).equal(torch.tensor([[0.0, 0.0, 700.0]]))
+
+
+@pytest.mark.parametrize(("number", "most"), [(INT, 0.5), (E4M3, 16.0)])
+def test_a_quantized_row_is_off_by_half_a_step_and_its_largest_is_exact(number: str, most: float) -> None:
+    """A step of e4m3 is widest at the top: 32."""
+    x = torch.randn(7, 300, dtype=torch.float64) * torch.logspace(-3, 3, 7, dtype=torch.float64)[:, None]
+    codes, scales = quantize_rows(x, number)
+    assert scales.shape == (7, 1)
+    assert codes.double().abs().amax(-1).eq(LARGEST[number]).all()
+    assert ((codes.double() - x / scales.double()).abs() <= most + 1e-4).all()
+
+
+@pytest.mark.parametrize("number", [INT, E4M3])
+def test_a_row_of_zeros_stays_zero(number: str) -> None:
+    codes, scales = quantize_rows(torch.zeros(2, 8), number)
+    assert codes.float().eq(0).all()
+    assert scales.gt(0).all()
+
+
+@pytest.mark.parametrize("number", [INT, E4M3])
+def test_quantizing_in_the_same_pass_changes_nothing(number: str) -> None:
+    residual, x, weight = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
+    total = residual.clone()
+    for ours, theirs in zip(
+        add_rms_norm_quantize(residual, x, weight, 1e-5, number),
+        quantize_rows(add_rms_norm(total, x, weight, 1e-5), number),
+        strict=True,
+    ):
+        assert ours.view(torch.uint8).equal(theirs.view(torch.uint8))
+    assert residual.equal(total)
+    for ours, theirs in zip(
+        silu_mul_quantize(residual, x, number), quantize_rows(silu_mul(residual, x), number), strict=True
+    ):
+        assert ours.view(torch.uint8).equal(theirs.view(torch.uint8))
+
+
+def test_gelu_mul_gates() -> None:
+    gate, up = torch.tensor([[-100.0, 0.0, 100.0]]), torch.tensor([[5.0, 6.0, 7.0]])
+    assert gelu_mul(gate, up).equal(torch.tensor([[0.0, 0.0, 700.0]]))
+
+
+def test_a_norm_s_fp32_weight_is_not_rounded_before_it_multiplies() -> None:
+    x, weight = torch.randn(5, 64).bfloat16(), 1 + torch.randn(64) / 1000
+    exact = add_rms_norm(x.double(), None, weight.double(), 1e-6)
+    out = add_rms_norm(x.clone(), None, weight, 1e-6)
+    assert out.dtype == torch.bfloat16
+    assert out.equal(exact.float().bfloat16())
+
+
+def test_rope_leaves_the_channels_past_the_rotated_ones_as_they_are() -> None:
+    query, key, value = torch.randn(3, 4, 2, 8)
+    angles, slots = torch.randn(4, 1, 2), torch.tensor([4, 5, 11, 8])
+    rotation = (angles.cos(), angles.sin())
+    caches, part = torch.zeros(2, 3, 4, 2, 8), torch.zeros(2, 3, 4, 2, 4)
+    out = rope_and_write(query, key, value, rotation, caches[0], caches[1], slots)
+    turned = rope_and_write(query[..., :4], key[..., :4], value[..., :4], rotation, part[0], part[1], slots)
+    assert out.equal(torch.cat((turned, query[..., 4:]), -1))
+    assert caches[0].flatten(0, 1)[slots].equal(torch.cat((part[0].flatten(0, 1)[slots], key[..., 4:]), -1))
 
 
 def test_rope_turns_pairs_as_complex_numbers_and_writes_key_and_value() -> None:

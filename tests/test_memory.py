@@ -10,9 +10,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from known_models import LLAMA_2_7B, LLAMA_31_8B, MISTRAL_7B, QWEN_25_05B, config_of, model_configs
+from tiny_models import VARIANTS, save_variant
 
 from llmq import memory
-from llmq.checkpoint.config import ModelConfig
+from llmq.checkpoint.config import ModelConfig, read_config
+from llmq.checkpoint.tensors import Tensors
 from llmq.errors import USAGE, LlmqError
 from llmq.scheme import GROUP_SIZES, Scheme
 
@@ -62,6 +64,11 @@ def test_quantized_llama_31_8b_has_its_known_size(tmp_path: Path, scheme: Scheme
         {"architectures": ["MistralForCausalLM"], "head_dim": 32},
         {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
         {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "attention_bias": True},
+        {"architectures": ["Phi3ForCausalLM"], "pad_token_id": None},
+        {"architectures": ["Gemma2ForCausalLM"], "head_dim": 32},
+        {"architectures": ["Gemma3ForCausalLM"], "head_dim": 32, "tie_word_embeddings": False},
+        {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
+        {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 10, "moe_intermediate_size": 32},
     ],
     ids=lambda extra: extra["architectures"][0],
 )
@@ -76,6 +83,13 @@ def test_weights_are_as_many_as_transformers_makes(tmp_path: Path, extra: dict[s
         model = model_class(model_class.config_class(**fields))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert memory.weight_bytes(config_of(tmp_path, fields), None, 2) == 2 * parameters
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_are_as_many_bytes_as_transformers_writes(tmp_path: Path, variant: str) -> None:
+    folder = save_variant(tmp_path, variant)
+    config = read_config(folder)
+    assert memory.weight_bytes(config, None, config.dtype_bytes) == Tensors(folder).num_bytes
 
 
 def test_a_quantized_linear_is_codes_scales_zero_points_and_group_index() -> None:

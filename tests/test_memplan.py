@@ -184,6 +184,13 @@ def test_without_files_the_size_is_computed_in_the_scheme_of_the_config(tmp_path
     assert not weights.stored
 
 
+def test_without_files_several_schemes_are_refused(tmp_path: Path) -> None:
+    several = GPTQ | {"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}
+    config = config_of(tmp_path, LLAMA_31_8B | {"quantization_config": several})
+    with pytest.raises(LlmqError, match="not every layer has the same scheme"):
+        stored_weights(tmp_path, config)
+
+
 def test_without_files_a_format_without_a_formula_is_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path, LLAMA_31_8B | {"quantization_config": {"quant_method": "fp8"}})
     with pytest.raises(LlmqError, match="'fp8'"):

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmq.plan import History, PlanRow, RowSampling
-from llmq.runtime.sampler import draw, exponential_noise, restrict, sample
+from llmq.runtime.kernels.gumbel import exponential_noise
+from llmq.runtime.sampler import draw, restrict, sample
 
 GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0, logprobs=None)
 
@@ -75,11 +76,21 @@ def test_noise_is_uncorrelated_across_seeds_positions_and_tokens() -> None:
         assert (cube * shifted).mean().abs() < 0.01
 
 
+def test_no_noise_lifts_an_unlikely_token_over_all_others() -> None:
+    """There the random bits of token 65,933 are nearly all ones: a number that rounds up to 1."""
+    logits = torch.zeros(1, 66_000)
+    logits[0, 7] = 200.0
+    assert draw(logits, [sampling(seed=0)], [254]) == 7
+    noise = exponential_noise(torch.tensor([[0]]), torch.tensor([[254]]), 66_000)
+    assert noise.isfinite().all()
+    assert noise.min() > 0
+
+
 def test_logprobs_are_those_of_the_raw_logits_best_first() -> None:
     logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(1))
     hot = RowSampling(temperature=5.0, top_k=3, top_p=0.9, seed=1, logprobs=4)
     rows = [PlanRow(0, 0, (1,), ((1,),), hot), PlanRow(1, 0, (1,), ((1,),), GREEDY)]
-    first, second = sample(logits, rows)
+    first, second = sample(logits, rows).collect()
     assert second.logprobs is None
     assert first.logprobs is not None
     expected = logits[0].log_softmax(-1)
@@ -124,13 +135,13 @@ def test_presence_and_frequency_count_what_was_generated_and_nothing_of_the_prom
 def test_a_banned_token_is_never_drawn() -> None:
     logits = torch.tensor([[9.0, 0.0, 0.0]]).expand(200, -1)
     rows = [PlanRow(0, place, (1,), ((1,),), sampling(), (0,)) for place in range(200)]
-    assert {token.token_id for token in sample(logits, rows)} == {1, 2}
+    assert {token.token_id for token in sample(logits, rows).collect()} == {1, 2}
 
 
 def test_logprobs_are_those_before_penalties() -> None:
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1))
     penalized = RowSampling(0.0, 0, 1.0, 0, 0, repetition_penalty=50.0)
-    (token,) = sample(logits, [row(penalized, [int(logits.argmax())], [])])
+    (token,) = sample(logits, [row(penalized, [int(logits.argmax())], [])]).collect()
     assert token.token_id != logits.argmax()
     assert token.logprobs is not None
     assert token.logprobs.logprob == pytest.approx(logits[0].log_softmax(-1)[token.token_id].item())
@@ -139,7 +150,7 @@ def test_logprobs_are_those_before_penalties() -> None:
 def test_samples_of_one_row_are_what_their_seeds_draw_alone() -> None:
     logits = torch.randn(2, 40, generator=torch.Generator().manual_seed(2))
     several = RowSampling(1.0, 0, 1.0, 7, None, samples=3)
-    found = sample(logits, [PlanRow(0, 0, (1,), ((1,),), several), PlanRow(1, 0, (1,), ((1,),), GREEDY)])
+    found = sample(logits, [PlanRow(0, 0, (1,), ((1,),), several), PlanRow(1, 0, (1,), ((1,),), GREEDY)]).collect()
     assert [(token.sequence_id, token.sample) for token in found] == [(0, 0), (0, 1), (0, 2), (1, 0)]
     alone = [draw(logits[:1], [sampling(seed=7 + index)], [1]).item() for index in range(3)]
     assert [token.token_id for token in found[:3]] == alone

@@ -638,7 +638,7 @@ def test_under_an_endless_stream_of_prompts_everybody_gets_a_token_every_k_steps
         plan = scheduler.schedule()
         drawn = {
             sequence.request.request_id
-            for row, sequence in zip(plan.rows, scheduler._in_step, strict=True)
+            for row, sequence in zip(plan.rows, scheduler._flights[-1].sequences, strict=True)
             if row.sampling
         }
         for request in scheduler.running:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -29,12 +30,12 @@ from llmq.engine.request import FinishReason, SamplingParams
 from llmq.engine.scheduler import EngineStats, Scheduler
 from llmq.engine.trace import open_trace
 from llmq.errors import CHECK_FAILED, USAGE, LlmqError
-from llmq.plan import TokenLogprobs, layer_groups
+from llmq.plan import StepPlan, TokenLogprobs, layer_groups
 from llmq.runtime.device import free_kv_cache_bytes, host_memory_bytes, resolve_device, resolve_dtype
 from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.kv_cache import KVCache
 from llmq.runtime.loader import load_decoder, open_source
-from llmq.runtime.runner import Runner
+from llmq.runtime.runner import Result, Runner
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a conversation."""
@@ -137,11 +138,11 @@ class LLM:
         dummy = self.options.load_format == "dummy"
         without = not text or (dummy and not has_tokenizer(self.folder))
         self._tokenizer = None if without else load_tokenizer(self.folder)
-        if dummy:
-            self.decoder = dummy_decoder(self.config, self.device, self.dtype)
-        else:
-            self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype))
         self.max_model_len = self._max_model_len()
+        if dummy:
+            self.decoder = dummy_decoder(self.config.for_context(self.max_model_len), self.device, self.dtype)
+        else:
+            self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype, self.max_model_len))
         cpu_blocks = self._cpu_blocks()
         num_blocks = self._num_blocks()
         options = self.options
@@ -163,7 +164,16 @@ class LLM:
                 exit_code=CHECK_FAILED,
             )
         self._scheduler: Scheduler = Scheduler(options, self._blocks, trace=open_trace())
-        self._runner = Runner(self.decoder, self._cache, self.device)
+        self._runner = Runner(
+            self.decoder,
+            self._cache,
+            self.device,
+            max_sequences=options.max_num_seqs,
+            max_tokens=self.max_model_len,
+            enforce_eager=options.enforce_eager,
+        )
+        self._flights: deque[tuple[StepPlan, Result]] = deque()
+        """Steps that the device was given, and whose results have not been taken in: at most one between two steps."""
         self._live: dict[Hashable, _Live] = {}
         self._ended: list[_Live] = []
         """Requests of which no more is to come, and the answers have not been handed out."""
@@ -310,9 +320,12 @@ class LLM:
                 yield from self._step(streaming)
             self._scheduler.check_integrity()
         finally:
-            # The caller may leave early, or a step may fail: the next call starts from an empty engine.
+            # The caller may leave early, or a step may fail: the next call starts from an empty engine. A step may
+            # still run for nobody, where all have ended by stop tokens.
             for request_id in self._live:
                 self._scheduler.abort(request_id)
+            self._scheduler.forget_flights()
+            self._flights.clear()
             self._live.clear()
             self._ended.clear()
 
@@ -342,22 +355,42 @@ class LLM:
         return output
 
     def _step(self, streaming: bool, tokens: bool = False) -> Iterator[Any]:
-        if not self._scheduler.idle:
-            plan = self._scheduler.schedule()
-            progress = self._scheduler.update(plan, self._runner.run(plan))
-            now = time.perf_counter()
-            for sequence in progress.extended:
-                live = self._live[sequence.request.request_id]
-                if live.ranked:
-                    if sequence is live.request.sequences[0]:
-                        live.times.append(now)
-                else:
-                    yield from self._extend(live, sequence, now, streaming)
-                    if tokens:
-                        yield _token_delta(live, sequence)
-                    if live.output.finished:
-                        self._ended.append(live)
-            self._ended += [live for done in progress.finished if (live := self._live[done.request_id]).ranked]
+        """Launch a step, and take in the one before: the device computes while the host works. Where a plan hangs on
+        tokens that are not known yet, one after the other."""
+        scheduler, flights = self._scheduler, self._flights
+        ahead = scheduler.foresees
+        if flights and not ahead:
+            yield from self._take_in(streaming, tokens)
+        elif flights:
+            scheduler.presume(flights[-1][0])
+        launched = scheduler.has_work
+        if launched:
+            plan = scheduler.schedule()
+            flights.append((plan, self._runner.launch(plan)))
+        if flights and not (ahead and launched and len(flights) == 1):
+            yield from self._take_in(streaming, tokens)
+        yield from self._hand_out(streaming)
+
+    def _take_in(self, streaming: bool, tokens: bool) -> Iterator[TextDelta | TokenDelta]:
+        """Book what the oldest step gives that was launched."""
+        plan, result = self._flights.popleft()
+        progress = self._scheduler.update(plan, result())
+        now = time.perf_counter()
+        for sequence in progress.extended:
+            live = self._live[sequence.request.request_id]
+            if live.ranked:
+                if sequence is live.request.sequences[0]:
+                    live.times.append(now)
+            else:
+                yield from self._extend(live, sequence, now, streaming)
+                if tokens:
+                    yield _token_delta(live, sequence)
+                if live.output.finished:
+                    self._ended.append(live)
+        self._ended += [live for done in progress.finished if (live := self._live[done.request_id]).ranked]
+
+    def _hand_out(self, streaming: bool) -> Iterator[TextDelta | RequestOutput]:
+        """The answers that are whole."""
         while self._ended:
             live = self._ended.pop(0)
             if self._live.pop(live.request.request_id, None) is None:
@@ -447,7 +480,7 @@ class LLM:
         if isinstance(prompt[0], Mapping):
             return encode_chat(self.tokenizer, list(prompt))  # type: ignore[arg-type]
         token_ids: list[int] = list(prompt)  # type: ignore[arg-type]
-        if not all(0 <= token < self.config.vocab_size for token in token_ids):
+        if min(token_ids) < 0 or max(token_ids) >= self.config.vocab_size:
             raise LlmqError(f"a token id is outside the vocabulary of {self.config.vocab_size}")
         return token_ids
 

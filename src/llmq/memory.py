@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import USAGE, LlmqError
 from llmq.plan import layer_groups
-from llmq.scheme import Scheme
+from llmq.scheme import E4M3, FP4, NF4, WHOLE_TENSOR, Scheme
 
 if TYPE_CHECKING:  # the formulas read its numbers; the module stays below the checkpoint package
     from llmq.checkpoint.config import ModelConfig
@@ -19,7 +19,14 @@ if TYPE_CHECKING:  # the formulas read its numbers; the module stays below the c
 RESERVED_BLOCKS = 1
 """Block 0 of every pool is where padding rows read and write; no sequence ever owns it."""
 SCALE_BYTES = 2
+ABSMAX_BYTES = 4
+"""A scale of bitsandbytes."""
+TABLE_BYTES = 16 * 4
+"""What bitsandbytes' codes stand for, which it stores with each layer."""
+SHAPE_BYTES = 2 * 8
+"""The shape that compressed-tensors stores with each packed layer."""
 GROUP_INDEX_BYTES = 4
+GPTQ_BITS = (2, 3, 4, 8)
 MAX_BYTES = 2**63
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base ** (power + 1)
@@ -90,14 +97,21 @@ def pool_blocks(budget: int, config: ModelConfig, block_size: int, dtype_bytes: 
 
 
 def linear_bytes(out_features: int, in_features: int, scheme: Scheme | None, dtype_bytes: int) -> int:
-    """One linear layer; in a scheme: codes, fp16 scales, zero points and group index, as GPTQ has them."""
-    weights = out_features * in_features
+    """One linear layer; in a scheme, as it is stored: integers with 16-bit activations in GPTQ, or compressed-tensors
+    where GPTQ has none such; 8-bit activations and e4m3 in that too; nf4 and fp4 in bitsandbytes."""
     if scheme is None or not scheme.divides(in_features):
-        return weights * dtype_bytes
-    groups = scheme.num_groups(in_features)
-    codes = weights * scheme.bits // 8
-    zero_points = groups * out_features * scheme.bits // 8
-    return codes + zero_points + groups * out_features * SCALE_BYTES + in_features * GROUP_INDEX_BYTES
+        return out_features * in_features * dtype_bytes
+    one_scale = scheme.group_size == WHOLE_TENSOR
+    groups = 1 if one_scale else scheme.num_groups(in_features) * out_features
+    codes = out_features * -(-in_features * scheme.bits // 32) * 4
+    if scheme.number in (NF4, FP4):
+        return codes + groups * ABSMAX_BYTES + TABLE_BYTES
+    if scheme.number == E4M3 or scheme.activation_bits == 8:
+        return codes + groups * SCALE_BYTES
+    zero_points = 1 if one_scale else groups * scheme.bits // 8
+    if scheme.bits in GPTQ_BITS and not one_scale:
+        return codes + zero_points + groups * SCALE_BYTES + in_features * GROUP_INDEX_BYTES
+    return codes + (not scheme.symmetric) * zero_points + groups * SCALE_BYTES + SHAPE_BYTES
 
 
 def block_linear_bytes(config: ModelConfig, scheme: Scheme | None, dtype_bytes: int) -> int:
@@ -106,18 +120,21 @@ def block_linear_bytes(config: ModelConfig, scheme: Scheme | None, dtype_bytes: 
 
 
 def weight_bytes(config: ModelConfig, scheme: Scheme | None, dtype_bytes: int) -> int:
-    """The whole model: quantized linears of the blocks; embeddings, head, norms and biases in the model's dtype."""
+    """The whole model: quantized linears of the blocks; embeddings, head, norms, routers and biases in the model's
+    dtype."""
     embedding = config.vocab_size * config.hidden_size
     embeddings = embedding if config.tied_embeddings else 2 * embedding
-    norms = config.num_layers * (2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0))
-    rest = (embeddings + norms + config.hidden_size + config.num_layers * _block_biases(config)) * dtype_bytes
-    return rest + config.num_layers * block_linear_bytes(config, scheme, dtype_bytes)
+    rest = embeddings + config.hidden_size + config.num_layers * _block_rest(config)
+    return rest * dtype_bytes + config.num_layers * block_linear_bytes(config, scheme, dtype_bytes)
 
 
-def _block_biases(config: ModelConfig) -> int:
+def _block_rest(config: ModelConfig) -> int:
+    """Norms, router and biases of one decoder block."""
+    norms = (4 if config.post_norms else 2) * config.hidden_size + 2 * config.head_dim * config.qk_norm
+    router = 0 if config.experts is None else config.experts.count * config.hidden_size
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     mlp = 2 * config.intermediate_size + config.hidden_size
-    return config.qkv_bias * qkv + config.o_bias * config.hidden_size + config.mlp_bias * mlp
+    return norms + router + config.qkv_bias * qkv + config.o_bias * config.hidden_size + config.mlp_bias * mlp
 
 
 # Activations
@@ -125,7 +142,10 @@ def _block_biases(config: ModelConfig) -> int:
 
 def activation_bytes(config: ModelConfig, batched_tokens: int, sampled_rows: int, dtype_bytes: int) -> int:
     """The widest moment of a step: a block's hidden states and MLP, or the fp32 logits and their sampling copies."""
-    mlp = batched_tokens * (3 * config.hidden_size + 3 * config.intermediate_size) * dtype_bytes
+    inner = 3 * config.intermediate_size
+    if config.experts is not None:  # each token goes through several, and their outputs are kept until all have run
+        inner = config.experts.per_token * (3 * config.experts.intermediate_size + config.hidden_size)
+    mlp = batched_tokens * (3 * config.hidden_size + inner) * dtype_bytes
     logits = sampled_rows * config.vocab_size * 4 * LOGITS_COPIES
     return max(mlp, logits) + batched_tokens * config.hidden_size * dtype_bytes
 

@@ -79,6 +79,8 @@ class History(NamedTuple):
 class PlanRow(NamedTuple):
     """One sequence in one step. A named tuple: a step makes hundreds, and they must cost little.
 
+    tokens          their ids; −1 − i stands for the i-th token that the step before draws, all samples of all its rows
+                    counted
     block_tables    as long as the sequence keeps its blocks the same list in every plan, which grows at its end: who
                     remembers how much of it was read has to read no more than that
     sampling        None while the prompt is not complete: nothing is drawn

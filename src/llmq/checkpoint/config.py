@@ -6,41 +6,125 @@ Field names, and what a missing field means, follow the Hugging Face configurati
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
+from llmq.checkpoint.rope import Rope, Theta, read_rope
 from llmq.errors import LlmqError
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-MISTRAL_DEFAULT_WINDOW = 4096
-"""transformers' MistralConfig slides over 4,096 tokens when config.json does not name a window."""
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""The names of config.json for what gates the MLP."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""The kinds of layers, as ``layer_types`` names them."""
+SEPARATE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
+"""Files that say what config.json has as ``quantization_config``, and the method that they may not name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding: base, and how the frequencies are scaled beyond the trained context."""
+class LinearNames:
+    """What the checkpoints of an architecture call the linear layers of a block.
 
-    theta: float = 10_000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+    One name for several projections: their matrices lie in it one on top of the other.
+    """
+
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    feed_forward: str = "mlp"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """``defaults``: what the configuration class of transformers assumes where config.json says nothing, as far as it
+    differs from Llama's."""
+
+    model_type: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    names: LinearNames = LinearNames()
+
+
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32_768}
+_GEMMA = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama"),
+    "MistralForCausalLM": Architecture(
+        "mistral", {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072}
+    ),
+    "Qwen2ForCausalLM": Architecture("qwen2", _QWEN),
+    "Qwen3ForCausalLM": Architecture("qwen3", _QWEN | {"head_dim": 128}),
+    "Phi3ForCausalLM": Architecture(
+        "phi3",
+        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        LinearNames(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+    ),
+    "Gemma2ForCausalLM": Architecture(
+        "gemma2",
+        _GEMMA
+        | {"max_position_embeddings": 8192, "sliding_window_pattern": 2}
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        "gemma3_text",
+        _GEMMA | {"max_position_embeddings": 131_072, "sliding_window_pattern": 6, "rope_theta": 1e6},
+    ),
+    "MixtralForCausalLM": Architecture(
+        "mixtral",
+        {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131_072, "rope_theta": 1e6}
+        | {"num_experts": 8, "num_experts_per_tok": 2},
+        LinearNames(feed_forward="block_sparse_moe", gate_up=("w1", "w3"), down="w2"),
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        "qwen3_moe",
+        _QWEN | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in place of each block's MLP (Shazeer et al., 2017).
+
+    count              MLPs, among which a router chooses for each token
+    per_token          as many as these, the likeliest
+    intermediate_size  of each
+    renormalized       the probabilities of those chosen, which weigh their outputs, are made to add up to 1
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    renormalized: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LinearStage:
+    """Linear layers of a block whose inputs can be seen in one pass, once the stages before it have been computed.
+
+    half    of the block's two, ``DecoderLayer.mix`` and ``DecoderLayer.finish``: the one in which they run
+    groups  names within the block; those of one group have the very same inputs
+    """
+
+    half: Literal["mix", "finish"]
+    groups: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder-only transformer of the Llama family, as its folder describes it."""
+    """A decoder-only transformer of the Llama family or one of its relatives, as its folder describes it."""
 
     model_type: str
     hidden_size: int
@@ -51,8 +135,10 @@ class ModelConfig:
     head_dim: int
     vocab_size: int
     context_length: int
+    """Tokens of the longest sequence that is run: some RoPE scalings depend on it."""
     rms_norm_eps: float
-    rope: Rope
+    ropes: tuple[Rope, ...]
+    """For each layer."""
     windows: tuple[int | None, ...]
     """For each layer, the tokens a query sees (itself included), or None for all."""
     tied_embeddings: bool
@@ -64,30 +150,64 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     quantization: Mapping[str, Any] | None
-    """``quantization_config`` as it stands in config.json; ``checkpoint.formats`` reads it."""
+    """``quantization_config`` as the folder has it; ``checkpoint.formats`` reads it."""
+    names: LinearNames = LinearNames()
+    experts: Experts | None = None
+    activation: Activation = "silu"
+    norm_offset: float = 0.0
+    """Norms multiply by their weight plus this."""
+    post_norms: bool = False
+    """What attention and MLP give is normed, too, before it is added to the residual."""
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    """Multiplies the scores; None: 1/√head_dim."""
+    attention_softcap: float | None = None
+    """A score s becomes softcap · tanh(s / softcap)."""
+    logits_softcap: float | None = None
 
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
     @property
+    def linear_stages(self) -> tuple[LinearStage, ...]:
+        """The linear layers of one decoder block in the order of computation. Each expert's are layers of their own;
+        the router is not among them."""
+        names, mlps = self.names, [self.names.feed_forward]
+        if self.experts is not None:
+            mlps = [f"{names.feed_forward}.experts.{number}" for number in range(self.experts.count)]
+        return (
+            LinearStage("mix", (tuple(f"self_attn.{name}" for name in names.qkv),)),
+            LinearStage("finish", (("self_attn.o_proj",),)),
+            LinearStage("finish", tuple(tuple(f"{mlp}.{name}" for name in names.gate_up) for mlp in mlps)),
+            LinearStage("finish", tuple((f"{mlp}.{names.down}",) for mlp in mlps)),
+        )
+
+    @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of one decoder block: name within the block → (out_features, in_features)."""
-        hidden, inner = self.hidden_size, self.intermediate_size
+        """The layers of ``linear_stages``: name within the block → (out_features, in_features)."""
+        hidden = self.hidden_size
+        inner = self.intermediate_size if self.experts is None else self.experts.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (q, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, q),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
+        shapes = _stacked(self.names.qkv, (q, kv, kv), hidden) | _stacked(self.names.gate_up, (inner, inner), hidden)
+        shapes |= {"o_proj": (hidden, q), self.names.down: (hidden, inner)}
+        layers = (name for stage in self.linear_stages for group in stage.groups for name in group)
+        return {name: shapes[name.rpartition(".")[2]] for name in layers}
+
+    def for_context(self, tokens: int) -> ModelConfig:
+        """The model as it runs where no sequence is longer than ``tokens``."""
+        return replace(self, context_length=min(tokens, self.context_length))
+
+
+def _stacked(names: Sequence[str], sizes: Sequence[int], in_features: int) -> dict[str, tuple[int, int]]:
+    """Name → (out_features, in_features) of projections of these ``sizes``, or of the one that they are stacked in."""
+    outs = sizes if len(names) == len(sizes) else (sum(sizes),)
+    return {name: (out, in_features) for name, out in zip(names, outs, strict=True)}
 
 
 _Size = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
 _Layers = Annotated[int, Field(strict=True, gt=0, le=10_000)]
+_Real = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Raw(BaseModel):
@@ -95,7 +215,6 @@ class _Raw(BaseModel):
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
-    architectures: list[str] = Field(min_length=1)
     hidden_size: _Size
     intermediate_size: _Size
     num_hidden_layers: _Layers
@@ -104,69 +223,82 @@ class _Raw(BaseModel):
     head_dim: _Size | None = None
     vocab_size: _Size
     max_position_embeddings: _Size = 2048
+    original_max_position_embeddings: _Size | None = None
     rms_norm_eps: PositiveFloat = 1e-6
-    rope_theta: PositiveFloat = 10_000.0
+    rope_theta: Theta = 10_000.0
+    rope_local_base_freq: Theta = 10_000.0
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"
+    hidden_activation: str | None = None
+    query_pre_attn_scalar: _Real = 256.0
+    attn_logit_softcapping: _Real | None = None
+    final_logit_softcapping: _Real | None = None
+    use_bidirectional_attention: bool | None = None
     sliding_window: _Size | None = None
     use_sliding_window: bool = False
     max_window_layers: int = 28
+    sliding_window_pattern: _Size | None = None
     layer_types: list[str] | None = None
+    num_local_experts: _Size | None = None
+    num_experts: _Size | None = None
+    num_experts_per_tok: _Size | None = None
+    moe_intermediate_size: _Size | None = None
+    norm_topk_prob: bool = False
+    decoder_sparse_step: _Size = 1
+    mlp_only_layers: list[int] | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     quantization_config: dict[str, Any] | None = None
 
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
 
-class _RawRope(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    rope_theta: PositiveFloat | None = None
-    rope_type: str = "default"
-    factor: PositiveFloat = 1.0
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_max_position_embeddings: _Size = 8192
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The facts of the model in ``folder``.
 
-    Raises LlmqError when config.json is missing or malformed, or describes an architecture, an activation or a
-    RoPE scaling that llmq does not run.
+    Raises LlmqError when config.json is missing or malformed, contradicts itself, or describes an architecture, an
+    activation or a RoPE scaling that llmq does not run.
     """
     raw_json = read_json(folder / "config.json")
+    architecture = _architecture(folder, raw_json.get("architectures"))
+    model_type = architecture.model_type
     try:
-        raw = _Raw.model_validate(raw_json)
-        rope = _read_rope(raw)
+        raw = _Raw.model_validate({**architecture.defaults, **raw_json})
+        kinds = _layer_kinds(model_type, raw)
+        ropes = _read_ropes(model_type, raw, kinds)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise LlmqError(f"{folder / 'config.json'}: field {field!r}: {first['msg']}") from None
+        location = ".".join(str(part) for part in first["loc"])
+        raise LlmqError(f"{folder / 'config.json'}: field {location!r}: {first['msg']}") from None
 
-    architecture = raw.architectures[0]
-    model_type = ARCHITECTURES.get(architecture)
-    if model_type is None:
+    gemma = model_type.startswith("gemma")
+    activation = raw.hidden_activation if gemma and raw.hidden_activation is not None else raw.hidden_act
+    if activation not in ACTIVATIONS:
         raise LlmqError(
-            f"{folder}: the architecture {architecture} is not supported",
-            f"llmq runs {', '.join(ARCHITECTURES)}",
+            f"{folder}: the activation {activation!r} is not supported", f"llmq runs {', '.join(ACTIVATIONS)}"
         )
-    if raw.hidden_act != "silu":
-        raise LlmqError(f"{folder}: the activation {raw.hidden_act!r} is not supported", "llmq runs 'silu'")
     dtype = raw.dtype or raw.torch_dtype or "float32"
     if dtype not in DTYPE_BYTES:
         raise LlmqError(f"{folder}: the dtype {dtype!r} is not supported", f"use {', '.join(DTYPE_BYTES)}")
-    kv_heads = raw.num_key_value_heads or raw.num_attention_heads
-    head_dim = raw.head_dim or raw.hidden_size // raw.num_attention_heads
-    if head_dim < 2 or head_dim % 2:
-        raise LlmqError(f"{folder}: heads of {head_dim} channels cannot be rotated in pairs")
-    if raw.num_attention_heads % kv_heads:
-        raise LlmqError(f"{folder}: {raw.num_attention_heads} attention heads cannot share {kv_heads} key-value heads")
+    if raw.num_attention_heads % raw.kv_heads:
+        raise LlmqError(
+            f"{folder}: {raw.num_attention_heads} attention heads cannot share {raw.kv_heads} key-value heads"
+        )
+    if raw.use_bidirectional_attention:
+        raise LlmqError(f"{folder}: tokens that see later ones are not supported", "llmq runs causal attention")
 
     return ModelConfig(
         model_type=model_type,
@@ -174,22 +306,31 @@ def read_config(folder: Path) -> ModelConfig:
         intermediate_size=raw.intermediate_size,
         num_layers=raw.num_hidden_layers,
         num_heads=raw.num_attention_heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        num_kv_heads=raw.kv_heads,
+        head_dim=raw.head_size,
         vocab_size=raw.vocab_size,
-        context_length=raw.max_position_embeddings,
+        context_length=max(rope.reach(raw.max_position_embeddings) for rope in ropes),
         rms_norm_eps=raw.rms_norm_eps,
-        rope=rope,
-        windows=_read_windows(model_type, raw, "sliding_window" in raw_json),
+        ropes=ropes,
+        windows=tuple(raw.sliding_window if kind == SLIDING else None for kind in kinds),
         tied_embeddings=raw.tie_word_embeddings,
         qkv_bias=raw.attention_bias or model_type == "qwen2",
         o_bias=raw.attention_bias and model_type != "qwen2",
         mlp_bias=raw.mlp_bias and model_type == "llama",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         dtype=dtype,
         bos_token_id=raw.bos_token_id,
         eos_token_ids=_read_eos(folder, raw),
-        quantization=raw.quantization_config,
+        quantization=raw.quantization_config or _separate_quantization(folder),
+        names=architecture.names,
+        experts=_read_experts(model_type, raw) if model_type in ("mixtral", "qwen3_moe") else None,
+        activation=ACTIVATIONS[activation],
+        norm_offset=1.0 if gemma else 0.0,
+        post_norms=gemma,
+        embedding_scale=math.sqrt(raw.hidden_size) if gemma else 1.0,
+        attention_scale=raw.query_pre_attn_scalar**-0.5 if gemma else None,
+        attention_softcap=raw.attn_logit_softcapping if model_type == "gemma2" else None,
+        logits_softcap=raw.final_logit_softcapping if gemma else None,
     )
 
 
@@ -206,43 +347,80 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_rope(raw: _Raw) -> Rope:
-    # transformers 5 keeps everything under rope_parameters; before, rope_theta stood beside rope_scaling,
-    # whose kind was first called "type".
-    fields = dict(raw.rope_parameters or raw.rope_scaling or {})
-    fields.setdefault("rope_type", fields.get("type", "default"))
-    scaling = _RawRope.model_validate(fields)
-    theta = scaling.rope_theta or raw.rope_theta
-    match scaling.rope_type:
-        case "default":
-            return Rope(theta)
-        case "linear":
-            return Rope(theta, "linear", scaling.factor)
-        case "llama3":
-            return Rope(
-                theta,
-                "llama3",
-                scaling.factor,
-                scaling.low_freq_factor,
-                scaling.high_freq_factor,
-                scaling.original_max_position_embeddings,
-            )
-        case other:
-            raise LlmqError(f"the RoPE scaling {other!r} is not supported", "llmq runs default, linear, llama3")
+def _architecture(folder: Path, names: object) -> Architecture:
+    if not isinstance(names, list) or not names:
+        raise LlmqError(f"{folder / 'config.json'}: field 'architectures' does not name one")
+    found = ARCHITECTURES.get(str(names[0]))
+    if found is None:
+        raise LlmqError(
+            f"{folder}: the architecture {names[0]} is not supported", f"llmq runs {', '.join(ARCHITECTURES)}"
+        )
+    return found
 
 
-def _read_windows(model_type: str, raw: _Raw, window_named: bool) -> tuple[int | None, ...]:
+def _separate_quantization(folder: Path) -> Mapping[str, Any] | None:
+    """What AutoAWQ's and AutoGPTQ's own folders say in a file beside config.json, in place of it."""
+    for name, method in SEPARATE.items():
+        if (folder / name).exists():
+            return {"quant_method": method, **read_json(folder / name)}
+    return None
+
+
+def _layer_kinds(model_type: str, raw: _Raw) -> tuple[str, ...]:
+    """FULL or SLIDING, for each layer."""
     layers = raw.num_hidden_layers
-    window = raw.sliding_window
-    if model_type == "mistral":
-        return (window if window_named else MISTRAL_DEFAULT_WINDOW,) * layers
-    if model_type not in ("qwen2", "qwen3") or not raw.use_sliding_window or window is None:
-        return (None,) * layers
+    if model_type in ("mistral", "phi3", "mixtral"):
+        return (SLIDING,) * layers
+    if model_type == "llama" or (model_type.startswith("qwen") and not raw.use_sliding_window):
+        return (FULL,) * layers
+    if model_type == "qwen3_moe":
+        return (SLIDING,) * layers
     if raw.layer_types is not None:
         if len(raw.layer_types) != layers:
             raise LlmqError(f"config.json names {len(raw.layer_types)} layer_types for {layers} layers")
-        return tuple(window if kind == "sliding_attention" else None for kind in raw.layer_types)
-    return tuple(window if layer >= raw.max_window_layers else None for layer in range(layers))
+        for kind in set(raw.layer_types) - {FULL, SLIDING}:
+            raise LlmqError(f"layers of {kind!r} are not supported", f"llmq runs {FULL} and {SLIDING}")
+        return tuple(raw.layer_types)
+    if raw.sliding_window_pattern is not None:
+        return tuple(SLIDING if (layer + 1) % raw.sliding_window_pattern else FULL for layer in range(layers))
+    return tuple(SLIDING if layer >= raw.max_window_layers else FULL for layer in range(layers))
+
+
+def _read_ropes(model_type: str, raw: _Raw, kinds: Sequence[str]) -> tuple[Rope, ...]:
+    """For each layer. Gemma-3 has an angle of its own for sliding layers, which no ``rope_scaling`` scales."""
+    both = raw.rope_parameters or raw.rope_scaling or {}
+    local = model_type == "gemma3_text"
+    ropes = {}
+    for kind in set(kinds):
+        nested = both.get(kind)
+        fields = nested if isinstance(nested, dict) else {} if local and kind == SLIDING else both
+        if model_type == "phi3" and fields.get("rope_type", fields.get("type")) in ("su", "yarn"):
+            fields = fields | {"rope_type": "longrope"}  # what Phi-3 called it at first
+        if raw.original_max_position_embeddings is not None:
+            fields = fields | {"original_max_position_embeddings": raw.original_max_position_embeddings}
+        ropes[kind] = read_rope(
+            fields,
+            theta=raw.rope_local_base_freq if local and kind == SLIDING else raw.rope_theta,
+            fraction=raw.partial_rotary_factor,
+            context=raw.max_position_embeddings,
+            head_dim=raw.head_size,
+        )
+    return tuple(ropes[kind] for kind in kinds)
+
+
+def _read_experts(model_type: str, raw: _Raw) -> Experts:
+    count, per_token = raw.num_local_experts or raw.num_experts, raw.num_experts_per_tok
+    mixtral = model_type == "mixtral"
+    inner = raw.intermediate_size if mixtral else raw.moe_intermediate_size
+    if count is None or per_token is None or inner is None or per_token > count:
+        raise LlmqError(f"config.json has {per_token} experts of {inner} for each token, of {count} in all")
+    dense = set(raw.mlp_only_layers or ()) & set(range(raw.num_hidden_layers))
+    if not mixtral and (dense or raw.decoder_sparse_step > 1):
+        raise LlmqError(
+            "layers without experts between layers with them are not supported",
+            "llmq runs models whose mlp_only_layers is empty and whose decoder_sparse_step is 1",
+        )
+    return Experts(count, per_token, inner, renormalized=mixtral or raw.norm_topk_prob)
 
 
 def _read_eos(folder: Path, raw: _Raw) -> tuple[int, ...]:

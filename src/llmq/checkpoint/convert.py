@@ -18,10 +18,12 @@ from llmq.checkpoint.formats import (
     check_shape,
     format_for,
     is_packed,
+    kept_layers,
     open_format,
+    packed_layers,
     write_configs,
 )
-from llmq.checkpoint.formats.packed import DAMAGED
+from llmq.checkpoint.formats.packed import HEAD, stated_scheme
 from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import LlmqError
 from llmq.scheme import Scheme
@@ -32,7 +34,8 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was done. ``bytes_before`` and ``bytes_after`` count tensors; ``scheme`` is as the new folder says it."""
+    """What was done. ``bytes_before`` and ``bytes_after`` count tensors; ``scheme`` is as the new folder says it,
+    or several."""
 
     model: str
     output: str
@@ -68,30 +71,32 @@ def convert(
     source = open_format(config)
     if source is None:
         raise LlmqError(f"{model} is not quantized", f"quantize it: llmq quantize {model} -o FOLDER --format {format}")
-    packed, ignored = _layers(config, tensors, source)
-    target = format_for(format, _scheme(packed, tensors, source))
+    shapes = _layers(config, tensors, source)
+    schemes = _schemes(list(shapes), tensors, source)
+    target = format_for(format, schemes)
     if target.name == source.name:
         raise LlmqError(
             f"{model} is in the {target.title} format already", "choose another --format, or copy the folder"
         )
-    of_packed = {name for layer in packed for name in tensors.infos if name.startswith(f"{layer}.")}
+    for name, shape in shapes.items():
+        check_shape(format, name, shape, "choose --format compressed-tensors, which packs any size")
+    of_packed = {name for layer in shapes for name in tensors.infos if name.startswith(f"{layer}.")}
     kept = [name for name in tensors.infos if name not in of_packed or name.endswith(".bias")]
+    _check_kept(kept, target)
     folders.check_disk_space(output, tensors.num_bytes)
 
     with folders.write_folder(output, overwrite=overwrite) as partial:
         writer = ShardWriter(partial)
-        for done, name in enumerate(packed, start=1):
-            weight = source.unpack(name, tensors)
-            check_shape(target, name, weight.shape, "choose --format compressed-tensors, which packs any size")
-            assert target.scheme is not None
-            writer.add_all(target.pack(name, replace(weight, scheme=target.scheme)))
+        for done, name in enumerate(shapes, start=1):
+            writer.add_all(target.pack(name, replace(source.unpack(name, tensors), scheme=schemes[name])))
             if progress is not None:
-                progress(done, len(packed), name)
+                progress(done, len(shapes), name)
         for name in kept:
             writer.add(name, tensors.load(name))
         writer.close()
         folders.copy_side_files(folder, partial)
-        quantization = target.config_dict(quantized=packed, ignored=ignored, writer=WRITER)
+        ignored = kept_layers(tensors, shapes)
+        quantization = target.config_dict(quantized=list(shapes), ignored=ignored, writer=WRITER)
         write_configs(folder, partial, target, quantization)
         _write_card(folder, partial, source, target)
     return Conversion(
@@ -99,51 +104,57 @@ def convert(
         output=str(output),
         source_format=source.name,
         format=target.name,
-        scheme=str(target.scheme),
-        layers=len(packed),
+        scheme=", ".join(sorted(set(map(str, schemes.values())))),
+        layers=len(shapes),
         bytes_before=tensors.num_bytes,
         bytes_after=writer.num_bytes,
         warnings=() if target.caveat is None else (target.caveat,),
     )
 
 
-def _layers(config: ModelConfig, tensors: Tensors, source: Format) -> tuple[list[str], list[str]]:
-    """The packed linear layers of the decoder blocks, and the others. LlmqError for packed ones elsewhere."""
-    linears = [f"model.layers.{layer}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
-    packed = [name for name in linears if is_packed(source, name, tensors)]
-    marked = {name.removesuffix(f".{source.marker}") for name in tensors.infos if name.endswith(f".{source.marker}")}
-    for name in sorted(marked - set(packed)):
+def _layers(config: ModelConfig, tensors: Tensors, source: Format) -> dict[str, tuple[int, int]]:
+    """The packed layers → (out_features, in_features). LlmqError for packed ones that the model does not have."""
+    linears = {
+        f"model.layers.{layer}.{linear}": shape
+        for layer in range(config.num_layers)
+        for linear, shape in config.linears.items()
+    }
+    everywhere = linears if config.tied_embeddings else linears | {HEAD: (config.vocab_size, config.hidden_size)}
+    packed = {name: shape for name, shape in everywhere.items() if is_packed(source, name, tensors)}
+    for name in sorted(packed_layers(source, tensors) - set(packed)):
         raise LlmqError(
-            f"{name} is packed, and is no linear layer of a decoder block", "llmq converts quantized blocks only"
+            f"{name} is packed, and is no linear layer of a decoder block, nor an untied {HEAD}",
+            "the folder's config.json is another model's",
         )
     if not packed:
         raise LlmqError(
             f"{tensors.folder} has no layer packed in the {source.title} format",
             "its quantization_config is another folder's",
         )
-    return packed, [name for name in linears if name not in set(packed)]
+    return packed
 
 
-def _scheme(packed: Sequence[str], tensors: Tensors, source: Format) -> Scheme:
-    """The one scheme of all packed layers: symmetric where every zero point is the middle code, declared or not."""
-    schemes = set()
-    for name in packed:
-        scheme = source.scheme_of(name)
-        if scheme is None:
-            raise LlmqError(f"{name} is packed, and quantization_config says that it is not", DAMAGED)
-        schemes.add(scheme)
-    if len(schemes) > 1:
-        raise LlmqError(
-            f"the layers have several schemes: {', '.join(sorted(map(str, schemes)))}",
-            "llmq writes one scheme for all: quantize the original model",
-        )
-    scheme = schemes.pop()
-    if scheme.symmetric:
-        return scheme
-    symmetric = all(
-        bool((source.unpack(name, tensors).zero_points == scheme.middle_code).all()) for name in packed
-    )  # an asymmetric model ends this at its first layer
-    return replace(scheme, symmetric=symmetric)
+def _schemes(packed: Sequence[str], tensors: Tensors, source: Format) -> dict[str, Scheme]:
+    """The scheme of each packed layer: symmetric where all layers of a scheme have the middle code for every zero
+    point, declared or not."""
+    schemes = {name: stated_scheme(name, source.scheme_of(name)) for name in packed}
+    for scheme in set(schemes.values()):
+        names = [name for name in packed if schemes[name] == scheme]
+        if not scheme.symmetric and all(
+            bool((source.unpack(name, tensors).zero_points == scheme.middle_code).all()) for name in names
+        ):  # asymmetric ones end this at their first layer
+            schemes |= dict.fromkeys(names, replace(scheme, symmetric=True))
+    return schemes
+
+
+def _check_kept(names: Sequence[str], target: Format) -> None:
+    """Raise LlmqError for tensors beside the layers that mean nothing in another format."""
+    for name in names:
+        if name.endswith((".k_scale", ".v_scale")):
+            raise LlmqError(
+                f"{name} scales a KV cache of 8 bits, for which the {target.title} format has no place",
+                "keep the folder as it is, or quantize the original model by llmq",
+            )
 
 
 def _write_card(source_folder: Path, target_folder: Path, source: Format, target: Format) -> None:

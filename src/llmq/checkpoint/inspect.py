@@ -9,17 +9,18 @@ from typing import Any
 
 from llmq.checkpoint import folder as folders
 from llmq.checkpoint.config import ModelConfig, read_config, read_json
-from llmq.checkpoint.formats import Format, is_packed, open_format
-from llmq.checkpoint.formats.packed import contradictions
+from llmq.checkpoint.formats import Format, is_packed, open_format, packed_layers
+from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
+from llmq.checkpoint.formats.packed import HEAD, contradictions
 from llmq.checkpoint.tensors import Tensors
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING = "model.embed_tokens"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """One linear layer of a decoder block. ``scheme`` is its scheme of integers, or else the type of its weight, or
-    ``missing``; ``num_bytes`` counts all its tensors."""
+    """One linear layer of a decoder block, or a quantized ``lm_head``. ``scheme`` is its scheme, or else the type of
+    its weight, or ``missing``; ``num_bytes`` counts all its tensors."""
 
     name: str
     out_features: int
@@ -54,13 +55,19 @@ def inspect(model: str, revision: str | None = None) -> Inspection:
     folder = folders.resolve(model, revision)
     config, tensors = read_config(folder), Tensors(folder)
     format = open_format(config)
-    layers, problems = [], [*_config_problems(folder, config, format), *_model_problems(config, tensors)]
-    for block in range(config.num_layers):
-        for linear, shape in config.linears.items():
-            name = f"model.layers.{block}.{linear}"
-            layers.append(_layer(name, shape, format, tensors))
-            problems += _layer_problems(name, shape, format, tensors)
-    problems += _strays(config, format, tensors)
+    layers, problems = [], [*_config_problems(folder, config, format), *_model_problems(config, format, tensors)]
+    shapes = {
+        f"model.layers.{block}.{linear}": shape
+        for block in range(config.num_layers)
+        for linear, shape in config.linears.items()
+    }
+    if is_packed(format, HEAD, tensors) and not config.tied_embeddings:
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    for name, shape in shapes.items():
+        layers.append(_layer(name, shape, format, tensors))
+        problems += _layer_problems(name, shape, format, tensors)
+    strays = set() if format is None else packed_layers(format, tensors) - set(shapes)
+    problems += [f"{name} is packed, and config.json has no such linear layer" for name in sorted(strays)]
     quantized = [layer for layer in layers if layer.quantized]
     weights = sum(layer.out_features * layer.in_features for layer in quantized)
     biases = sum(info.num_bytes for x in quantized if (info := tensors.infos.get(f"{x.name}.bias")) is not None)
@@ -93,14 +100,15 @@ def _layer_problems(name: str, shape: tuple[int, int], format: Format | None, te
     weight = tensors.infos.get(f"{name}.weight")
     scheme = None if format is None else format.scheme_of(name)
     if format is not None and is_packed(format, name, tensors):
-        if weight is not None:
-            yield f"{name} is there twice: packed, and as {weight.dtype}"
         if scheme is None:
             yield f"{name} is packed, and quantization_config says that it is not"
         elif not scheme.divides(shape[1]):
             yield f"{name} has {shape[1]} inputs, which {scheme} does not divide"
         else:
-            yield from contradictions(name, tensors.infos, format.layout(shape, scheme), scheme)
+            layout = format.layout(shape, scheme)
+            if weight is not None and "weight" not in layout:
+                yield f"{name} is there twice: packed, and as {weight.dtype}"
+            yield from contradictions(name, tensors.infos, layout, scheme)
         return
     if weight is None:
         yield f"{name}.weight is missing"
@@ -111,25 +119,15 @@ def _layer_problems(name: str, shape: tuple[int, int], format: Format | None, te
         yield f"{name} is not packed, and quantization_config says that it is"
 
 
-def _model_problems(config: ModelConfig, tensors: Tensors) -> Iterator[str]:
+def _model_problems(config: ModelConfig, format: Format | None, tensors: Tensors) -> Iterator[str]:
     shape = (config.vocab_size, config.hidden_size)
-    for name in (EMBEDDING,) if config.tied_embeddings else (EMBEDDING, HEAD):
+    head = not config.tied_embeddings and not is_packed(format, HEAD, tensors)
+    for name in (EMBEDDING, HEAD) if head else (EMBEDDING,):
         info = tensors.infos.get(f"{name}.weight")
         if info is None:
             yield f"{name}.weight is missing"
         elif info.shape != shape:
             yield f"{name}.weight is {list(info.shape)}, and config.json makes it {list(shape)}"
-
-
-def _strays(config: ModelConfig, format: Format | None, tensors: Tensors) -> Iterator[str]:
-    """Packed layers that the model does not have."""
-    if format is None:
-        return
-    known = {f"model.layers.{block}.{linear}" for block in range(config.num_layers) for linear in config.linears}
-    for tensor in tensors.infos:
-        name, _, suffix = tensor.rpartition(".")
-        if suffix == format.marker and name not in known:
-            yield f"{name} is packed, and is no linear layer of a decoder block of config.json"
 
 
 def _config_problems(folder: Path, config: ModelConfig, format: Format | None) -> Iterator[str]:
@@ -145,9 +143,12 @@ def _config_problems(folder: Path, config: ModelConfig, format: Format | None) -
 
 
 def _writer(config: ModelConfig) -> str | None:
-    """The program that wrote the folder, as GPTQModel and llmq say it; None where nobody does."""
-    meta = (config.quantization or {}).get("meta")
+    """The program that wrote the folder, as GPTQModel, llmq and compressed-tensors say it; None where nobody does."""
+    fields = config.quantization or {}
+    meta, version = fields.get("meta"), fields.get("version")
     quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
+    if quantizer is None and fields.get("quant_method") == CompressedTensors.name and version is not None:
+        return f"{CompressedTensors.name}:{version}"
     if isinstance(quantizer, list):
         return ", ".join(map(str, quantizer)) or None
     return None if quantizer is None else str(quantizer)

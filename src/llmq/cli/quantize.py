@@ -13,37 +13,53 @@ from llmq import memory
 from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
-from llmq.quant.options import DEFAULTS, GPTQ, Calibration
-from llmq.scheme import BITS, GROUP_SIZES, INT, Scheme
+from llmq.quant.options import ACT_ORDERS, DEFAULTS, Calibration, Rule
+from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, choose
+from llmq.scheme import BITS, GROUP_SIZES, INT
 
 if TYPE_CHECKING:
     from llmq.quant.report import QuantizationReport
 
-_SCHEME = DEFAULTS.scheme
 _CALIBRATION = DEFAULTS.calibration
 
 
 def quantize(
     model: options.Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
+    scheme: Annotated[str, typer.Option(help=f"Bits and groups by name: {', '.join(PRESETS)}.")] = DEFAULT,
     method: Annotated[
-        str, typer.Option(help="gptq, or rtn (round to nearest: no data, less exact).")
-    ] = DEFAULTS.method,
-    bits: Annotated[int, typer.Option(help=f"Bits of a weight: {', '.join(map(str, BITS[INT]))}.")] = _SCHEME.bits,
-    group_size: Annotated[
-        int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))} (a whole row).")
-    ] = _SCHEME.group_size,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Zero point in the middle, or fitted.")] = _SCHEME.symmetric,
-    format: Annotated[str, typer.Option(help=f"Of the folder: {', '.join(FORMATS)}.")] = DEFAULTS.format,
-    calib_data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help='A .txt, or a .jsonl with "text". [default: a text shipped with llmq]'),
-    ] = _CALIBRATION.data,
-    calib_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = _CALIBRATION.samples,
-    calib_seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = _CALIBRATION.seqlen,
+        typer.Option(help=f"{', '.join(METHODS)} (rtn: round to nearest, without data).", show_default="by the scheme"),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help=f"Bits of a weight: {', '.join(map(str, BITS[INT]))}.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Weights that share a scale: {', '.join(map(str, GROUP_SIZES))} (-1: a row, 0: the whole layer)."
+        ),
+    ] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point in the middle, or fitted.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help=f"Of the folder: {', '.join(FORMATS)}.", show_default="by scheme and method")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SCHEME", help="Layers with a scheme of their own, or none; may be repeated."),
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A layer to leave as it is, or 're:…'; may be repeated.")
     ] = None,
+    clip: Annotated[bool, typer.Option("--clip", help="rtn: clip ranges where that costs less.")] = DEFAULTS.clip,
+    act_order: Annotated[str, typer.Option(help=f"gptq: {', '.join(ACT_ORDERS)}.")] = DEFAULTS.act_order,
+    alpha: Annotated[
+        str | None, typer.Option(help="smoothquant: 0 to 1, or auto.", show_default="by the model's family")
+    ] = None,
+    calib_data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help='A .txt, or a .jsonl with "text".', show_default="a text shipped with llmq"),
+    ] = _CALIBRATION.data,
+    calib_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = _CALIBRATION.samples,
+    calib_seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = _CALIBRATION.seqlen,
     device: options.Device = DEFAULTS.device,
     revision: options.Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
@@ -51,10 +67,11 @@ def quantize(
 ) -> None:
     """Quantize a model's weights and write a folder that transformers, vLLM and SGLang read.
 
-    llmq quantize demo -o demo-w4 --method gptq --bits 4
+    llmq quantize demo -o demo-w4 --scheme w4a16 --method gptq
     """
-    scheme = Scheme(bits, group_size, sym)
+    choice = choose(scheme, method, format, bits=bits, group_size=group_size, symmetric=sym)
     calibration = Calibration(calib_data, calib_samples, calib_seqlen)
+    rules = [Rule.parse(text) for text in override or ()]
 
     from llmq.quant.pipeline import quantize as run
 
@@ -74,11 +91,15 @@ def quantize(
         report = run(
             model,
             output,
-            method=method,
-            scheme=scheme,
+            scheme=choice.scheme,
+            method=choice.method,
+            format=choice.format,
             calibration=calibration,
-            format=format,
+            overrides={rule.pattern: rule.scheme for rule in rules},
             ignore=ignore or (),
+            clip=clip,
+            act_order=act_order,
+            alpha=_alpha(alpha),
             device=device,
             revision=revision,
             overwrite=overwrite,
@@ -87,13 +108,21 @@ def quantize(
     if json:
         print_json("llmq.quantize/1", report.to_json())
     else:
-        _print_report(report, scheme)
+        _print_report(report)
 
 
-def _print_report(report: QuantizationReport, scheme: Scheme) -> None:
+def _alpha(text: str | None) -> float | str | None:
+    """A number, where it is one."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _print_report(report: QuantizationReport) -> None:
     from llmq.quant.report import errors_by_kind
 
-    measured = "of the outputs" if report.method == GPTQ else "of the weights"
+    measured = "of the outputs" if report.method in CALIBRATED else "of the weights"
     grid = table("layer", "number", f"error {measured}", "worst", "if rounded", title="relative squared error")
     for kind, layers in errors_by_kind(report.layers).items():
         errors = [layer.error for layer in layers]
@@ -103,7 +132,7 @@ def _print_report(report: QuantizationReport, scheme: Scheme) -> None:
     out.print()
     size_before, size_after = (memory.format_bytes(size) for size in (report.bytes_before, report.bytes_after))
     out.print(
-        f"{report.model} → {report.output}: {scheme} by {report.method}, {size_before} → {size_after} "
+        f"{report.model} → {report.output}: {report.scheme} by {report.method}, {size_before} → {size_after} "
         f"({report.effective_bits:.2f} bits a quantized weight)"
     )
     peak = memory.format_bytes(report.peak_memory_bytes)

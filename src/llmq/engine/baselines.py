@@ -60,6 +60,10 @@ class BaselineScheduler(Scheduler):
         """Tokens of each row that the rectangle has computed."""
         self._longest_prompt = 0
 
+    @property
+    def foresees(self) -> bool:
+        return False
+
     def add(self, request: Request) -> None:
         most = request.params.width * request.max_total
         if not self.kv_cache and most > self.options.max_num_batched_tokens:

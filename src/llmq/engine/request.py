@@ -172,6 +172,8 @@ class Request:
     """Tokens that end a completion."""
     plain: bool = field(init=False)
     """Whether rows need nothing but their tokens: no penalties, no forbidden tokens, no scores of the prompt."""
+    foreseeable: bool = field(init=False)
+    """Whether a step can be planned before the tokens of the one before are known: nothing but they hangs on them."""
 
     def __post_init__(self) -> None:
         params = self.params
@@ -179,6 +181,7 @@ class Request:
         self.stop_ids = own if params.ignore_eos else own | self.eos_token_ids
         self.beams = BeamSearch() if params.beam_width else None
         self.plain = not (_row_sampling(params, 0).penalized or params.min_tokens or params.prompt_logprobs is not None)
+        self.foreseeable = self.plain and params.width == 1 and not params.beam_width
 
     @property
     def finished(self) -> bool:
@@ -207,7 +210,8 @@ class Sequence:
     request: Request
     index: int
     token_ids: array[int]
-    """Of the prompt and of the completion."""
+    """Of the prompt and of the completion. The last may be ``unknown`` as yet: then it stands for a drawn token's place
+    in the step that runs, see ``plan.PlanRow``."""
     tables: tuple[list[int], ...]
     """For each group of layers, the blocks that hold the keys and values; see ``engine.blocks``. Plans hold these very
     lists: they are only appended to. Whatever else becomes of a table, it becomes another list."""
@@ -217,6 +221,7 @@ class Sequence:
     """Log-probability of a beam, or of a sample of best_of."""
     computed: int = 0
     scheduled: int = 0
+    unknown: bool = False
     published: int = 0
     """Full blocks that the prefix cache has been told of, and its entry of the last one."""
     entry: Entry | None = None

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -102,11 +103,31 @@ class Draft:
     resumed: list[Request] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     wait: Wait = ""
+    prefill_started: float | None = None
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that was handed out, and whose tokens are not known yet. ``presumed``: what it computes is booked."""
+
+    sequences: list[Sequence]
+    preempted: list[Request]
+    prefill_started: float | None
+    presumed: bool = False
 
 
 class Scheduler:
     """The three queues, between which requests move step by step. ``clock`` gives seconds; ``trace`` is told of every
-    step."""
+    step.
+
+    ``schedule`` makes a step, ``update`` books what it gave. Between the two, ``presume`` books what is known of a step
+    before it is done, so that the next one can be scheduled while it runs: only the drawn tokens are not, and the plan
+    names them by their place (see ``plan.PlanRow``). At most one step more is scheduled before ``update``.
+
+        schedule n ─ presume n ─ schedule n + 1 ─ update n ─ presume n + 1 ─ …
+
+    A sequence that ends by a stop token is in one step too many; what it draws there is dropped.
+    """
 
     def __init__(
         self,
@@ -132,16 +153,26 @@ class Scheduler:
         self._steps = 0
         self._barren = 0
         self._watermark = int(options.watermark * blocks.total)
-        self._in_step: list[Sequence] = []
+        self._flights: deque[Flight] = deque()
+        self._hanging = 0
         self._refused = 0
         # prefill-first
         self._prefill_steps = 0
-        self._prefill_started: float | None = None
         self._prefill_seconds = 0.0
 
     @property
     def idle(self) -> bool:
         return not self._requests
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to schedule: not, when all that is left waits for its last token."""
+        return bool(self.running or self.waiting or self.swapped)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether the next step can be scheduled before the tokens of the last one are known."""
+        return not self._hanging
 
     def reset_stats(self) -> None:
         self.stats = EngineStats(self.blocks.total)
@@ -168,6 +199,7 @@ class Scheduler:
         request.sequences = [first]
         request.live = [first]
         self._requests[request.request_id] = request
+        self._hanging += not request.foreseeable
         _enqueue(self.waiting, request)
 
     def reject(self, check: Check | None = None) -> None:
@@ -183,7 +215,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is not None:
             request.aborted = True
-            for sequence in list(request.live):
+            for sequence in list(request.sequences):
                 self.finish(sequence, "abort")
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -191,9 +223,7 @@ class Scheduler:
         if sequence.finish_reason is not None:
             return
         if self._leave(sequence, reason):
-            for queue in (self.running, self.waiting, self.swapped):
-                if sequence.request in queue:
-                    queue.remove(sequence.request)
+            self._unqueue(sequence.request)
 
     # A step
 
@@ -211,22 +241,47 @@ class Scheduler:
             self._schedule_prefill_first(draft)
         return self._conclude(draft)
 
-    def update(self, plan: StepPlan, output: StepOutput) -> Progress:
-        """Book what the step computed and drew. What ends, by a stop token or by length, gives its blocks back."""
+    def presume(self, plan: StepPlan) -> None:
+        """Book all but the tokens of ``plan``, which is the last one scheduled and is being computed."""
         blocks, block_size = self.blocks, self.blocks.block_size
         windowed = any(window is not None for window in blocks.windows)
-        for sequence_id, logprobs in output.prompt_logprobs:
-            self._book_prompt(sequence_id, logprobs)
-        progress = Progress([], [])
-        sampled = iter(output.sampled)
-        beams: dict[Request, list[tuple[tuple[int, float], ...]]] = {}
-        for row, sequence in zip(plan.rows, self._in_step, strict=False):  # padding has no sequence
-            computed = sequence.computed
+        flight = self._flights[-1]
+        flight.presumed = True
+        retired = False
+        place = 0
+        for row, sequence in zip(plan.rows, flight.sequences, strict=False):  # padding has no sequence
             if sequence.finish_reason is None:
+                computed = sequence.computed
                 sequence.computed = now = computed + sequence.scheduled
                 sequence.scheduled = 0
                 if windowed or now // block_size > computed // block_size:
                     blocks.computed(sequence)
+            sampling = row.sampling
+            if sampling is None:
+                continue
+            request = sequence.request
+            if request.foreseeable and sequence.finish_reason is None:
+                sequence.token_ids.append(-1 - place)
+                sequence.unknown = True
+                if len(sequence.token_ids) >= request.max_total:
+                    self._retire(sequence)
+                    retired = True
+            place += sampling.samples
+        if retired:
+            self.running = [request for request in self.running if request.live]
+
+    def update(self, plan: StepPlan, output: StepOutput) -> Progress:
+        """Book what the step computed and drew, the oldest that was scheduled and not booked yet. What ends, by a stop
+        token or by length, gives its blocks back."""
+        if not self._flights[0].presumed:
+            self.presume(plan)
+        flight = self._flights.popleft()
+        for sequence_id, logprobs in output.prompt_logprobs:
+            self._book_prompt(flight, sequence_id, logprobs)
+        progress = Progress([], [])
+        sampled = iter(output.sampled)
+        beams: dict[Request, list[tuple[tuple[int, float], ...]]] = {}
+        for row, sequence in zip(plan.rows, flight.sequences, strict=False):
             sampling = row.sampling
             if sampling is None:
                 continue
@@ -237,22 +292,28 @@ class Scheduler:
                     for child, drawn in zip(self._part(sequence), tokens, strict=True):
                         self._append(child, drawn.token_id, drawn.logprobs, progress)
             elif sequence.finish_reason is not None:
-                continue  # aborted while the step ran
+                continue  # it ended while the step ran
             elif sampling.beams:
                 beams.setdefault(sequence.request, []).append(token.candidates)
             else:
                 self._append(sequence, token.token_id, token.logprobs, progress)
         for request, candidates in beams.items():
             self._advance_beams(request, candidates, progress)
-        self._in_step = []
         if progress.finished:
             self.running = [request for request in self.running if request.live]
-        if self._prefill_started is not None:
-            self._prefill_seconds = self._clock() - self._prefill_started
-            self._prefill_started = None
-        self.stats.prefix_queries = blocks.prefix_stats.queries
-        self.stats.prefix_hits = blocks.prefix_stats.hits
+            displaced = self._flights[0].preempted if self._flights else []
+            for request in progress.finished:
+                if request in displaced:
+                    self._unqueue(request)
+        if flight.prefill_started is not None:
+            self._prefill_seconds = self._clock() - flight.prefill_started
+        self.stats.prefix_queries = self.blocks.prefix_stats.queries
+        self.stats.prefix_hits = self.blocks.prefix_stats.hits
         return progress
+
+    def forget_flights(self) -> None:
+        """Whatever is still being computed is of no interest any more."""
+        self._flights.clear()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a block was lost or is owned by somebody unknown, or a request is in no queue."""
@@ -312,7 +373,7 @@ class Scheduler:
                 draft.wait = "delay"
             if draft.rows:
                 self._prefill_steps += 1
-                self._prefill_started = self._clock()
+                draft.prefill_started = self._clock()
                 return
         elif self.waiting:
             draft.wait = "turn"
@@ -508,7 +569,7 @@ class Scheduler:
             raise RuntimeError(f"{self._barren} steps made no progress\n{self.describe()}")
 
         self._steps += 1
-        self._in_step = draft.sequences
+        self._flights.append(Flight(draft.sequences, draft.preempted, draft.prefill_started))
         stats = self.stats
         stats.steps += 1
         stats.copies += len(draft.copies)
@@ -523,7 +584,11 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, progress: Progress) -> None:
         token_ids = sequence.token_ids
-        token_ids.append(token_id)
+        if sequence.unknown:
+            token_ids[-1] = token_id
+            sequence.unknown = False
+        else:
+            token_ids.append(token_id)
         if logprobs is not None:
             sequence.logprobs.append(logprobs)
             sequence.cumulative += logprobs.logprob
@@ -542,12 +607,29 @@ class Scheduler:
         """Free what ``sequence`` holds; True when it was the last of its request, which is then known no more."""
         request = sequence.request
         sequence.finish_reason = reason
-        self.blocks.release(sequence)
-        request.live.remove(sequence)
+        if sequence.unknown:
+            sequence.token_ids.pop()
+            sequence.unknown = False
+        if sequence in request.live:
+            self._retire(sequence)
         if request.live:
             return False
-        del self._requests[request.request_id]
+        self._forget(request)
         return True
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Take all that it holds from a sequence that needs no more of it."""
+        self.blocks.release(sequence)
+        sequence.request.live.remove(sequence)
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        self._hanging -= not request.foreseeable
+
+    def _unqueue(self, request: Request) -> None:
+        for queue in (self.running, self.waiting, self.swapped):
+            if request in queue:
+                queue.remove(request)
 
     def _part(self, first: Sequence) -> list[Sequence]:
         """The samples of a request whose prompt is done: ``first``, and as many forks of it as it lacks."""
@@ -599,13 +681,13 @@ class Scheduler:
         request.live = heirs
         request.sequences = heirs.copy() or request.sequences
         if not heirs:
-            del self._requests[request.request_id]
+            self._forget(request)
             progress.finished.append(request)
         else:
             progress.extended.extend(heirs[:1])
 
-    def _book_prompt(self, sequence_id: int, logprobs: list[TokenLogprobs]) -> None:
-        for sequence in self._in_step:
+    def _book_prompt(self, flight: Flight, sequence_id: int, logprobs: list[TokenLogprobs]) -> None:
+        for sequence in flight.sequences:
             if sequence.sequence_id == sequence_id:
                 sequence.request.prompt_logprobs.extend(logprobs)
 

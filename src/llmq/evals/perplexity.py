@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -89,7 +89,7 @@ def evaluate_perplexity(
             f"the tokenizer gives token {max(token_ids)} and the model knows {config.vocab_size}",
             "the folder's tokenizer is another model's",
         )
-    decoder = load_decoder(open_source(folder, device, torch_dtype))
+    decoder = load_decoder(open_source(folder, device, torch_dtype, len(windows[0])))
     started = time.perf_counter()
     losses = window_losses(decoder, windows, device, progress)
     seconds = time.perf_counter() - started
@@ -138,6 +138,17 @@ def window_losses(
     decoder: Decoder, windows: Sequence[Sequence[int]], device: str, progress: Progress | None = None
 ) -> list[float]:
     """For each window, all of one length, the mean of −ln p over its tokens but the first."""
+    losses: list[float] = []
+    for token_ids, hidden in last_hidden(decoder, windows, device):
+        losses += mean_losses(decoder, token_ids, hidden)
+        if progress is not None:
+            progress(len(losses), len(windows))
+    return losses
+
+
+def last_hidden(decoder: Decoder, windows: Sequence[Sequence[int]], device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids [windows, tokens] and what ``decoder`` makes of them before its head, [windows, tokens, hidden]: some
+    of ``windows``, all of one length, at a time."""
     import torch
 
     from llmq.runtime.decoder import CausalAttention
@@ -145,25 +156,35 @@ def window_losses(
     length = len(windows[0])
     together = max(1, BATCH_TOKENS // length)
     attend = CausalAttention(length)
-    losses: list[float] = []
-    with torch.inference_mode():
-        for first in range(0, len(windows), together):
-            token_ids = torch.tensor(windows[first : first + together], device=device)
-            positions = torch.arange(length, device=device).repeat(len(token_ids))
-            hidden = decoder(token_ids.flatten(), positions, attend).view(*token_ids.shape, -1)
-            token_losses = _token_losses(decoder, hidden[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
-            losses += token_losses.view(len(token_ids), -1).mean(dim=1).tolist()
-            if progress is not None:
-                progress(len(losses), len(windows))
-    return losses
+    for first in range(0, len(windows), together):
+        token_ids = torch.tensor(windows[first : first + together], device=device)
+        positions = torch.arange(length, device=device).repeat(len(token_ids))
+        with torch.inference_mode():
+            hidden = decoder(token_ids.flatten(), positions, attend)
+        yield token_ids, hidden.view(*token_ids.shape, -1)
 
 
-def _token_losses(decoder: Decoder, hidden: Tensor, targets: Tensor) -> Tensor:
-    """−ln p of each target, fp64 [tokens], a few rows of logits at a time."""
-    import torch
+def mean_losses(decoder: Decoder, token_ids: Tensor, hidden: Tensor) -> list[float]:
+    """``window_losses`` of windows that ``last_hidden`` has run."""
     from torch.nn.functional import cross_entropy
 
-    rows = max(1, LOGITS_BYTES // (4 * decoder.config.vocab_size))
-    pieces = [slice(start, start + rows) for start in range(0, len(targets), rows)]
-    losses = [cross_entropy(decoder.logits(hidden[piece]), targets[piece], reduction="none") for piece in pieces]
-    return torch.cat(losses).double()
+    losses = [
+        cross_entropy(decoder.logits(piece), targets, reduction="none").double()
+        for piece, targets in zip(in_pieces(hidden[:, :-1], decoder), in_pieces(token_ids[:, 1:], decoder), strict=True)
+    ]
+    return window_means(losses, len(token_ids))
+
+
+def in_pieces(tokens: Tensor, decoder: Decoder) -> tuple[Tensor, ...]:
+    """What [windows, tokens, …] holds of each token, in one row and in pieces whose logits may exist at once."""
+    import torch
+
+    return torch.split(tokens.flatten(0, 1), max(1, LOGITS_BYTES // (4 * decoder.config.vocab_size)))
+
+
+def window_means(pieces: Sequence[Tensor], windows: int) -> list[float]:
+    """The means over each of ``windows`` of numbers [tokens], which come in ``pieces``."""
+    import torch
+
+    means: list[float] = torch.cat(list(pieces)).view(windows, -1).mean(dim=1).tolist()
+    return means

@@ -17,7 +17,8 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """``scheme`` is None for weights that are not quantized, or in a format of which only the size is known."""
+    """``scheme`` is None for weights that are not quantized, or of which only the size is known: they have several
+    schemes, or a format that llmq does not run."""
 
     num_bytes: int
     scheme: Scheme | None
@@ -39,8 +40,8 @@ def stored_weights(folder: Path, config: ModelConfig) -> Weights:
         return Weights(num_bytes, scheme, stored=True)
     if config.quantization is not None and scheme is None:
         raise LlmqError(
-            f"{folder} has no weights, and llmq cannot compute their size in the format "
-            f"{config.quantization.get('quant_method')!r}",
+            f"{folder} has no weights, and llmq cannot compute their size: it does not run the format "
+            f"{config.quantization.get('quant_method')!r}, or not every layer has the same scheme",
             "download the *.safetensors files as well, or plan llmq's own quantization with --bits 4",
         )
     return planned_weights(config, scheme)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import copy
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmq.errors import LlmqError
-from llmq.runtime.decoder import CausalAttention, DecoderLayer, rotary_angles
-from llmq.runtime.loader import EMBEDDING, Source
+from llmq.runtime.decoder import CausalAttention, DecoderLayer, embed
+from llmq.runtime.kernels.norm import add_rms_norm
+from llmq.runtime.loader import EMBEDDING, FINAL_NORM, HEAD, Source
+from llmq.runtime.rotary import rotary_angles
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens in one forward pass: what a block's activations take of memory, whatever the number of windows."""
 GPU_SHARE = 4
 """Hidden states stay on a GPU when they take no more than one part in this many of its free memory."""
+
+
+class NotFinite(LlmqError):
+    """Activations are NaN or infinite. In fp32 they may not be."""
 
 
 class _Captured(Exception):
@@ -33,49 +42,73 @@ class HiddenStates:
 
     def __init__(self, source: Source, windows: Tensor) -> None:
         """Embed ``windows``, token ids [windows, tokens]."""
-        config = source.config
         count, length = windows.shape
+        config = source.config.for_context(length)
         batch_windows = max(1, min(count, MICRO_BATCH_TOKENS // length))
         self.tokens = windows.numel()
         self.device = source.device
         self.attend = CausalAttention(length)
-        self.rotation = rotary_angles(config, torch.arange(length, device=self.device).repeat(batch_windows))
+        self.rotations = rotary_angles(config, torch.arange(length, device=self.device).repeat(batch_windows))
         width = config.hidden_size + config.num_heads * config.head_dim
         self.home = self._home(self.tokens * width * source.dtype.itemsize)
         embedding = source.load(f"{EMBEDDING}.weight")
         self.inputs = [
-            F.embedding(part.flatten().to(self.device), embedding).to(self.home)
+            embed(config, embedding, part.flatten().to(self.device)).to(self.home)
             for part in torch.split(windows, batch_windows)
         ]
         self.mixed: list[Tensor] = []
 
-    def second_moment(self, block: DecoderLayer, linear: str, name: str) -> Tensor:
-        """2/n Σ x xᵀ, fp32 [in, in], over all n inputs x of the layer ``linear`` in the step of ``block`` that comes
-        next: the Hessian of the layer's squared output error. Raises LlmqError, naming it ``name``, when the inputs are
-        not finite."""
-        module = block.get_submodule(linear)
-        assert isinstance(module, nn.Linear)
-        total = torch.zeros(module.in_features, module.in_features, device=self.device)
+    def sample(self, tokens: int) -> HiddenStates:
+        """The first batches, with at least so many tokens if there are, to pass the block on their own."""
+        some = copy.copy(self)
+        count = -(-tokens // len(self.inputs[0]))
+        some.inputs, some.mixed = self.inputs[:count], self.mixed[:count]
+        some.tokens = sum(len(part) for part in some.inputs)
+        return some
 
-        def accumulate(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].float()
-            total.addmm_(x.t(), x)
-            raise _Captured
+    def show_inputs(self, block: DecoderLayer, viewers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """Show the inputs [tokens, in] of linear layers of ``block``, batch by batch, to their viewers. The layers, by
+        their names in the block, are of the step that comes next, and read nothing that another of them computes. Of an
+        expert, only inputs sent to it are seen."""
 
-        step = self._finish if self.mixed else self._mix
-        handle = module.register_forward_pre_hook(accumulate)
-        try:
+        def show(view: Callable[[Tensor], None], _: nn.Module, inputs: tuple[Any, ...]) -> None:
+            view(inputs[0])
+            if len(viewers) == 1:
+                raise _Captured
+
+        with ExitStack() as hooks:
+            for name, view in viewers.items():
+                hooks.callback(block.get_submodule(name).register_forward_pre_hook(partial(show, view)).remove)
             for number in range(len(self.inputs)):
                 with suppress(_Captured):
-                    step(block, number)
-        finally:
-            handle.remove()
-        if not total.isfinite().all():
-            raise LlmqError(
-                f"{name}: its inputs on the calibration text are not finite",
-                "the model's weights are damaged, or its dtype is too narrow for it: try --device cpu",
-            )
-        return total.mul_(2 / self.tokens)
+                    self._output(block, number)
+
+    def second_moments(self, block: DecoderLayer, linears: Collection[str], prefix: str) -> dict[str, Tensor]:
+        """2/n Σ x xᵀ, fp32 [in, in], over all n inputs x of each of ``linears`` (see ``show_inputs``): the Hessian of
+        the layer's squared output error. An expert that no token was sent to has none. Raises NotFinite, naming the
+        layer by the block's name ``prefix``, when inputs are not finite."""
+        totals: dict[str, Tensor] = {}
+        counts: Counter[str] = Counter()
+
+        def add(name: str, x: Tensor) -> None:
+            counts[name] += len(x)
+            totals[name] = totals[name].add_(moment(x)) if name in totals else moment(x)
+
+        self.show_inputs(block, {name: partial(add, name) for name in linears})
+        return {name: _mean_moment(total, counts[name], f"{prefix}.{name}") for name, total in totals.items()}
+
+    def head_moment(self, source: Source) -> Tensor:
+        """The same of the model's head, once all blocks are passed."""
+        weight = source.load(f"{FINAL_NORM}.weight").float() + source.config.norm_offset
+        total = torch.zeros(len(weight), len(weight), device=self.device)
+        for x in self.inputs:
+            total += moment(add_rms_norm(x.to(self.device), None, weight, source.config.rms_norm_eps))
+        return _mean_moment(total, self.tokens, HEAD)
+
+    def outputs(self, block: DecoderLayer) -> Iterator[Tensor]:
+        """What ``block`` adds to the residual stream by attention, or past ``mix`` by the MLP: [tokens, hidden], batch
+        by batch."""
+        return (self._output(block, number) for number in range(len(self.inputs)))
 
     def mix(self, block: DecoderLayer) -> None:
         self.mixed = [self._mix(block, number).to(self.home) for number in range(len(self.inputs))]
@@ -83,19 +116,49 @@ class HiddenStates:
     def finish(self, block: DecoderLayer) -> None:
         """Pass the rest of ``block``: its outputs are the next block's inputs."""
         for number in range(len(self.inputs)):
-            self.inputs[number] = self._finish(block, number).to(self.home)
+            residual = self._residual(number)
+            out = block.finish(residual, self.mixed[number].to(self.device))
+            self.inputs[number] = residual.add_(out).to(self.home)
         self.mixed = []
 
     def _mix(self, block: DecoderLayer, number: int) -> Tensor:
-        x, (cos, sin) = self.inputs[number].to(self.device), self.rotation
+        x, (cos, sin) = self.inputs[number].to(self.device), self.rotations[block.self_attn.rope]
         return block.mix(x, None, (cos[: len(x)], sin[: len(x)]), self.attend)
 
-    def _finish(self, block: DecoderLayer, number: int) -> Tensor:
-        residual = self.inputs[number].to(self.device, copy=True)  # the block adds to it in place
-        return residual.add_(block.finish(residual, self.mixed[number].to(self.device)))
+    def _output(self, block: DecoderLayer, number: int) -> Tensor:
+        if self.mixed:
+            return block.finish(self._residual(number), self.mixed[number].to(self.device))
+        out: Tensor = block.self_attn.o_proj(self._mix(block, number))
+        return out
+
+    def _residual(self, number: int) -> Tensor:
+        return self.inputs[number].to(self.device, copy=True)  # the block adds to it in place
 
     def _home(self, num_bytes: int) -> str:
         if not self.device.startswith("cuda"):
             return self.device
         free, _ = torch.cuda.mem_get_info(self.device)
         return self.device if num_bytes <= free // GPU_SHARE else "cpu"
+
+
+def squared_distance(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
+    """Σ (output − target)² over all batches."""
+    pairs = zip(outputs, targets, strict=True)
+    return float(torch.stack([(output - target).float().square().sum() for output, target in pairs]).sum())
+
+
+def moment(x: Tensor) -> Tensor:
+    """Σ x xᵀ in fp32 over the rows of ``x``. A GPU multiplies 16-bit numbers exactly and sums them in fp32."""
+    if x.is_cuda and x.element_size() == 2:
+        return torch.mm(x.t(), x, out_dtype=torch.float32)
+    x = x.float()
+    return x.t() @ x
+
+
+def _mean_moment(total: Tensor, count: int, name: str) -> Tensor:
+    if not total.isfinite().all():
+        raise NotFinite(
+            f"{name}: its inputs on the calibration text are not finite",
+            "the model's weights are damaged: download or copy it again",
+        )
+    return total.mul_(2 / count)

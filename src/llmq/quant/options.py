@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
-from llmq.checkpoint.formats import format_for
 from llmq.errors import USAGE, LlmqError
+from llmq.quant.schemes import GPTQ, PRESETS, RTN, SMOOTHQUANT, Choice, choose
 from llmq.scheme import Scheme
 
-RTN, GPTQ = "rtn", "gptq"
-METHODS = (RTN, GPTQ)
+ACT_ORDERS = STATIC, DYNAMIC, OFF = "static", "dynamic", "off"
+AUTO = "auto"
+KEPT = ("none", "16")
+"""How ``--override`` says that a layer stays as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +37,91 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class Rule:
+    """``--override PATTERN=SCHEME``, or ``--ignore PATTERN``: the layers that ``pattern`` covers have ``scheme``; None:
+    they stay as they are.
+
+    A pattern is a name or whole dotted parts of one (``model.layers.0``, ``down_proj``), or ``re:`` and a regular
+    expression that matches from the start of the name.
+    """
+
+    pattern: str
+    scheme: Scheme | None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern.removeprefix("re:"))
+        except re.error as error:
+            raise LlmqError(
+                f"{self.pattern} is not a regular expression: {error}", "see Python's re", exit_code=USAGE
+            ) from None
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """``re:.*down_proj=w8a16``, or ``lm_head=none``"""
+        pattern, equals, name = text.rpartition("=")
+        if not equals or name not in (*PRESETS, *KEPT):
+            raise LlmqError(
+                f"--override {text} does not end in = and a scheme",
+                f"write 're:.*down_proj=w8a16'; there are {', '.join((*PRESETS, *KEPT))}",
+                exit_code=USAGE,
+            )
+        return cls(pattern, None if name in KEPT else PRESETS[name].scheme)
+
+    def __str__(self) -> str:
+        names = (name for name, preset in PRESETS.items() if preset.scheme == self.scheme)
+        return f"{self.pattern}={next(names, self.scheme or KEPT[0])}"
+
+    def covers(self, name: str) -> bool:
+        """Does the pattern cover the layer ``name``?"""
+        if self.pattern.startswith("re:"):
+            return re.match(self.pattern.removeprefix("re:"), name) is not None
+        return f".{self.pattern}." in f".{name}."
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeOptions:
     """How a model is quantized.
 
-    format  of the folder that is written, by its name in ``checkpoint.formats.FORMATS``
-    ignore  linear layers to leave as they are: a name or whole dotted parts of one (``model.layers.0``,
-            ``down_proj``), or ``re:`` and a regular expression that matches from the start of the name
-    device  ``cpu``, ``cuda``, or ``auto``: CUDA where there is one
+    choice     scheme and method of all layers that no rule is for, and the format of the folder
+    rules      for layers of their own; of several that cover one, the last counts
+    clip       of ``rtn``: clip ranges where that lessens the weights' squared error
+    act_order  of ``gptq``: ``static``, ``dynamic`` or ``off``; see ``methods.gptq``
+    alpha      of ``smoothquant``: how much of the activations' range moves to the weights, from 0 to 1; ``auto``:
+               searched for, block by block; None: what has served the model's family best
+    device     ``cpu``, ``cuda``, or ``auto``: CUDA where there is one
     """
 
-    method: str = GPTQ
-    scheme: Scheme = field(default_factory=Scheme)
+    choice: Choice = field(default_factory=choose)
     calibration: Calibration = field(default_factory=Calibration)
-    format: str = "gptq"
-    ignore: tuple[str, ...] = ()
-    device: str = "auto"
+    rules: tuple[Rule, ...] = ()
+    clip: bool = False
+    act_order: str = STATIC
+    alpha: float | str | None = None
+    device: str = AUTO
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        method = self.choice.method
+        for flag, value, unset, only in (
+            ("--clip", self.clip, False, RTN),
+            ("--act-order", self.act_order, STATIC, GPTQ),
+            ("--alpha", self.alpha, None, SMOOTHQUANT),
+        ):
+            if value != unset and method != only:
+                raise LlmqError(f"{flag} is a setting of {only}", f"choose --method {only}", exit_code=USAGE)
+        if self.act_order not in ACT_ORDERS:
             raise LlmqError(
-                f"there is no method {self.method!r}", f"choose --method {' or '.join(METHODS)}", exit_code=USAGE
+                f"there is no order {self.act_order!r}", f"choose --act-order {', '.join(ACT_ORDERS)}", exit_code=USAGE
             )
-        format_for(self.format, self.scheme)
+        if self.act_order == DYNAMIC and self.choice.format != "gptq":
+            raise LlmqError("groups in dynamic order have no place in it", "choose --format gptq", exit_code=USAGE)
+        if (isinstance(self.alpha, str) and self.alpha != AUTO) or (
+            isinstance(self.alpha, float) and not 0 <= self.alpha <= 1
+        ):
+            raise LlmqError(f"--alpha is {self.alpha}", "choose auto, or a number from 0 to 1", exit_code=USAGE)
+        for rule in self.rules:
+            if rule.scheme is not None:
+                choose(rule.scheme, method)
 
 
 DEFAULTS = QuantizeOptions()

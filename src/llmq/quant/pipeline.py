@@ -1,44 +1,44 @@
-"""Quantize a model folder, decoder block by decoder block, into a folder of packed integers.
+"""Quantize a model folder, decoder block by decoder block, into a folder of packed codes.
 
 At any moment the memory holds one block and the calibration windows' hidden states at its entrance, never the model.
-GPTQ sees each layer's inputs as the layers before it will really produce them: quantized (true-sequential). RTN needs
-no inputs and streams tensor by tensor.
+A block is quantized in two steps. Some methods first scale its channels, so that less is lost (``fold``), which
+leaves what it computes as it is. Then its linears are rounded in the order in which they compute: each sees its inputs
+as those before it will really produce them, quantized (true-sequential). Methods without data stream tensor by tensor.
 """
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq.checkpoint import folder as folders
-from llmq.checkpoint.config import read_config
-from llmq.checkpoint.formats import WRITER, Format, check_shape, format_for, packed_bytes, write_configs
+from llmq.checkpoint.config import LinearStage, read_config
+from llmq.checkpoint.formats import FORMATS, WRITER, Format, format_for, packed_bytes, write_configs
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import USAGE, LlmqError
-from llmq.quant.activations import HiddenStates
-from llmq.quant.affine import MAX_WEIGHT
+from llmq.quant.activations import HiddenStates, NotFinite
+from llmq.quant.affine import MAX_WEIGHT, energy, group_blocks
 from llmq.quant.calibration import draw_windows
 from llmq.quant.check import check_generates
-from llmq.quant.methods import gptq, rtn
-from llmq.quant.options import DEFAULTS, GPTQ, RTN, Calibration, QuantizeOptions
+from llmq.quant.folding import linear, round_inputs
+from llmq.quant.methods import autoround, awq, bnb, gptq, rtn, smoothquant
+from llmq.quant.options import DEFAULTS, Calibration, QuantizeOptions, Rule
 from llmq.quant.report import LayerReport, QuantizationReport, model_card
+from llmq.quant.schemes import AUTOROUND, AWQ, BNB, CALIBRATED, GPTQ, RTN, SMOOTHQUANT, choose
 from llmq.runtime.decoder import DecoderLayer
 from llmq.runtime.device import peak_memory_bytes, resolve_device, resolve_dtype
 from llmq.runtime.loader import HEAD, Source, block_name, load_layer
-from llmq.scheme import GROUP_SIZES, Scheme
+from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
-MIX = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-FINISH = (("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-"""The linears of a block's two steps, in the order of computation; those of one group have the same input."""
-
+MOMENTS_AT_ONCE = 8
+"""Groups of layers whose second moments are taken in one pass: of wide experts, each has most of a gigabyte."""
 Progress = Callable[[int, int, str], None]
 """Called with (layers done, layers in all, name of the layer just done)."""
 
@@ -47,11 +47,15 @@ def quantize(
     model: str,
     output: str | Path,
     *,
-    method: str = DEFAULTS.method,
-    scheme: Scheme = DEFAULTS.scheme,
-    calibration: Calibration | None = None,
-    format: str = DEFAULTS.format,
-    ignore: Sequence[str] = DEFAULTS.ignore,
+    scheme: Scheme | str = DEFAULTS.choice.scheme,
+    method: str | None = None,
+    format: str | None = None,
+    calibration: Calibration = DEFAULTS.calibration,
+    overrides: Mapping[str, Scheme | None] | None = None,
+    ignore: Sequence[str] = (),
+    clip: bool = DEFAULTS.clip,
+    act_order: str = DEFAULTS.act_order,
+    alpha: float | str | None = DEFAULTS.alpha,
     device: str = DEFAULTS.device,
     revision: str | None = None,
     overwrite: bool = False,
@@ -59,37 +63,62 @@ def quantize(
 ) -> QuantizationReport:
     """Write ``model`` (a folder, a hub id, or ``demo``), quantized, to the folder ``output``.
 
-    The folder gets its name once it is complete and has been loaded and generated from. Raises LlmqError for whatever
-    the user can mend, most of it before any work is done; ``output`` is then as it was.
+    What may be chosen: ``QuantizeOptions``; ``overrides`` are its rules, by their patterns, and ``ignore`` patterns of
+    layers that stay as they are, whatever the rules. The folder gets its name once it is complete and has been loaded
+    and generated from. Raises LlmqError for whatever the user can mend, most of it before any work is done; ``output``
+    is then as it was.
     """
-    started = time.monotonic()
     output = Path(output)
-    options = QuantizeOptions(method, scheme, calibration or DEFAULTS.calibration, format, tuple(ignore), device)
+    rules = [*(overrides or {}).items(), *((pattern, None) for pattern in ignore)]
+    options = QuantizeOptions(
+        choose(scheme, method, format),
+        calibration,
+        tuple(Rule(pattern, exception) for pattern, exception in rules),
+        clip,
+        act_order,
+        alpha,
+        device,
+    )
     folders.check_output(output, overwrite=overwrite)
     job = _prepare(model, folders.resolve(model, revision), options)
     folders.check_disk_space(output, job.predicted_bytes)
+    try:
+        return _run(job, output, overwrite=overwrite, progress=progress)
+    except NotFinite:
+        if job.source.dtype == torch.float32:
+            raise
+    note = f"activations are not finite in {job.source.dtype}: calibrated in fp32".replace("torch.", "")
+    wide = replace(job, source=replace(job.source, dtype=torch.float32), notes=(*job.notes, note))
+    return _run(wide, output, overwrite=overwrite, progress=progress)
+
+
+def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) -> QuantizationReport:
+    started = time.monotonic()
+    format = job.format
     layers: list[LayerReport] = []
-    with folders.write_folder(output, overwrite=overwrite) as partial, torch.inference_mode(), _full_fp32():
+    changed: dict[str, Tensor] = {}
+    with folders.write_folder(output, overwrite=overwrite) as partial, torch.no_grad(), _full_fp32():
         writer = ShardWriter(partial)
-        for weight, layer in job.quantized_layers():
-            writer.add_all(job.format.pack(layer.name, weight))
+        for weight, layer in job.quantized_layers(changed):
+            writer.add_all(format.pack(layer.name, weight))
             layers.append(layer)
             if progress is not None:
-                progress(len(layers), len(job.shapes), layer.name)
+                progress(len(layers), len(job.schemes), layer.name)
         for name in job.kept_tensors:
-            writer.add(name, job.source.tensors.load(name))
+            tensor = job.source.tensors.load(name)
+            writer.add(name, changed[name].to(tensor.dtype) if name in changed else tensor)
         writer.close()
         folders.copy_side_files(job.folder, partial)
-        quantization = job.format.config_dict(
-            quantized=list(job.shapes),
-            ignored=job.ignored,
+        quantization = format.config_dict(
+            quantized=list(job.schemes),
+            ignored=job.left_out,
             writer=WRITER,
-            damp_percent=gptq.DAMP_PERCENT if method == GPTQ else None,
+            damp_percent=gptq.DAMP_PERCENT if job.options.choice.method == GPTQ else None,
         )
-        write_configs(job.folder, partial, job.format, quantization)
+        write_configs(job.folder, partial, format, quantization)
         check_generates(partial, job.source.device, job.source.dtype)
         report = _report(job, output, layers, writer.num_bytes, time.monotonic() - started)
-        card = model_card(report, options, job.folder / "README.md", from_hub=_is_hub_id(model), writer=WRITER)
+        card = model_card(report, job.options, job.folder / "README.md", from_hub=_is_hub_id(job.model), writer=WRITER)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return report
 
@@ -98,32 +127,37 @@ def quantize(
 class Job:
     """A quantization that has passed its checks.
 
-    name     of the model, as others may read it: a hub id, or the last part of a path
-    shapes   the layers to quantize, in order → (out_features, in_features)
-    ignored  the layers of the decoder blocks that stay as they are
-    windows  token ids [windows, tokens], for a method that learns from data
+    model     as it was asked for
+    schemes   of the layers to quantize, in order
+    left_out  the other linear layers of the decoder blocks
+    notes     what the user should know of the choice of layers
+    windows   token ids [windows, tokens], for a method that learns from data
     """
 
-    name: str
+    model: str
     folder: Path
     options: QuantizeOptions
     source: Source
-    shapes: dict[str, tuple[int, int]]
-    ignored: tuple[str, ...]
+    schemes: dict[str, Scheme]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
     windows: Tensor | None
 
     @property
     def format(self) -> Format:
-        return format_for(self.options.format, self.options.scheme)
+        return format_for(self.options.choice.format, self.schemes)
 
     @property
     def kept_tensors(self) -> list[str]:
         """Every tensor of the source folder that no packed one replaces."""
-        return [name for name in self.source.tensors.infos if name.removesuffix(".weight") not in self.shapes]
+        return [name for name in self.source.tensors.infos if name.removesuffix(".weight") not in self.schemes]
 
     @property
     def packed_bytes(self) -> int:
-        return sum(packed_bytes(self.format, shape, self.options.scheme) for shape in self.shapes.values())
+        format = self.format
+        return sum(
+            packed_bytes(format, _shape(name, self.source.tensors), scheme) for name, scheme in self.schemes.items()
+        )
 
     @property
     def predicted_bytes(self) -> int:
@@ -131,72 +165,128 @@ class Job:
         infos = self.source.tensors.infos
         return self.packed_bytes + sum(infos[name].num_bytes for name in self.kept_tensors)
 
-    def quantized_layers(self) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Do the work, layer by layer."""
+    def quantized_layers(self, changed: dict[str, Tensor]) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
+        """Do the work, layer by layer. Tensors that are kept, but not as they were, come into ``changed``."""
         if self.windows is None:
-            for name in self.shapes:
-                weight = self.source.tensors.load(f"{name}.weight", self.source.device).float()
-                yield self._quantize(name, weight, None)
+            for name in self.schemes:
+                yield from self._round({name: self._weight(name)}, None)
             return
+        config = self.source.config
         states = HiddenStates(self.source, self.windows)
-        for number in range(self.source.config.num_layers):
-            block = load_layer(self.source, number)
-            yield from self._quantize_group(block_name(number), block, MIX, states)
-            states.mix(block)
-            for group in FINISH:
-                yield from self._quantize_group(block_name(number), block, group, states)
-            if number + 1 < self.source.config.num_layers:
+        # As they pass the model that is quantized: what learned rounding brings the others back to.
+        original = states.sample(states.tokens) if self.options.choice.method == AUTOROUND else None
+        for number in range(config.num_layers):
+            prefix, block = block_name(number), load_layer(self.source, number)
+            for name in self._local(prefix):
+                _check_weight(f"{prefix}.{name}", linear(block, name).weight)
+            learned: Mapping[str, QuantizedWeight] = {}
+            if original is not None:
+                original.mix(block)
+                original.finish(block)
+                seed = self.options.calibration.seed
+                learned = autoround.quantize_block(block, self._local(prefix), states, original.inputs, seed=seed)
+            for name, tensor in self._fold(prefix, block, states).items():
+                changed[f"{prefix}.{name}"] = tensor
+            for stage in config.linear_stages:
+                if stage.half == "finish" and not states.mixed:
+                    states.mix(block)
+                yield from self._quantize_stage(prefix, block, stage, states, learned)
+            if number + 1 < config.num_layers or HEAD in self.schemes:
                 states.finish(block)
+        if HEAD in self.schemes:
+            yield from self._round({HEAD: self._weight(HEAD)}, states.head_moment(self.source))
 
-    def _quantize_group(
-        self, prefix: str, block: DecoderLayer, group: Sequence[str], states: HiddenStates
+    def _weight(self, name: str) -> Tensor:
+        weight = self.source.tensors.load(f"{name}.weight", self.source.device).float()
+        _check_weight(name, weight)
+        return weight
+
+    def _local(self, prefix: str) -> dict[str, Scheme]:
+        """The schemes of the layers of a block that are to be quantized, by their names within it."""
+        names = {name: f"{prefix}.{name}" for name in self.source.config.linears}
+        return {name: self.schemes[full] for name, full in names.items() if full in self.schemes}
+
+    def _fold(self, prefix: str, block: DecoderLayer, states: HiddenStates) -> dict[str, Tensor]:
+        """Scale channels of ``block`` as the method does. Returns what changed beside the linears to be quantized."""
+        config, method, alpha = self.source.config, self.options.choice.method, self.options.alpha
+        schemes = self._local(prefix)
+        if method == AWQ:
+            return awq.fold(block, config, states, schemes)
+        if method == SMOOTHQUANT:
+            alpha = smoothquant.default_alpha(config.model_type) if alpha is None else alpha
+            return smoothquant.fold(block, config, states, schemes, alpha)
+        return {}
+
+    def _quantize_stage(
+        self,
+        prefix: str,
+        block: DecoderLayer,
+        stage: LinearStage,
+        states: HiddenStates,
+        learned: Mapping[str, QuantizedWeight],
     ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Quantize those layers of ``group`` that are to be, in ``block`` too: what follows sees what was lost."""
-        hessian: Tensor | None = None
-        for linear in group:
-            name = f"{prefix}.{linear}"
-            if name not in self.shapes:
-                continue
-            if hessian is None:
-                hessian = states.second_moment(block, linear, name)
-            module = block.get_submodule(linear)
-            assert isinstance(module, nn.Linear)
-            quantized, report = self._quantize(name, module.weight.float(), hessian)
-            module.weight.copy_(quantized.dequantize())
-            yield quantized, report
+        """Quantize those layers of ``stage`` that are to be, in ``block`` too: what follows sees what was lost."""
+        wanted = [[name for name in group if f"{prefix}.{name}" in self.schemes] for group in stage.groups]
+        groups = [group for group in wanted if group]
+        hessians: dict[str, Tensor] = {}
+        for number, group in enumerate(groups):
+            if number % MOMENTS_AT_ONCE == 0:
+                some = groups[number : number + MOMENTS_AT_ONCE]
+                hessians = states.second_moments(block, [group[0] for group in some], prefix)
+            modules = {f"{prefix}.{name}": linear(block, name) for name in group}
+            weights = {name: module.weight.float() for name, module in modules.items()}
+            made = {f"{prefix}.{name}": learned[name] for name in group if name in learned}
+            for quantized, report in self._round(weights, hessians.pop(group[0], None), made):
+                module = modules[report.name]
+                module.weight.copy_(quantized.dequantize())
+                if quantized.scheme.activation_bits == 8:
+                    round_inputs(module, quantized.scheme.number)
+                yield quantized, report
 
-    def _quantize(self, name: str, weight: Tensor, hessian: Tensor | None) -> tuple[QuantizedWeight, LayerReport]:
-        if not weight.isfinite().all():
-            raise LlmqError(f"{name}.weight holds NaN or infinite numbers", "download or copy the model again")
-        if weight.abs().max() > MAX_WEIGHT:
-            raise LlmqError(
-                f"{name}.weight holds {weight.abs().max():.3g}, more than fp16 can: its scales would overflow",
-                f"--ignore {name}",
-            )
-        scheme, used = self.options.scheme, RTN
-        quantized = rtn.quantize_weight(weight, scheme)
-        error = rtn_error = relative_error(weight, quantized, hessian)
-        if hessian is not None:
-            try:
-                candidate = gptq.quantize_weight(weight, scheme, hessian)
-            except gptq.NotPositiveDefinite:
-                pass
-            else:
-                gptq_error = relative_error(weight, candidate, hessian)
-                if gptq_error <= rtn_error:
-                    quantized, error, used = candidate, gptq_error, GPTQ
-        return quantized, LayerReport(name, used, scheme.bits, scheme.group_size, error, rtn_error)
+    def _round(
+        self, weights: Mapping[str, Tensor], hessian: Tensor | None, made: Mapping[str, QuantizedWeight] | None = None
+    ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
+        """Round ``weights``, fp32 by the names of their layers, whose inputs are the same; or take what is ``made``."""
+        method, made = self.options.choice.method, made or self._made(weights, hessian)
+        for name, weight in weights.items():
+            plain = made[name] if method == BNB else rtn.quantize_weight(weight, self.schemes[name])
+            used, quantized = (method, made[name]) if name in made else (RTN, plain)
+            error, rtn_error = (energy(rounded.dequantize().sub_(weight), hessian) for rounded in (quantized, plain))
+            if used == GPTQ and error > rtn_error:
+                used, quantized, error = RTN, plain, rtn_error
+            whole = energy(weight, hessian) or 1.0
+            yield quantized, LayerReport(name, used, str(quantized.scheme), error / whole, rtn_error / whole)
 
+    def _made(self, weights: Mapping[str, Tensor], hessian: Tensor | None) -> dict[str, QuantizedWeight]:
+        """What the method's rounding makes of ``weights``; nothing where it has to give up."""
+        method, schemes = self.options.choice.method, self.schemes
+        if method == GPTQ:
+            return {} if hessian is None else self._made_by_gptq(weights, hessian)
+        if method == BNB:
+            return {name: bnb.quantize_weight(weight, schemes[name]) for name, weight in weights.items()}
+        return {
+            name: rtn.quantize_weight(weight, schemes[name], self._clipping(name, weight, hessian))
+            for name, weight in weights.items()
+        }
 
-def relative_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> float:
-    """tr(E H Eᵀ) / tr(W H Wᵀ) for the rounding error E of ``weight`` W; without a Hessian H, ‖E‖² / ‖W‖²."""
-    error = quantized.dequantize() - weight
+    def _made_by_gptq(self, weights: Mapping[str, Tensor], hessian: Tensor) -> dict[str, QuantizedWeight]:
+        together: dict[Scheme, list[str]] = {}
+        for name in weights:
+            together.setdefault(self.schemes[name], []).append(name)
+        made: dict[str, QuantizedWeight] = {}
+        with suppress(gptq.NotPositiveDefinite):
+            for scheme, names in together.items():
+                layers = [weights[name] for name in names]
+                made |= zip(names, gptq.quantize_weights(layers, scheme, hessian, self.options.act_order), strict=True)
+        return made
 
-    def energy(matrix: Tensor) -> float:
-        return float(((matrix if hessian is None else matrix @ hessian) * matrix).sum())
-
-    whole = energy(weight)
-    return energy(error) / whole if whole > 0 else 0.0
+    def _clipping(self, name: str, weight: Tensor, hessian: Tensor | None) -> Tensor | None:
+        """By what clipping is judged; None: there is none."""
+        if self.options.clip:
+            return weight.new_ones(weight.shape[1])
+        if self.options.choice.method == AWQ and hessian is not None and not name.endswith(awq.UNCLIPPED):
+            return group_blocks(hessian, self.schemes[name])
+        return None
 
 
 # Checks
@@ -210,78 +300,96 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
             f"{model} is quantized already",
             "quantize the model that it was made from; to change only its format: llmq convert",
         )
+    if options.choice.method == BNB:
+        bnb.check_installed()
     every = [f"{block_name(layer)}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
-    ignored = _ignored(every, options.ignore)
-    shapes: dict[str, tuple[int, int]] = {}
-    for name in every:
-        if name not in ignored:
-            shapes[name] = _checked_shape(name, tensors, options)
-    if not shapes:
+    wanted = _wanted(every, options)
+    if HEAD in wanted and config.tied_embeddings:
+        raise LlmqError(
+            f"{HEAD} is the embedding of {model}, which stays as it is", f"leave it out: --override {HEAD}=none"
+        )
+    misfits = {name: reason for name, scheme in wanted.items() if (reason := _misfit(name, scheme, tensors, options))}
+    fitting = {name: wanted[name] for name in wanted if name not in misfits}
+    if wanted and not fitting:
+        name, reason = next(iter(misfits.items()))
+        raise LlmqError(f"no layer can be quantized: {name} {reason}", _fitting_groups(misfits, tensors))
+    if not fitting:
         raise LlmqError("every linear layer is ignored: nothing is left to quantize", "ignore fewer by --ignore")
-    windows = draw_windows(folder, config, options.calibration) if options.method == GPTQ else None
+    format_for(options.choice.format, fitting)
+    windows = draw_windows(folder, config, options.calibration) if options.choice.method in CALIBRATED else None
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
     return Job(
-        _public_name(model),
+        model,
         folder,
         options,
         Source(config, None, tensors, device, resolve_dtype("auto", config, device)),
-        shapes,
-        tuple(name for name in every if name in ignored),
+        fitting,
+        tuple(name for name in every if name not in fitting),
+        tuple(_misfit_notes(misfits)),
         windows,
     )
 
 
-def _ignored(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
-    """The ``names`` that ``patterns`` cover. LlmqError for a pattern that covers none."""
-    ignored: set[str] = set()
-    for pattern in patterns:
-        matching = {name for name in (*names, HEAD) if _matches(pattern, name)}
-        if not matching:
+def _wanted(names: Sequence[str], options: QuantizeOptions) -> dict[str, Scheme]:
+    """The schemes of those of ``names``, and of the head, that are to be quantized. LlmqError for a rule that covers
+    nothing."""
+    schemes: dict[str, Scheme | None] = dict.fromkeys(names, options.choice.scheme) | {HEAD: None}
+    for rule in options.rules:
+        covered = [name for name in schemes if rule.covers(name)]
+        if not covered:
             raise LlmqError(
-                f"--ignore {pattern} matches no layer",
+                f"{rule.pattern} matches no layer",
                 f"give a layer's name or a part of it between dots, such as {names[0]} or down_proj, or re:REGEX",
                 exit_code=USAGE,
             )
-        ignored |= matching
-    return ignored
+        schemes |= dict.fromkeys(covered, rule.scheme)
+    return {name: scheme for name, scheme in schemes.items() if scheme is not None}
 
 
-def _matches(pattern: str, name: str) -> bool:
-    if not pattern.startswith("re:"):
-        return f".{pattern}." in f".{name}."
-    try:
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    except re.error as error:
-        raise LlmqError(
-            f"--ignore {pattern} is not a regular expression: {error}", "see Python's re", exit_code=USAGE
-        ) from None
-
-
-def _checked_shape(name: str, tensors: Tensors, options: QuantizeOptions) -> tuple[int, int]:
-    """(out_features, in_features) of a layer, which scheme and format must be able to hold."""
-    scheme, leave_out = options.scheme, f"--ignore {name.rpartition('.')[2]}"
+def _shape(name: str, tensors: Tensors) -> tuple[int, int]:
+    """(out_features, in_features) of a layer. LlmqError when the folder does not have it."""
     info = tensors.infos.get(f"{name}.weight")
     if info is None or len(info.shape) != 2:
         raise LlmqError(
             f"{tensors.folder} has no matrix {name}.weight", "the folder is incomplete, or its config.json is another's"
         )
-    out_features, in_features = info.shape
+    return info.shape[0], info.shape[1]
+
+
+def _misfit(name: str, scheme: Scheme, tensors: Tensors, options: QuantizeOptions) -> str | None:
+    """Why a layer has to stay as it is: scheme or format cannot hold its shape. None when they can."""
+    out_features, in_features = shape = _shape(name, tensors)
     if not scheme.divides(in_features):
-        fitting = ", ".join(
-            str(size) for size in GROUP_SIZES if size and Scheme(scheme.bits, size).divides(in_features)
-        )
+        return f"has {in_features} inputs, which groups of {scheme.group_size} do not divide"
+    multiple = FORMATS[options.choice.format].multiple
+    if any(size % multiple for size in shape):
+        return f"is {out_features} × {in_features}, and the format packs multiples of {multiple}"
+    return None
+
+
+def _misfit_notes(misfits: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each reason, with the layers that it is of."""
+    for reason in dict.fromkeys(misfits.values()):
+        names = [name for name in misfits if misfits[name] == reason]
+        yield f"{len(names)} layers keep 16 bits: each {reason}: {', '.join(names)}"
+
+
+def _fitting_groups(names: Iterable[str], tensors: Tensors) -> str:
+    """The hint that says in what groups, or formats, the layers would fit."""
+    inputs = [_shape(name, tensors)[1] for name in names]
+    sizes = [size for size in GROUP_SIZES if size > 0 and not any(count % size for count in inputs)]
+    return f"choose --group-size {', '.join(map(str, (*sizes, WHOLE_ROW)))}, or --format compressed-tensors"
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise LlmqError(f"{name}.weight holds NaN or infinite numbers", "download or copy the model again")
+    if weight.abs().max() > MAX_WEIGHT:
         raise LlmqError(
-            f"groups of {scheme.group_size} do not divide the {in_features} inputs of {name}",
-            f"--group-size {fitting} would, or leave such layers out: {leave_out}",
+            f"{name}.weight holds {weight.abs().max():.3g}, more than fp16 can: its scales would overflow",
+            f"--ignore {name}",
         )
-    check_shape(
-        format_for(options.format, scheme),
-        name,
-        (out_features, in_features),
-        f"leave such layers out: {leave_out}, or choose --format compressed-tensors",
-    )
-    return out_features, in_features
 
 
 def _is_hub_id(model: str) -> bool:
@@ -299,21 +407,20 @@ def _public_name(model: str) -> str:
 def _report(
     job: Job, output: Path, layers: Sequence[LayerReport], num_bytes: int, seconds: float
 ) -> QuantizationReport:
-    options, windows = job.options, job.windows
-    weights = sum(out_features * in_features for out_features, in_features in job.shapes.values())
+    choice, windows, tensors = job.options.choice, job.windows, job.source.tensors
+    weights = sum(out_features * in_features for out_features, in_features in (_shape(x, tensors) for x in job.schemes))
     return QuantizationReport(
-        model=job.name,
+        model=_public_name(job.model),
         output=str(output),
-        method=options.method,
-        format=options.format,
-        bits=options.scheme.bits,
-        group_size=options.scheme.group_size,
-        symmetric=options.scheme.symmetric,
+        method=choice.method,
+        format=choice.format,
+        scheme=str(choice.scheme),
         device=job.source.device,
         calibration_samples=0 if windows is None else windows.shape[0],
         calibration_seqlen=0 if windows is None else windows.shape[1],
         layers=tuple(layers),
-        bytes_before=job.source.tensors.num_bytes,
+        left_out=job.left_out,
+        bytes_before=tensors.num_bytes,
         bytes_after=num_bytes,
         effective_bits=8 * job.packed_bytes / weights,
         seconds=seconds,
@@ -323,12 +430,13 @@ def _report(
 
 
 def _warnings(job: Job, layers: Sequence[LayerReport]) -> Iterator[str]:
+    yield from job.notes
     if job.format.caveat is not None:
         yield job.format.caveat
     wanted = job.options.calibration.samples
     if job.windows is not None and len(job.windows) < wanted:
         yield f"the calibration text has {len(job.windows)} windows, and {wanted} were asked for"
-    fallen = [layer.name for layer in layers if layer.method != job.options.method]
+    fallen = [layer.name for layer in layers if layer.method != job.options.choice.method]
     if fallen:
         yield f"{len(fallen)} layers were rounded to nearest, where GPTQ did no better: {', '.join(fallen)}"
 

@@ -11,44 +11,50 @@ from typing import Any
 import yaml
 
 from llmq.checkpoint.formats import FORMATS
+from llmq.checkpoint.formats.packed import HEAD
 from llmq.memory import format_bytes
-from llmq.quant.options import DEFAULTS, GPTQ, QuantizeOptions
+from llmq.quant.options import DEFAULTS, QuantizeOptions
+from llmq.quant.schemes import CALIBRATED, PRESETS, formats_for
+from llmq.scheme import INT, Scheme
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     """One linear layer.
 
-    method     the method really used: a layer falls back to rtn where gptq cannot do better
+    method     the method really used: a layer falls back to rtn where gptq does not do better
     error      of the layer's output on the calibration inputs, tr(E H Eᵀ) / tr(W H Wᵀ); without calibration, of its
                weights, ‖E‖² / ‖W‖²
-    rtn_error  the same of plain rounding to nearest
+    rtn_error  the same of plain rounding to nearest, of weights that awq or smoothquant have scaled
     """
 
     name: str
     method: str
-    bits: int
-    group_size: int
+    scheme: str
     error: float
     rtn_error: float
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizationReport:
-    """A whole run. ``bytes_before`` and ``bytes_after`` count tensors; ``effective_bits`` is what a quantized weight
-    takes with its share of scales and zero points; ``peak_memory_bytes`` is the device's, or on a CPU the process's."""
+    """A whole run.
+
+    left_out           the linear layers of the decoder blocks that stay as they were
+    bytes_before       of all tensors; ``bytes_after`` likewise
+    effective_bits     what a quantized weight takes, with its share of scales and zero points
+    peak_memory_bytes  of the device, or on a CPU of the process
+    """
 
     model: str
     output: str
     method: str
     format: str
-    bits: int
-    group_size: int
-    symmetric: bool
+    scheme: str
     device: str
     calibration_samples: int
     calibration_seqlen: int
     layers: tuple[LayerReport, ...]
+    left_out: tuple[str, ...]
     bytes_before: int
     bytes_after: int
     effective_bits: float
@@ -75,12 +81,15 @@ def model_card(
     front: dict[str, Any] = _licence(source_card)
     if from_hub:
         front |= {"base_model": report.model, "base_model_relation": "quantized"}
-    front |= {"library_name": "transformers", "tags": ["llmq", report.method, report.format, f"{report.bits}-bit"]}
+    scheme = options.choice.scheme
+    front |= {"library_name": "transformers", "tags": ["llmq", report.method, report.format, f"{scheme.bits}-bit"]}
     front["tags"] = list(dict.fromkeys(front["tags"]))
-    calibrated = f"{report.calibration_samples} windows of {report.calibration_seqlen} tokens"
+    calibrated = report.method in CALIBRATED
+    windows = f"{report.calibration_samples} windows of {report.calibration_seqlen} tokens"
     data = options.calibration.data
     text = "the text shipped with llmq" if data is None else Path(data).name
-    of_what = "layer outputs on the calibration text" if report.method == GPTQ else "weights"
+    of_what = "layer outputs on the calibration text" if calibrated else "weights"
+    exceptions = "".join(f"| {rule.pattern} | {rule.scheme or 'not quantized'} |\n" for rule in options.rules)
     rows = "\n".join(
         f"| {kind} | {len(layers)} | {fmean(x.error for x in layers):.2e} | {max(x.error for x in layers):.2e} "
         f"| {fmean(x.rtn_error for x in layers):.2e} |"
@@ -91,16 +100,16 @@ def model_card(
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {report.model}, quantized to {report.bits} bits
+# {report.model}, quantized to {scheme.bits} bits
 
 | | |
 |---|---|
 | base model | {report.model} |
 | method | {report.method} |
-| scheme | {options.scheme} |
+| scheme | {scheme} |
+{exceptions}| embeddings, norms{"" if any(x.name == HEAD for x in report.layers) else f", {HEAD}"} | not quantized |
 | format | {FORMATS[report.format].title} |
-| not quantized | {", ".join(("embeddings", "lm_head", *options.ignore))} |
-| calibration | {"none" if report.method != GPTQ else f"{calibrated} of {text}, seed {options.calibration.seed}"} |
+| calibration | {f"{windows} of {text}, seed {options.calibration.seed}" if calibrated else "none"} |
 | size | {format_bytes(report.bytes_before)} → {format_bytes(report.bytes_after)} |
 | bits a quantized weight | {report.effective_bits:.2f} |
 | made by | {writer} |
@@ -121,19 +130,42 @@ Relative squared error of the {of_what}:
 
 
 def _command(report: QuantizationReport, options: QuantizeOptions) -> str:
-    scheme, calibration = options.scheme, options.calibration
-    words = ["llmq quantize", report.model, "-o", Path(report.output).name, "--method", report.method]
-    words += ["--bits", str(scheme.bits), "--group-size", str(scheme.group_size)]
-    words += ["--sym" if scheme.symmetric else "--asym"]
-    if report.format != DEFAULTS.format:
-        words += ["--format", report.format]
-    if report.method == GPTQ:
+    choice, calibration = options.choice, options.calibration
+    words = ["llmq quantize", report.model, "-o", Path(report.output).name, *_scheme_words(choice.scheme)]
+    words += ["--method", choice.method]
+    if choice.format != formats_for(choice.scheme, choice.method)[0]:
+        words += ["--format", choice.format]
+    if options.clip:
+        words += ["--clip"]
+    if options.act_order != DEFAULTS.act_order:
+        words += ["--act-order", options.act_order]
+    if options.alpha is not None:
+        words += ["--alpha", str(options.alpha)]
+    if choice.method in CALIBRATED:
         if calibration.data is not None:
             words += ["--calib-data", Path(calibration.data).name]
         words += ["--calib-samples", str(calibration.samples), "--calib-seqlen", str(calibration.seqlen)]
-    for pattern in options.ignore:
-        words += ["--ignore", f"'{pattern}'"]
+    for rule in options.rules:
+        words += ["--override", f"'{rule}'"]
     return " ".join(words)
+
+
+def _scheme_words(scheme: Scheme) -> list[str]:
+    """The flags that ask for ``scheme``: a preset of its numbers, and in what it differs."""
+    kind = [
+        (name, preset.scheme)
+        for name, preset in PRESETS.items()
+        if (preset.scheme.number, preset.scheme.activation_bits) == (scheme.number, scheme.activation_bits)
+    ]
+    name, named = next((pair for pair in kind if pair[1].bits == scheme.bits), kind[0])
+    words = ["--scheme", name]
+    if scheme.bits != named.bits:
+        words += ["--bits", str(scheme.bits)]
+    if scheme.group_size != named.group_size:
+        words += ["--group-size", str(scheme.group_size)]
+    if scheme.number == INT and scheme.activation_bits == 16:
+        words += ["--sym" if scheme.symmetric else "--asym"]
+    return words
 
 
 def _licence(card: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One decoder for the Llama family, driven by ModelConfig.
+"""One decoder for the Llama family and its relatives, driven by ModelConfig.
 
 Tokens of all sequences of a step lie in one flat row, never padded; what binds a token to its sequence is its
 position and the ``attend`` function, which the caller brings: over a paged KV cache to generate, over whole sequences
@@ -7,25 +7,28 @@ to calibrate and to score. Module names are those of the checkpoint, without the
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmq.checkpoint.config import ModelConfig, Rope
-from llmq.runtime.kernels.norm import add_rms_norm
+from llmq.checkpoint.config import ModelConfig
+from llmq.runtime.kernels.attention import dot_product_attention
+from llmq.runtime.kernels.gelu import gelu_mul
+from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
+from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
-from llmq.runtime.kernels.silu import silu_mul
+from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
+from llmq.runtime.linear import DenseLinear, input_number, merge
+from llmq.runtime.rotary import Rotation, rotary_angles
 
 
 class Attend(Protocol):
     """How tokens of the same sequence see each other: what the caller brings to the decoder."""
 
-    def __call__(
-        self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def __call__(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
         """Attention of one layer. ``query`` [tokens, heads, head_dim], and ``key`` and ``value`` [tokens, kv_heads,
         head_dim] of the same tokens, come as they are projected: neither normed nor rotated.
         → [tokens, heads, head_dim]"""
@@ -33,15 +36,23 @@ class Attend(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """The weight of a norm; ``add_rms_norm`` computes it."""
+    """The weight of a norm; ``add_rms_norm`` computes it.
 
-    def __init__(self, size: int, eps: float) -> None:
+    weight  what the norm multiplies by: the checkpoint's weight plus ``offset``, in fp32 where there is an offset, for
+            a sum near 1 would lose what a weight near 0 says
+    """
+
+    def __init__(self, size: int, config: ModelConfig) -> None:
         super().__init__()
+        self.offset = config.norm_offset
+        self.eps = config.rms_norm_eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.eps = eps
 
-    def forward(self, residual: Tensor, x: Tensor | None = None) -> Tensor:
-        """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension."""
+    def forward(self, residual: Tensor, x: Tensor | None = None, number: str | None = None) -> Tensor | QuantizedRows:
+        """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension; in 8 bits of
+        ``number``, if given."""
+        if number is not None:
+            return add_rms_norm_quantize(residual, x, self.weight, self.eps, number)
         return add_rms_norm(residual, x, self.weight, self.eps)
 
 
@@ -52,16 +63,19 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.window = config.windows[layer]
+        self.rope = config.ropes[layer]
+        self.scale = config.attention_scale
+        self.softcap = config.attention_softcap
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.sizes = (q_size, kv_size, kv_size)
+        self.qkv = config.names.qkv
+        add_linears(self, self.qkv, config.hidden_size, self.sizes, bias=config.qkv_bias)
+        self.o_proj = DenseLinear(q_size, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config)
+            self.k_norm = RMSNorm(config.head_dim, config)
         self.qk_norm = config.qk_norm
 
     @property
@@ -69,25 +83,122 @@ class Attention(nn.Module):
         """The weights of the norms of queries and keys, where the architecture has them."""
         return (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else None
 
-    def mix(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    @property
+    def input_number(self) -> str | None:
+        return stack_number(self, self.qkv)
+
+    def merge(self) -> None:
+        """Make one product of the projections of query, key and value, where their layers allow it."""
+        self.qkv = stack(self, self.qkv, "qkv_proj")
+
+    def mix(self, x: Tensor | QuantizedRows, rotation: Rotation, attend: Attend) -> Tensor:
         """What the heads gather from all tokens, [tokens, heads · head_dim]: the input of ``o_proj``."""
-        heads = (x.shape[0], -1, self.head_dim)
-        query, key, value = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
-        return attend(self, query, key, value, rotation).reshape(x.shape[0], -1)
+        parts = project(self, self.qkv, x, self.sizes)
+        query, key, value = (part.view(part.shape[0], -1, self.head_dim) for part in parts)
+        return attend(self, query, key, value, rotation).reshape(query.shape[0], -1)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) · up(x))"""
+    """SwiGLU and GeGLU (Shazeer, 2020): down(silu(gate(x)) · up(x)), or gelu in place of silu"""
+
+    def __init__(self, config: ModelConfig, inner: int) -> None:
+        super().__init__()
+        self.gate_up, self.down = config.names.gate_up, config.names.down
+        self.sizes = (inner, inner)
+        self.gelu = config.activation == "gelu_tanh"
+        add_linears(self, self.gate_up, config.hidden_size, self.sizes, bias=config.mlp_bias)
+        add_linears(self, (self.down,), inner, (config.hidden_size,), bias=config.mlp_bias)
+
+    @property
+    def input_number(self) -> str | None:
+        return stack_number(self, self.gate_up)
+
+    def merge(self) -> None:
+        """Make one product of gate and up, where their layers allow it."""
+        self.gate_up = stack(self, self.gate_up, "gate_up_proj")
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        gate, up = project(self, self.gate_up, x, self.sizes)
+        down = getattr(self, self.down)
+        number = input_number(down)
+        gated: Tensor | QuantizedRows
+        if self.gelu:
+            gated = gelu_mul(gate, up)
+        else:
+            gated = silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
+        out: Tensor = down(gated)
+        return out
+
+
+class MixtureOfExperts(nn.Module):
+    """For each token the few MLPs that a router finds likeliest, weighed by their probabilities (Shazeer et al., 2017).
+
+    On a GPU the host waits for the router, to know how many tokens each expert has.
+    """
+
+    input_number = None
+    """The router, too, reads the input."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        assert config.experts is not None
+        self.per_token, self.renormalized = config.experts.per_token, config.experts.renormalized
+        self.gate = nn.Linear(config.hidden_size, config.experts.count, bias=False)
+        self.experts = nn.ModuleList(MLP(config, config.experts.intermediate_size) for _ in range(config.experts.count))
+
+    def merge(self) -> None:
+        """Merge each expert's layers."""
+        for expert in self.experts:
+            assert isinstance(expert, MLP)
+            expert.merge()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
-        return out
+        weights, chosen = self.gate(x).float().softmax(-1).topk(self.per_token)
+        if self.renormalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        # The assignments of tokens to experts, [tokens · per_token], by expert: one product for all tokens of each.
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        out = x.new_empty(len(order), x.shape[1])
+        for expert, assignments in zip(self.experts, order.split(counts), strict=True):
+            if len(assignments):
+                out[assignments] = expert(x[assignments // self.per_token]).to(x.dtype)  # autocast's is narrower
+        # By token again, and summed in one order whatever the batch.
+        mixed: Tensor = (out.view(*chosen.shape, -1) * weights[..., None]).sum(1)
+        return mixed.to(x.dtype)
+
+
+# Several projections of one input: a layer for each, or one that they are stacked in, on disk or by merging.
+
+
+def add_linears(module: nn.Module, names: Sequence[str], in_features: int, sizes: Sequence[int], *, bias: bool) -> None:
+    """Give ``module`` projections of these ``sizes`` by these ``names``; a single name for all: stacked."""
+    for name, size in zip(names, sizes if len(names) == len(sizes) else (sum(sizes),), strict=True):
+        module.add_module(name, DenseLinear(in_features, size, bias=bias))
+
+
+def stack(module: nn.Module, names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Replace the projections ``names`` of ``module`` by one layer ``name``, if they can be → their names now."""
+    layer = merge([getattr(module, each) for each in names]) if len(names) > 1 else None
+    if layer is None:
+        return names
+    for each in names:
+        delattr(module, each)
+    module.add_module(name, layer)
+    return (name,)
+
+
+def stack_number(module: nn.Module, names: Sequence[str]) -> str | None:
+    """The number that the projections' input is rounded to, by whoever computes it; None if they take it as it is."""
+    return input_number(getattr(module, names[0])) if len(names) == 1 else None
+
+
+def project(
+    module: nn.Module, names: Sequence[str], x: Tensor | QuantizedRows, sizes: Sequence[int]
+) -> Sequence[Tensor]:
+    """The projections of ``x`` [tokens, in], each [tokens, size]."""
+    outputs: list[Tensor] = [getattr(module, name)(x) for name in names]
+    return outputs if len(outputs) == len(sizes) else torch.split(outputs[0], list(sizes), dim=1)
 
 
 class DecoderLayer(nn.Module):
@@ -98,20 +209,42 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        self.post_norms = config.post_norms
+        if self.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+        self.feed_forward_name = config.names.feed_forward
+        dense = config.experts is None
+        mlp = MLP(config, config.intermediate_size) if dense else MixtureOfExperts(config)
+        self.add_module(self.feed_forward_name, mlp)
 
-    def mix(self, residual: Tensor, x: Tensor | None, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    @property
+    def feed_forward(self) -> MLP | MixtureOfExperts:
+        module: MLP | MixtureOfExperts = getattr(self, self.feed_forward_name)
+        return module
+
+    def merge(self) -> None:
+        """Make one product of the layers that share an input. For running, not for quantizing them one by one."""
+        self.self_attn.merge()
+        self.feed_forward.merge()
+
+    def mix(self, residual: Tensor, x: Tensor | None, rotation: Rotation, attend: Attend) -> Tensor:
         """Add ``x`` to ``residual`` in place; return what the heads make of the sum: the input of ``finish``."""
-        normed = self.input_layernorm(residual, x)
+        normed = self.input_layernorm(residual, x, self.self_attn.input_number)
         return self.self_attn.mix(normed, rotation, attend)
 
     def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
         """Add the attention's output to ``residual`` in place; return the MLP's, which is still to be added."""
-        normed = self.post_attention_layernorm(residual, self.self_attn.o_proj(mixed))
-        out: Tensor = self.mlp(normed)
+        x = self.self_attn.o_proj(mixed)
+        number = self.feed_forward.input_number
+        if self.post_norms:  # Gemma's names: its post_attention_layernorm is where Llama has none
+            normed = self.pre_feedforward_layernorm(residual, self.post_attention_layernorm(x), number)
+            out: Tensor = self.post_feedforward_layernorm(self.feed_forward(normed))
+        else:
+            out = self.feed_forward(self.post_attention_layernorm(residual, x, number))
         return out
 
 
@@ -123,49 +256,31 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [tokens, hidden] of ``token_ids`` [tokens] at ``positions`` [tokens], after the last norm."""
-        residual, x = self.embed_tokens(token_ids), None
-        rotation = rotary_angles(self.config, positions)
+        residual, x = embed(self.config, self.embed_tokens.weight, token_ids), None
+        rotations = rotary_angles(self.config, positions)
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
-            x = layer.finish(residual, layer.mix(residual, x, rotation, attend))
+            x = layer.finish(residual, layer.mix(residual, x, rotations[layer.self_attn.rope], attend))
         out: Tensor = self.norm(residual, x)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [tokens, vocabulary]"""
-        out: Tensor = self.lm_head(hidden)
-        return out.float()
+        out: Tensor = self.lm_head(hidden).float()
+        softcap = self.config.logits_softcap
+        return out if softcap is None else softcap * torch.tanh(out / softcap)
 
 
-def rotary_angles(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [tokens, 1, head_dim / 2] in fp32 of the rotary embedding (Su et al., 2021) at ``positions``."""
-    frequencies = rotary_frequencies(config.rope, config.head_dim).to(positions.device)
-    angles = positions.float()[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position, fp32 [head_dim / 2].
-
-    ``llama3`` slows down wavelengths longer than the trained context by ``factor``, keeps the short ones, and
-    interpolates between (Llama 3.1 model card).
-    """
-    frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    if rope.kind == "default":
-        return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    sharpness = (rope.original_context / wavelengths - low) / (high - low)
-    blended = (1 - sharpness) * frequencies / rope.factor + sharpness * frequencies
-    scaled = torch.where(wavelengths > rope.original_context / low, frequencies / rope.factor, blended)
-    return torch.where(wavelengths < rope.original_context / high, frequencies, scaled)
+def embed(config: ModelConfig, weight: Tensor, token_ids: Tensor) -> Tensor:
+    """The hidden states that ``token_ids`` [tokens] enter the first block with, [tokens, hidden]."""
+    states = F.embedding(token_ids, weight)
+    # The scale in the type of the weight: the models were trained with it rounded so.
+    return states * weight.new_full((), config.embedding_scale) if config.embedding_scale != 1 else states
 
 
 class CausalAttention:
@@ -174,18 +289,14 @@ class CausalAttention:
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def __call__(
-        self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def __call__(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
         query, key = norm_and_rotate(query, key, rotation, attention.norms, attention.eps)
         query, key, value = (x.view(-1, self.length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
-        window = attention.window
+        window, softcap = attention.window, attention.softcap
         mask = None
-        if window is not None and window < self.length:
+        if softcap is not None or (window is not None and window < self.length):
             position = torch.arange(self.length, device=query.device)
             distance = position[:, None] - position[None, :]
-            mask = (distance >= 0) & (distance < window)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+            mask = (distance >= 0) & (distance < (window or self.length))
+        mixed = dot_product_attention(query, key, value, mask, scale=attention.scale, softcap=softcap)
         return mixed.transpose(1, 2).flatten(0, 1)

@@ -1,8 +1,13 @@
-"""Which device, which dtype, and how many bytes are there for the KV cache."""
+"""Which device, which dtype, how many bytes are there for the KV cache, and the ways there and back."""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from llmq.checkpoint.config import DTYPE_BYTES, ModelConfig
 from llmq.errors import LlmqError
@@ -60,3 +65,29 @@ def peak_memory_bytes(device: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def on_device(values: Sequence[Any] | array[Any], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """``values`` as a tensor on ``device``. The host does not wait until they are there."""
+    tensor = torch.frombuffer(values, dtype=dtype) if isinstance(values, array) else torch.tensor(values, dtype=dtype)
+    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class ToHost:
+    """A tensor on its way to the host, behind all that its device was given to do before."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def tolist(self) -> list[Any]:
+        """Its values, once they have come."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[Any] = self._tensor.tolist()
+        return values

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmq.checkpoint.config import ModelConfig
 from llmq.checkpoint.formats import open_format
 from llmq.checkpoint.quantized_weight import QuantizedWeight, numbers
-from llmq.runtime.decoder import Decoder
+from llmq.runtime.decoder import Decoder, DecoderLayer
 from llmq.runtime.linear import quantized_linear
 from llmq.runtime.loader import block_name
 from llmq.scheme import INT, Scheme
@@ -28,7 +28,7 @@ def dummy_decoder(config: ModelConfig, device: str, dtype: torch.dtype) -> Decod
         model = Decoder(config)
     for number, block in enumerate(model.layers):
         for local_name, module in list(block.named_modules()):
-            scheme = format and format.scheme_of(f"{block_name(number)}.{local_name}")
+            scheme = None if format is None else format.scheme_of(f"{block_name(number)}.{local_name}")
             if isinstance(module, nn.Linear) and scheme is not None:
                 weight = dummy_weight(scheme, (module.out_features, module.in_features), dtype, noise)
                 bias = None if module.bias is None else torch.zeros(module.out_features, dtype=dtype, device=device)
@@ -37,6 +37,9 @@ def dummy_decoder(config: ModelConfig, device: str, dtype: torch.dtype) -> Decod
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 setattr(module, name, nn.Parameter(_dense(parameter, dtype, noise), requires_grad=False))
+    for block in model.layers:
+        assert isinstance(block, DecoderLayer)
+        block.merge()
     if config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval().requires_grad_(False)

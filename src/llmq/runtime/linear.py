@@ -1,16 +1,30 @@
-"""Linear layers behind one call, ``layer(x) → y``: dense (``nn.Linear``), and weight-only integers."""
+"""Linear layers behind one call, ``layer(x) → y``: dense (``nn.Linear``), weight-only, and with 8-bit activations."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
-from llmq.runtime.kernels.wna16 import PackedWeight, pack_wna16, wna16_matmul
+from llmq.runtime.kernels.dense import dense_matmul
+from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
+from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
+from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
+from llmq.scheme import INT
+
+
+class DenseLinear(nn.Linear):
+    """Weights as wide as the activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense_matmul(x, self.weight, self.bias)
 
 
 class WeightOnlyLinear(nn.Module):
-    """Integer weights that stay packed in memory and are widened in the registers of the product."""
+    """Weights of few bits that stay packed in memory and are widened in the registers of the product."""
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
@@ -22,15 +36,80 @@ class WeightOnlyLinear(nn.Module):
         return wna16_matmul(x, self.packed, self.bias)
 
 
-def quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    """A layer that multiplies by ``weight``. On a GPU it stays packed: fewer bytes to hold, and to read for each token.
-    A CPU gains no speed from that, so there the codes are widened to ``dtype`` once."""
+class W8A8Linear(nn.Module):
+    """Weights and activations of 8 bits, multiplied as they are; results are of ``dtype``.
+
+    Takes activations as they come, or in 8 bits already, from a kernel that has rounded what it computed.
+    """
+
+    def __init__(self, packed: Weight8, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed = packed
+        self.bias = bias
+        self.dtype = dtype
+        self.out_features, self.in_features = packed.codes.shape
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        rows = quantize_rows(x, self.packed.number) if isinstance(x, Tensor) else x
+        return w8a8_matmul(rows, self.packed, self.bias, self.dtype)
+
+
+Linear = nn.Linear | WeightOnlyLinear | W8A8Linear
+
+
+def quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """A layer that multiplies by ``weight``; results are of ``dtype``.
+
+    Weight-only, it stays packed on a GPU: fewer bytes to hold, and to read for each token. A CPU gains no speed from
+    that, so there the codes are widened to ``dtype`` once. On a GPU that cannot multiply FP8, its weights are taken as
+    weight-only, and activations left as they come.
+    """
+    scheme = weight.scheme
+    if scheme.activation_bits == 8 and (scheme.number == INT or _multiplies_fp8(weight.codes.device)):
+        return W8A8Linear(pack_w8a8(weight), bias, dtype)
     if weight.codes.is_cuda:
         return WeightOnlyLinear(pack_wna16(weight, dtype), bias)
+    return _dense(weight.dequantize().to(dtype), bias)
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def input_number(layer: nn.Module) -> str | None:
+    """The number that ``layer`` rounds its inputs to; None if it takes them as they come."""
+    return layer.packed.number if isinstance(layer, W8A8Linear) else None
+
+
+def merge(layers: Sequence[nn.Module]) -> Linear | None:
+    """One layer whose output is the outputs of ``layers``, side by side: one product instead of several.
+
+    None if they are not of one kind: dense and quantized, say, or of schemes or channel orders that differ.
+    """
+    biases = [layer.bias for layer in layers if isinstance(layer.bias, Tensor)]
+    if len(biases) not in (0, len(layers)):
+        return None
+    bias = torch.cat(biases) if biases else None
+    dense = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    if len(dense) == len(layers):
+        alike = all((w.shape[1], w.dtype) == (dense[0].shape[1], dense[0].dtype) for w in dense)
+        return _dense(torch.cat(dense), bias) if alike else None
+    weight_only = [layer.packed for layer in layers if isinstance(layer, WeightOnlyLinear)]
+    if len(weight_only) == len(layers):
+        packed = merge_wna16(weight_only)
+        return None if packed is None else WeightOnlyLinear(packed, bias)
+    rounded = [layer for layer in layers if isinstance(layer, W8A8Linear)]
+    if len(rounded) == len(layers):
+        weight = merge_w8a8([layer.packed for layer in rounded])
+        return None if weight is None else W8A8Linear(weight, bias, rounded[0].dtype)
+    return None
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     out_features, in_features = weight.shape
     with torch.device("meta"):
-        layer = nn.Linear(in_features, out_features, bias=bias is not None)
-    layer.weight = nn.Parameter(weight.dequantize().to(dtype), requires_grad=False)
+        layer = DenseLinear(in_features, out_features, bias=bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
@@ -38,6 +117,7 @@ def quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.
 
 def resident_bytes(model: nn.Module) -> int:
     """What the weights of ``model`` take where it runs; a weight that two layers share counts once."""
-    packed = [layer.packed for layer in model.modules() if isinstance(layer, WeightOnlyLinear)]
-    tensors = [*model.parameters(), *(tensor for weight in packed for tensor in (weight.words, weight.meta))]
+    packed = [layer.packed for layer in model.modules() if isinstance(layer, WeightOnlyLinear | W8A8Linear)]
+    values = [getattr(weight, field.name) for weight in packed for field in fields(weight)]
+    tensors = [*model.parameters(), *(value for value in values if isinstance(value, Tensor))]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -12,7 +12,7 @@ from llmq.checkpoint.config import ModelConfig, read_config
 from llmq.checkpoint.formats import Format, is_packed, open_format
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
-from llmq.runtime.decoder import Decoder, DecoderLayer
+from llmq.runtime.decoder import Decoder, DecoderLayer, RMSNorm
 from llmq.runtime.linear import quantized_linear
 
 EMBEDDING = "model.embed_tokens"
@@ -39,9 +39,13 @@ class Source:
         return self.tensors.load(name, self.device).to(self.dtype)
 
 
-def open_source(folder: Path, device: str, dtype: torch.dtype) -> Source:
-    """Read config and headers; no weight yet. LlmqError on whatever is wrong with the folder."""
+def open_source(folder: Path, device: str, dtype: torch.dtype, context: int | None = None) -> Source:
+    """Read config and headers; no weight yet. LlmqError on whatever is wrong with the folder.
+
+    context  tokens of the longest sequence that is to be run; None: as many as the model is made for
+    """
     config = read_config(folder)
+    config = config if context is None else config.for_context(context)
     return Source(config, open_format(config), Tensors(folder), device, dtype)
 
 
@@ -51,10 +55,13 @@ def load_decoder(source: Source) -> Decoder:
         model = Decoder(source.config)
     _fill(model.embed_tokens, EMBEDDING, source)
     for layer in range(source.config.num_layers):
-        model.layers[layer] = load_layer(source, layer)
+        model.layers[layer] = block = load_layer(source, layer)
+        block.merge()
     _fill(model.norm, FINAL_NORM, source)
     if source.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+    elif is_packed(source.format, HEAD, source.tensors):
+        model.set_submodule(HEAD, _unpacked(model.lm_head, HEAD, source))
     else:
         _fill(model.lm_head, HEAD, source)
     return model.eval().requires_grad_(False)
@@ -90,6 +97,8 @@ def _fill(module: nn.Module, name: str, source: Source) -> None:
     """Give ``module`` its own parameters from the folder (children are filled on their own)."""
     for parameter_name, parameter in list(module.named_parameters(recurse=False)):
         tensor = source.load(f"{name}.{parameter_name}")
+        if isinstance(module, RMSNorm) and module.offset:
+            tensor = tensor.float() + module.offset
         if tensor.shape != parameter.shape:
             raise LlmqError(
                 f"{name}.{parameter_name} is {list(tensor.shape)}, and config.json makes it {list(parameter.shape)}",

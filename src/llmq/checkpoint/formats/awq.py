@@ -22,17 +22,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmq.checkpoint.formats.packed import (
+    HEAD,
     SCALE_TYPES,
     Layout,
     Stored,
     check_layout,
     exact_fp16,
+    most_common,
     natural_groups,
     pack_words,
+    stated_scheme,
     stored_scheme,
     stored_shape,
     unpack_words,
     why_not_packed,
+    why_not_several,
 )
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors
@@ -56,8 +60,9 @@ class Awq:
 
     name: ClassVar[str] = "awq"
     title: ClassVar[str] = "AWQ"
-    marker: ClassVar[str] = "qweight"
+    markers: ClassVar[tuple[str, ...]] = ("qweight",)
     multiple: ClassVar[int] = 8
+    packs_head: ClassVar[bool] = False
     config_files: ClassVar[tuple[str, ...]] = ()
     caveat: ClassVar[str | None] = None
 
@@ -65,16 +70,19 @@ class Awq:
     left_out: tuple[str, ...] = ()
 
     @staticmethod
-    def why_not(scheme: Scheme) -> str | None:
-        """Why ``scheme`` cannot be held; None when it can."""
-        if scheme.bits != BITS:
-            return f"the AWQ format holds codes of {BITS} bits, and these have {scheme.bits}"
-        return why_not_packed(scheme)
+    def why_not(*schemes: Scheme) -> str | None:
+        """Why one folder cannot hold layers of all these schemes; None when it can."""
+        for scheme in schemes:
+            if scheme.bits != BITS:
+                return f"the AWQ format holds codes of {BITS} bits, and these have {scheme.bits}"
+            if reason := why_not_packed(scheme):
+                return reason
+        return why_not_several("AWQ", schemes)
 
     @classmethod
-    def for_scheme(cls, scheme: Scheme) -> Awq:
-        """The format as it is written."""
-        return cls(scheme)
+    def for_schemes(cls, schemes: Mapping[str, Scheme]) -> Awq:
+        """The format as it is written for layers, by their full names, which all have one scheme."""
+        return cls(most_common(schemes))
 
     @classmethod
     def read(cls, quantization: Mapping[str, Any]) -> Awq:
@@ -117,15 +125,22 @@ class Awq:
         """Read layer ``name``. Raises LlmqError when its tensors contradict the config."""
         in_features, words = stored_shape(f"{name}.qweight", tensors)
         out_features = words * 8
-        check_layout(name, tensors, self.layout((out_features, in_features), self.scheme), self.scheme)
+        scheme = stated_scheme(name, self.scheme_of(name))
+        check_layout(name, tensors, self.layout((out_features, in_features), scheme), scheme)
         codes, zeros = (
             _permuted(unpack_words(tensors.load(f"{name}.{suffix}", device).t(), BITS, out_features), NIBBLE)
             for suffix in ("qweight", "qzeros")
         )
-        return QuantizedWeight(self.scheme, codes, tensors.load(f"{name}.scales", device).t(), zeros)
+        return QuantizedWeight(scheme, codes, tensors.load(f"{name}.scales", device).t(), zeros)
 
     def config_dict(
-        self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str, damp_percent: float | None = None
+        self,
+        *,
+        quantized: Sequence[str],
+        ignored: Sequence[str],
+        writer: str,
+        damp_percent: float | None = None,
+        act_order: bool = False,
     ) -> dict[str, Any]:
         """``quantization_config`` for config.json. Layers are left out by their full names: transformers matches those
         from the start, vLLM as any part of a name."""
@@ -135,7 +150,7 @@ class Awq:
             "group_size": self.scheme.group_size,
             "zero_point": True,
             "version": VERSION,
-            "modules_to_not_convert": ["lm_head", *ignored],
+            "modules_to_not_convert": [HEAD, *ignored],
             "meta": {"quantizer": [writer]},
         }
 

@@ -1,16 +1,20 @@
-"""What the formats of integer weights share: codes in 32-bit words, and tensors described before they are read.
+"""What the formats share: codes in 32-bit words, and tensors described before they are read.
 
-packed word   | value 32/bits − 1 | … | value 1 | value 0 |
-               31                                bits−1 … 0
+Codes are one stream of bits from the lowest bit of the first word; a code of 3, 5 or 6 bits may stand in two words.
+
+word 0   | 10, its low 2 bits | 9 | … | 1 | 0 |      word 1   | … | 11 | 10, its high bit |     (3 bits)
+          31               30          5   2 … 0                   3   1                 0
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import TensorInfo, Tensors
 from llmq.errors import LlmqError
 from llmq.scheme import INT, WHOLE_TENSOR, Scheme
@@ -18,21 +22,24 @@ from llmq.scheme import INT, WHOLE_TENSOR, Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
+HEAD = "lm_head"
 WORD_BITS = 32
 SCALE_TYPES = ("F16", "BF16", "F32")
-DTYPE_BYTES = {"I32": 4, "I64": 8, "F16": 2}
+DTYPE_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
 DAMAGED = "the folder's quantization_config contradicts its weights, or is damaged"
 DAMAGED_CONFIG = "the folder's config.json is damaged"
+ORIGINAL = "quantize the original model by llmq"
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
     """One tensor of a packed layer, as its header says it. ``dtypes`` are safetensors' names for the element types that
-    are read; the first is the one that is written."""
+    are read; the first is the one that is written. A ``text`` may be of any length when it is read."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = ("I32",)
     optional: bool = False
+    text: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -43,7 +50,7 @@ class Stored:
 
 
 Layout = Mapping[str, Stored]
-"""The tensors of one layer: the last part of the name → what is stored under it."""
+"""The tensors of one layer: what follows the name → what is stored under it."""
 
 
 def contradictions(name: str, infos: Mapping[str, TensorInfo], layout: Layout, scheme: Scheme) -> Iterator[str]:
@@ -53,7 +60,7 @@ def contradictions(name: str, infos: Mapping[str, TensorInfo], layout: Layout, s
         if info is None:
             if not stored.optional:
                 yield f"{name}.{suffix} is missing"
-        elif info.shape != stored.shape or info.dtype not in stored.dtypes:
+        elif (info.shape != stored.shape and not stored.text) or info.dtype not in stored.dtypes:
             yield (
                 f"{name}.{suffix} is {info.dtype} {list(info.shape)}, and {scheme} makes it "
                 f"{' or '.join(stored.dtypes)} {list(stored.shape)}"
@@ -78,23 +85,43 @@ def why_not_packed(scheme: Scheme) -> str | None:
     """Why words of integer codes, with no more than a scale and a zero point for each group, cannot hold ``scheme``."""
     if scheme.number != INT or scheme.activation_bits != 16 or scheme.group_size == WHOLE_TENSOR:
         return f"the format holds integers with 16-bit activations, by group or row, and not {scheme}"
-    return None if scheme.bits in (4, 8) else f"codes of {scheme.bits} bits are not supported"
+    return None
 
 
-def stored_scheme(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
+def why_not_several(title: str, schemes: Collection[Scheme]) -> str | None:
+    """Why a format cannot hold layers of all these schemes, if it has one scheme for all."""
+    several = sorted(set(map(str, schemes)))
+    return f"the {title} format holds one scheme a folder, and not {', '.join(several)}" if len(several) > 1 else None
+
+
+def most_common(schemes: Mapping[str, Scheme]) -> Scheme:
+    """The scheme of most layers; of as many layers, the one that comes first."""
+    return Counter(schemes.values()).most_common(1)[0][0]
+
+
+def stored_scheme(bits: Any, group_size: Any, symmetric: Any, number: str = INT, activation_bits: int = 16) -> Scheme:
     """The scheme that a quantization_config states. LlmqError when it is none that llmq reads."""
     try:
-        scheme = Scheme(int(bits), int(group_size), bool(symmetric))
+        return Scheme(int(bits), int(group_size), bool(symmetric), number, activation_bits)
     except (TypeError, ValueError):
         raise LlmqError(
             f"quantization_config states {bits!r} bits in groups of {group_size!r}", DAMAGED_CONFIG
         ) from None
     except LlmqError as error:
-        raise LlmqError(f"the folder's weights: {error.message}", "quantize the original model by llmq") from None
-    reason = why_not_packed(scheme)
-    if reason is not None:
-        raise LlmqError(f"the folder's weights: {reason}", "quantize the original model by llmq")
+        raise LlmqError(f"the folder's weights: {error.message}", ORIGINAL) from None
+
+
+def stated_scheme(name: str, scheme: Scheme | None) -> Scheme:
+    """What the config says of layer ``name``, which is packed. LlmqError when that is None."""
+    if scheme is None:
+        raise LlmqError(f"{name} is packed, and quantization_config says that it is not", DAMAGED)
     return scheme
+
+
+def check_symmetric(name: str, weight: QuantizedWeight) -> None:
+    """Raise LlmqError when a scheme says symmetric and a zero point is not the middle code, which it then has to be."""
+    if weight.scheme.symmetric and not (weight.zero_points == weight.scheme.middle_code).all():
+        raise LlmqError(f"{name}: said to be symmetric, but has zero points other than the middle code", DAMAGED)
 
 
 def check_regex(pattern: str) -> None:
@@ -125,8 +152,13 @@ def natural_groups(name: str, group_index: Tensor | None) -> None:
     if group_index is not None:
         raise LlmqError(
             f"{name}: its groups are scattered by activation order, which the format cannot say",
-            "only GPTQ can: quantize the original model by llmq, which leaves groups in place",
+            f"only GPTQ can: {ORIGINAL}, which leaves groups in place",
         )
+
+
+def num_words(values: int, bits: int) -> int:
+    """Words that so many values of ``bits`` bits fill, the last perhaps in part."""
+    return -(-values * bits // WORD_BITS)
 
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
@@ -134,24 +166,34 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
     import torch
     from torch.nn import functional
 
-    per_word = WORD_BITS // bits
-    values = functional.pad(values.long() & (2**bits - 1), (0, 0, 0, -len(values) % per_word))
-    fields = values.reshape(-1, per_word, values.shape[1])
-    shifts = torch.arange(per_word, device=values.device).mul(bits).view(1, per_word, 1)
-    words = (fields << shifts).sum(dim=1)
+    rows, columns = values.shape
+    values = functional.pad(values, (0, 0, 0, -rows % WORD_BITS)).view(-1, WORD_BITS, columns)
+    words = torch.zeros(len(values), bits, columns, dtype=torch.int64, device=values.device)
+    for i in range(WORD_BITS):  # 32 values fill as many words as a value has bits
+        word, shift = divmod(i * bits, WORD_BITS)
+        words[:, word] |= (values[:, i].long() & (2**bits - 1)) << shift
+    words[:, 1:] |= words[:, :-1] >> WORD_BITS  # what stands in two words
+    words &= 2**WORD_BITS - 1
     # A word of 2^31 or more becomes the negative number of the same bits.
-    packed: Tensor = (words - (words >= 2**31) * 2**32).to(torch.int32)
-    return packed
+    packed: Tensor = (words - (words >= 2**31) * 2**WORD_BITS).to(torch.int32)
+    return packed.view(-1, columns)[: num_words(rows, bits)]
 
 
 def unpack_words(words: Tensor, bits: int, rows: int) -> Tensor:
     """The inverse of ``pack_words``: int32 [⌈rows·bits/32⌉, columns] → uint8 [rows, columns]."""
     import torch
+    from torch.nn import functional
 
-    per_word = WORD_BITS // bits
-    shifts = torch.arange(per_word, device=words.device, dtype=torch.int32).mul(bits).view(1, per_word, 1)
-    fields: Tensor = (words.unsqueeze(1) >> shifts) & (2**bits - 1)
-    return fields.to(torch.uint8).reshape(-1, words.shape[1])[:rows]
+    columns = words.shape[1]
+    words = functional.pad(words, (0, 0, 0, -len(words) % bits)).view(-1, bits, columns).long() & (2**WORD_BITS - 1)
+    values = torch.empty(len(words), WORD_BITS, columns, dtype=torch.uint8, device=words.device)
+    for i in range(WORD_BITS):
+        word, shift = divmod(i * bits, WORD_BITS)
+        value = words[:, word] >> shift
+        if shift + bits > WORD_BITS:
+            value |= words[:, word + 1] << WORD_BITS - shift
+        values[:, i] = value & (2**bits - 1)
+    return values.view(-1, columns)[:rows]
 
 
 def read_group_index(tensor: str, tensors: Tensors, in_features: int, scheme: Scheme, device: str) -> Tensor | None:

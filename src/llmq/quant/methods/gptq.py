@@ -1,19 +1,23 @@
 """GPTQ: round the columns of a weight one after another, each error made good by the columns not yet rounded.
 
 Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", ICLR 2023, with static act-order: every group's grid is fitted to the original weights, with clipping
-weighed by the inputs' energy; then columns are rounded in descending order of that energy. Codes stay where their
-columns are, so the order costs nothing when the model runs.
+Transformers", ICLR 2023, with act-order: columns are rounded in descending order of their inputs' energy. Every
+group's grid is fitted to the original weights before, with clipping weighed by that energy. With ``static`` order a
+group is a run of neighbours, whenever they are rounded, and the order costs nothing when the model runs; with
+``dynamic`` order it is of columns that are rounded together, which keeps those of much energy among themselves.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
-from llmq.quant.affine import decode, encode, fit_grid, per_channel
-from llmq.scheme import Scheme
+from llmq.quant.affine import decode, encode, fit_grid
+from llmq.quant.options import DYNAMIC, OFF, STATIC
+from llmq.scheme import WHOLE_TENSOR, Scheme
 
 DAMP_PERCENT = 0.01
 """Added to the Hessian's diagonal, as a share of its mean."""
@@ -27,19 +31,40 @@ class NotPositiveDefinite(ArithmeticError):
     """The Hessian cannot be factored, however much it is damped."""
 
 
-def quantize_weight(weight: Tensor, scheme: Scheme, hessian: Tensor) -> QuantizedWeight:
-    """Quantize ``weight`` fp32 [out, in], whose inputs have the second moment ``hessian`` fp32 [in, in].
+def quantize_weights(
+    weights: Sequence[Tensor], scheme: Scheme, hessian: Tensor, act_order: str = STATIC
+) -> list[QuantizedWeight]:
+    """Quantize layers that have the same inputs. As ``quantize_weight`` of each, but their rows, one below
+    another, take no more steps than one layer's, and one inverse."""
+    if scheme.group_size == WHOLE_TENSOR:
+        return [quantize_weight(weight, scheme, hessian, act_order) for weight in weights]
+    stacked = quantize_weight(torch.cat(tuple(weights)), scheme, hessian, act_order)
+    rows = [len(weight) for weight in weights]
+    return [
+        QuantizedWeight(scheme, codes, scales, zeros, stacked.group_index)
+        for codes, scales, zeros in zip(
+            *(torch.split(part, rows) for part in (stacked.codes, stacked.scales, stacked.zero_points)), strict=True
+        )
+    ]
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme, hessian: Tensor, act_order: str = STATIC) -> QuantizedWeight:
+    """Quantize ``weight`` fp32 [out, in] to integers, whose inputs have the second moment ``hessian`` fp32 [in, in].
 
     Raises NotPositiveDefinite when the Hessian cannot be used.
     """
     in_features = weight.shape[1]
-    scales, zeros = fit_grid(weight, scheme, hessian.diagonal())
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    compensation = _compensation(hessian[order][:, order])
+    energy = hessian.diagonal()
+    natural = torch.arange(in_features, device=weight.device)
+    order = natural if act_order == OFF else torch.argsort(energy, descending=True, stable=True)
+    members = order if act_order == DYNAMIC else natural  # the columns, group by group
+    scales, zeros = fit_grid(weight[:, members], scheme, energy[members])
+    group_index = torch.empty_like(natural)
+    group_index[members] = natural // scheme.group_length(in_features)
+    compensation = _compensation(hessian, order)
     # Transposed, so that what is rounded together lies together: [in, out].
     left = weight.t()[order]
-    all_scales = per_channel(scales, in_features).t()[order]
-    all_zeros = per_channel(zeros, in_features).t()[order]
+    all_scales, all_zeros = (grid.float().t()[group_index[order]] for grid in (scales, zeros))
     codes = torch.empty_like(left)
 
     for start in range(0, in_features, BLOCK):
@@ -54,29 +79,33 @@ def quantize_weight(weight: Tensor, scheme: Scheme, hessian: Tensor) -> Quantize
             columns[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
         left[block.stop :].addmm_(compensation[block, block.stop :].t(), errors, alpha=-1)
 
-    natural = torch.empty_like(weight, dtype=torch.uint8)
-    natural[:, order] = codes.t().to(torch.uint8)
-    return QuantizedWeight(scheme, natural, scales, zeros)
+    in_place = torch.empty_like(weight, dtype=torch.uint8)
+    in_place[:, order] = codes.t().to(torch.uint8)
+    scattered = act_order == DYNAMIC and not torch.equal(group_index, natural // scheme.group_length(in_features))
+    return QuantizedWeight(scheme, in_place, scales, zeros, group_index if scattered else None)
 
 
-def _compensation(hessian: Tensor) -> Tensor:
-    """The upper triangular U with H⁻¹ = Uᵀ U: row i says how an error in column i is made good by those after it.
+def _compensation(hessian: Tensor, order: Tensor) -> Tensor:
+    """The upper triangular U with H⁻¹ = Uᵀ U, of H with its channels in ``order``: row i says how an error in column i
+    is made good by those after it.
 
     Found from one Cholesky factor of H with its order reversed (H = R Rᵀ with R upper, U = R⁻¹), which loses less in
     fp32 than inverting H first. Channels that never saw an input have no say in the others: their columns are rounded
     to nearest.
     """
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    mean = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
-    diagonal[dead] = mean
+    reverse = order.flip(0)
+    energy = hessian.diagonal()[reverse]
+    dead = energy == 0
+    mean = energy[~dead].mean() if not dead.all() else energy.new_ones(())
     for attempt in range(DAMP_TRIES):
-        damped = hessian.flip(0, 1)
-        damped.diagonal().add_(mean * DAMP_PERCENT * 10**attempt)
+        damped = hessian[reverse][:, reverse]
+        damped.diagonal().add_(mean * DAMP_PERCENT * 10**attempt).add_(mean * dead)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # of a wide layer it takes a gigabyte
         if not failed and lower.isfinite().all():
-            identity = torch.eye(len(lower), device=lower.device)
-            upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            factor = lower.flip(0, 1)
+            del lower
+            upper = torch.eye(len(factor), device=factor.device)
+            torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
             return upper
     raise NotPositiveDefinite

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.quant.affine import encode, fit_grid, per_channel
-from llmq.scheme import Scheme
+from llmq.scheme import E4M3, Scheme
 
 
-def quantize_weight(weight: Tensor, scheme: Scheme, hessian: Tensor | None = None) -> QuantizedWeight:
-    """Quantize ``weight`` fp32 [out, in]. ``hessian`` is not looked at."""
-    scales, zeros = fit_grid(weight, scheme)
-    in_features = weight.shape[1]
-    codes = encode(weight, per_channel(scales, in_features), per_channel(zeros, in_features), scheme.max_code)
-    return QuantizedWeight(scheme, codes.to(torch.uint8), scales, zeros)
+def quantize_weight(weight: Tensor, scheme: Scheme, curvature: Tensor | None = None) -> QuantizedWeight:
+    """Quantize ``weight`` fp32 [out, in] to integers or e4m3. Grids are clipped where ``fit_grid`` finds that
+    ``curvature`` is better served so, and span all weights without it."""
+    scales, zeros = fit_grid(weight, scheme, curvature)
+    wide = per_channel(scales, weight.shape[1])
+    if scheme.number == E4M3:
+        codes = (weight / wide).to(torch.float8_e4m3fn).view(torch.uint8)
+    else:
+        codes = encode(weight, wide, per_channel(zeros, weight.shape[1]), scheme.max_code).to(torch.uint8)
+    return QuantizedWeight(scheme, codes, scales, zeros)

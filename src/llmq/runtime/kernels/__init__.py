@@ -13,5 +13,8 @@ from torch import Tensor
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether kernels on ``x`` run through Triton: on a GPU, or anywhere under Triton's own interpreter (for tests)."""
+    """Whether kernels on ``x`` run through Triton: on a GPU, or anywhere under Triton's own interpreter (for tests).
+    Where ``x`` asks for a gradient they do not: only the references have one."""
+    if x.requires_grad:
+        return False
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

@@ -33,9 +33,13 @@ def paged_attention(
     window: int | None,
     max_query_length: int,
     max_kv_length: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    longest: Tensor | None = None,
+    order: Tensor | None = None,
     split: int | None = None,
 ) -> Tensor:
-    """Causal attention of each row's queries over the row's pages, scaled by 1/√head_dim → [tokens, heads, head_dim].
+    """Causal attention of each row's queries over the row's pages → [tokens, heads, head_dim].
 
     query         [tokens, heads, head_dim]
     key_cache     [blocks, block_size, kv_heads, head_dim]; may be a view of a bigger pool, contiguous in head_dim.
@@ -47,19 +51,36 @@ def paged_attention(
     window        a query at position p sees the keys at (p − window, p]; None: all up to p
     max_query_length, max_kv_length
                   bounds over all rows, known to the host: they set the grid, so that a CUDA graph can replay it
-    split         on a GPU a row's positions are divided among programs, this many to each (128, 256, 512 or 1024), and
-                  the parts joined in order. None: what is fastest for this many rows and these bounds, so that the
-                  last bits of a row's result depend on its batch. With a number they do not
+    scale         multiplies the scores; None: 1/√head_dim
+    softcap       a score s then becomes softcap · tanh(s / softcap) (Gemma 2); None: it stays as it is
+    longest       int32 [1], on the device: the greatest of kv_lengths, where max_kv_length is a loose bound
+    order         int32 [rows]: all rows, in the order to start them in. The longest first, no long one is left at last
+    split         on a GPU a row's positions are divided among programs, this many to each, a multiple of 64, and the
+                  parts joined in order. None: what is fastest for this many rows and these bounds, so that the last
+                  bits of a row's result depend on its batch. With a number they do not
     """
     inputs = (query, key_cache, value_cache, block_tables, query_starts, kv_lengths)
     if not runs_triton(query):
         return paged_attention_reference(
-            *inputs, window=window, max_query_length=max_query_length, max_kv_length=max_kv_length
+            *inputs,
+            window=window,
+            max_query_length=max_query_length,
+            max_kv_length=max_kv_length,
+            scale=scale,
+            softcap=softcap,
         )
     from llmq.runtime.kernels.attention_triton import paged_attention_triton
 
     return paged_attention_triton(
-        *inputs, window=window, max_query_length=max_query_length, max_kv_length=max_kv_length, split=split
+        *inputs,
+        window=window,
+        max_query_length=max_query_length,
+        max_kv_length=max_kv_length,
+        scale=scale,
+        softcap=softcap,
+        longest=longest,
+        order=order,
+        split=split,
     )
 
 
@@ -74,6 +95,8 @@ def paged_attention_reference(
     window: int | None,
     max_query_length: int,
     max_kv_length: int,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """``paged_attention`` in plain PyTorch.
 
@@ -101,11 +124,32 @@ def paged_attention_reference(
         mask = position <= seen_to
         if window is not None:
             mask &= position > seen_to - window
-        mixed = F.scaled_dot_product_attention(
-            query[tokens].transpose(1, 2), key, value, attn_mask=mask, enable_gqa=True
-        )
+        mixed = dot_product_attention(query[tokens].transpose(1, 2), key, value, mask, scale=scale, softcap=softcap)
         out[tokens] = mixed.transpose(1, 2)
     return out
+
+
+def dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None, softcap: float | None
+) -> Tensor:
+    """Attention in plain PyTorch, softmax in fp32 → [rows, heads, queries, head_dim].
+
+    query       [rows, heads, queries, head_dim]
+    key, value  [rows, kv_heads, keys, head_dim]
+    mask        True where a query sees a key, to be broadcast to [rows, 1, queries, keys]; None: as many queries as
+                keys, each sees those up to its own. A softcap needs a mask
+    """
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+    assert mask is not None
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = (query @ key.transpose(2, 3)) * (query.shape[3] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
+    return wide.softmax(-1).to(value.dtype) @ value
 
 
 def _gather(cache: Tensor, blocks: Tensor, past_end: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
 
         positions   | split 0 | split 1 | split 2 … |         split boundaries are multiples of the split length
 
+                             the longest row and the grid decide on that length, on the device: a CUDA graph has one
+                             grid for all lengths up to a bound, and its programs share out what there is
+
     many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
                              and leaves the mask out where every query of the tile sees every key
 """
@@ -27,7 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SPLITS = (128, 256, 512, 1024)  # positions
+from llmq.runtime.kernels.pdl_triton import pdl, wait
+
+SHORTEST_SPLIT = 64  # positions; a multiple of every tile
+LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
 
@@ -58,11 +64,10 @@ def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
     return Launch(128, 64, 8, 3)
 
 
-def split_length(tiles: int, max_kv_length: int) -> int:
-    """Positions that one program takes of each of ``tiles`` (rows × KV heads): few for a small batch, to fill the
-    device; at most 1024, so that one long row among short ones does not keep the rest waiting."""
-    wanted = max_kv_length * tiles / PROGRAMS
-    return next((length for length in SPLITS if length >= wanted), SPLITS[-1])
+def splits_for(tiles: int, span: int) -> int:
+    """Splits of a row that sees ``span`` positions: enough to fill the device, of ``tiles`` (rows × KV heads)."""
+    wanted = max(triton.cdiv(PROGRAMS, max(tiles, 1)), triton.cdiv(span, LONGEST_SPLIT))
+    return int(max(1, min(wanted, triton.cdiv(span, SHORTEST_SPLIT))))
 
 
 def paged_attention_triton(
@@ -76,6 +81,10 @@ def paged_attention_triton(
     window: int | None,
     max_query_length: int,
     max_kv_length: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    longest: Tensor | None = None,
+    order: Tensor | None = None,
     split: int | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
@@ -91,22 +100,26 @@ def paged_attention_triton(
 
     # Rows of up to few_queries go to the decode grid, the others to the prefill grid.
     few_queries = min(decode.block_m // group, max_query_length)
-    split = split or split_length(rows * kv_heads, max_kv_length)
-    splits = max(1, triton.cdiv(max_kv_length, split))
-    if window is not None:
-        splits = min(splits, (window + few_queries - 2) // split + 2)
+    span = max_kv_length if window is None else min(max_kv_length, window + few_queries - 1)
+    shared = splits_for(rows * kv_heads, span) if split is None else triton.cdiv(span, split)
+    # A window may begin in the middle of a split.
+    splits = shared + (window is not None)
     shape = (rows, few_queries, heads, splits)
     means = torch.empty(*shape, head_dim, dtype=torch.float32, device=query.device)
     logsums = torch.empty(*shape, dtype=torch.float32, device=query.device)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    cap_scale = 0.0 if softcap is None else 2 * LOG2_E * scale / softcap
 
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
-            query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
+            query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, order, out, means, logsums,
             *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
-            heads, rows, few_queries, splits, window or 0, LOG2_E / math.sqrt(head_dim),
+            heads, rows, few_queries, splits, shared, span, split or 0, window or 0,
+            LOG2_E * (softcap or scale), cap_scale,
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_SIZE=block_size, WINDOWED=window is not None, SPLIT=split, DECODE=is_decode,
+            BLOCK_SIZE=block_size, WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
             BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
+            **pdl(query.device),
         )  # fmt: skip
 
     attend_rows(decode, splits, rows, True)
@@ -114,11 +127,24 @@ def paged_attention_triton(
         attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
     if splits > 1:
         merge_kernel[rows * few_queries, heads](
-            means, logsums, out, query_starts, kv_lengths, out.stride(0), few_queries, splits, window or 0,
-            HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), WINDOWED=window is not None, SPLIT=split,
-            CHUNK=32, num_warps=4,
+            means, logsums, out, query_starts, kv_lengths, longest, out.stride(0), few_queries, splits, shared, span,
+            split or 0, window or 0,
+            HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), WINDOWED=window is not None,
+            CHUNK=8 if splits <= 8 else 32, num_warps=2 if splits <= 8 else 4, **pdl(query.device),
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def split_length(longest, shared, span, split):
+    """Positions in a split: ``split`` if it is given, or what ``shared`` programs take of the longest row, or of the
+    ``span`` that a window lets it see."""
+    if split == 0:
+        if longest is not None:
+            span = tl.minimum(span, tl.load(longest))
+        split = tl.cdiv(tl.cdiv(span, shared), 64) * 64  # SHORTEST_SPLIT
+        split = tl.maximum(split, 64)
+    return split
 
 
 @triton.jit
@@ -131,19 +157,22 @@ def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
     return first
 
 
-@triton.jit(do_not_specialize=["rows", "few_queries", "splits", "window"])
+@triton.jit(do_not_specialize=["rows", "few_queries", "splits", "shared", "span", "split", "window"])
 def attention_kernel(
-    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out, means, logsums,
+    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, order, out, means, logsums,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
-    table_stride, out_token_stride, heads, rows, few_queries, splits, window, scale,
+    table_stride, out_token_stride, heads, rows, few_queries, splits, shared, span, split, window, scale, cap_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOWED: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one KV head, over one split of the row's positions (DECODE) or all of them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
     kv_head = tl.program_id(1)
     if DECODE:
         row = tl.program_id(2)
+        if order is not None:
+            row = tl.load(order + row)
         first_query = 0
     else:
         # Row r owns the tiles from query_starts[r] // BLOCK_Q + r on: at least as many as it needs. The longest
@@ -161,6 +190,9 @@ def attention_kernel(
     query_start = tl.load(query_starts + row)
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
+    if DECODE:
+        split = split_length(longest, shared, span, split)
+    wait(PDL)
     if DECODE:
         if (queries == 0) | (queries > few_queries):
             return
@@ -186,12 +218,12 @@ def attention_kernel(
     last = tl.minimum(kv_length - queries + last_query + 1, kv_length)
     first = first_seen(kv_length, queries - first_query, window, WINDOWED)
     if DECODE:
-        split = first // SPLIT + tl.program_id(0)
-        row_splits = tl.maximum(tl.cdiv(kv_length, SPLIT) - first // SPLIT, 1)
+        own = first // split + tl.program_id(0)
+        row_splits = tl.maximum(tl.cdiv(kv_length, split) - first // split, 1)
         if tl.program_id(0) >= row_splits:
             return
-        first = tl.maximum(first, split * SPLIT)
-        last = tl.minimum(last, (split + 1) * SPLIT)
+        first = tl.maximum(first, own * split)
+        last = tl.minimum(last, (own + 1) * split)
     first = first // TILE * TILE
 
     acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
@@ -206,21 +238,21 @@ def attention_kernel(
             seen_by_last = tl.maximum(kv_length - queries + last_query - window + 1, 0)
             first_full = tl.minimum(tl.cdiv(seen_by_last, TILE) * TILE, tl.cdiv(last, TILE) * TILE)
             acc, best, total = attend(
-                acc, best, total, q, first, tl.minimum(first_full, last), keys, values, table, position, window, scale,
-                cache_block_stride, cache_token_stride,
-                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, True,
+                acc, best, total, q, first, tl.minimum(first_full, last), keys, values, table, position, window,
+                scale, cap_scale, cache_block_stride, cache_token_stride,
+                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
         acc, best, total = attend(
-            acc, best, total, q, first_full, last_full, keys, values, table, position, window, scale,
+            acc, best, total, q, first_full, last_full, keys, values, table, position, window, scale, cap_scale,
             cache_block_stride, cache_token_stride,
-            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, False,
+            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, False,
         )  # fmt: skip
         first = last_full
     acc, best, total = attend(
-        acc, best, total, q, first, last, keys, values, table, position, window, scale,
+        acc, best, total, q, first, last, keys, values, table, position, window, scale, cap_scale,
         cache_block_stride, cache_token_stride,
-        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, TILE, True,
+        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
     )  # fmt: skip
 
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -237,16 +269,17 @@ def attention_kernel(
 
 @triton.jit
 def attend(
-    acc, best, total, q, first, last, keys, values, table, position, window, scale,
+    acc, best, total, q, first, last, keys, values, table, position, window, scale, cap_scale,
     cache_block_stride, cache_token_stride,
     HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
-    TILE: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [first, last), tile by tile, into the running softmax (acc, best, total) of the queries q.
 
     acc    the values' sum weighted by 2^(score − best)
     best   the greatest score yet; scores are in units of log 2, so that the exponential is one instruction
     total  the sum of the weights
+    scale  takes a product of query and key, or, if CAPPED, its tanh to those units
     """
     step = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PADDED)[None, :]
@@ -278,6 +311,8 @@ def attend(
                 k = tl.load(keys + at, mask=dim < HEAD_DIM, other=0.0)
                 v = tl.load(values + at, mask=dim < HEAD_DIM, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if CAPPED:
+            scores = 1 - 2 / (1 + tl.exp2(scores * cap_scale))  # tanh(x) = 1 − 2 / (1 + e^2x)
         if MASKED:
             seen = key_position[None, :] <= position[:, None]
             if WINDOWED:
@@ -305,10 +340,11 @@ def load_pages(table, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
     return pages
 
 
-@triton.jit(do_not_specialize=["few_queries", "splits", "window"])
+@triton.jit(do_not_specialize=["few_queries", "splits", "shared", "span", "split", "window"])
 def merge_kernel(
-    means, logsums, out, query_starts, kv_lengths, out_token_stride, few_queries, splits, window,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
+    means, logsums, out, query_starts, kv_lengths, longest, out_token_stride, few_queries, splits, shared, span, split,
+    window,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Mean of the splits' means, weighted by 2^logsum, CHUNK of them at a time, always in the same order."""
     row = tl.program_id(0) // few_queries
@@ -317,7 +353,9 @@ def merge_kernel(
     query_start = tl.load(query_starts + row)
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
-    row_splits = tl.cdiv(kv_length, SPLIT) - first_seen(kv_length, queries, window, WINDOWED) // SPLIT
+    split = split_length(longest, shared, span, split)
+    row_splits = tl.cdiv(kv_length, split) - first_seen(kv_length, queries, window, WINDOWED) // split
+    wait(PDL)
     if (queries > few_queries) | (query_index >= queries) | (row_splits <= 1):
         return
     dim = tl.arange(0, DIM_PADDED)
@@ -326,11 +364,11 @@ def merge_kernel(
     best = float("-inf")
     total = 0.0
     for start in range(0, row_splits, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        logsum = tl.load(logsums + at + split, mask=split < row_splits, other=float("-inf"))
+        part = start + tl.arange(0, CHUNK)
+        logsum = tl.load(logsums + at + part, mask=part < row_splits, other=float("-inf"))
         mean = tl.load(
-            means + (at + split)[:, None] * HEAD_DIM + dim[None, :],
-            mask=(split < row_splits)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
+            means + (at + part)[:, None] * HEAD_DIM + dim[None, :],
+            mask=(part < row_splits)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
         )  # fmt: skip
         new_best = tl.maximum(best, tl.max(logsum, 0))
         # A split may have nothing for an early query of the row: its logsum, and the best so far, are then −inf.

@@ -19,7 +19,7 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     key, value    [tokens, kv_heads, head_dim]; contiguous in head_dim
     key_cache     [blocks, block_size, kv_heads, head_dim]; may be a view of a bigger pool, contiguous in head_dim,
     value_cache   both with the same strides
-    slots         int64 [tokens]; distinct, but for those of block 0, where padding tokens are written
+    slots         integers [tokens]; distinct, but for those of block 0, where padding tokens are written
     """
     if runs_triton(key):
         from llmq.runtime.kernels.kv_write_triton import write_kv_triton as write

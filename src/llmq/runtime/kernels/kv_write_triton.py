@@ -32,7 +32,7 @@ def write_kv_kernel(
 ):  # fmt: skip
     """One token: all its KV heads."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token).to(tl.int64)
     head = tl.arange(0, HEADS_PADDED)[:, None]
     dim = tl.arange(0, DIM_PADDED)[None, :]
     inside = (head < KV_HEADS) & (dim < HEAD_DIM)

@@ -5,7 +5,9 @@ query  [tokens, heads, head_dim]      → norm → rotate → result
 key    [tokens, kv_heads, head_dim]   → norm → rotate → key_cache at its slot
 value  [tokens, kv_heads, head_dim]   ────────────────→ value_cache at its slot
 
-rotate (Su et al., 2021): the pair (i, i + head_dim / 2) turns by the token's angle i
+rotate (Su et al., 2021): the pair (i, i + rotated / 2) turns by the token's angle i
+       | rotated channels | the rest pass as they are |
+       0                  rotated                     head_dim
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ def rope_and_write(
     """Write key and value, and return the query, rotated: [tokens, heads, head_dim].
 
     query, key, value       contiguous in head_dim: slices of one fused projection, say
-    rotation                cos and sin, fp32 [tokens, 1, head_dim / 2]
+    rotation                cos and sin, fp32 [tokens, 1, rotated / 2]
     key_cache, value_cache  [blocks, block_size, kv_heads, head_dim], of the same strides; see ``write_kv``
-    slots                   int64 [tokens]
-    norms                   weights [head_dim] of the RMS norms of query and key, which have ``eps``; None: no norm
+    slots                   integers [tokens]
+    norms                   weights [head_dim] of the RMS norms of query and key, which have ``eps``, as those of
+                            ``add_rms_norm``; None: no norm
     """
     arguments = (query, key, value, rotation, key_cache, value_cache, slots)
     if not runs_triton(query):
@@ -75,5 +78,7 @@ def norm_and_rotate(
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotation
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    half = cos.shape[-1]
+    first, second = x[..., : 2 * half].to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return turned if 2 * half == x.shape[-1] else torch.cat((turned, x[..., 2 * half :]), dim=-1)

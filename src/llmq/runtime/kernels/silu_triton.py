@@ -7,6 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows
+from llmq.runtime.kernels.quantize_rows_triton import empty_rows, row_warps, store_quantized
+
 BLOCK = 1024
 
 
@@ -16,19 +20,62 @@ def silu_mul_triton(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(tokens, width, dtype=gate.dtype, device=gate.device)
     if tokens:
         silu_mul_kernel[tokens, triton.cdiv(width, BLOCK)](
-            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=BLOCK, num_warps=4
+            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=BLOCK, num_warps=4, **pdl(out.device)
         )
     return out
 
 
+def silu_mul_quantize_triton(gate: Tensor, up: Tensor, number: str) -> QuantizedRows:
+    """``silu_mul_quantize`` through Triton: one program a token, which keeps it in registers."""
+    tokens, width = gate.shape
+    out = empty_rows(gate, number)
+    if tokens:
+        block = triton.next_power_of_2(width)
+        silu_mul_quantize_kernel[tokens,](
+            gate, up, *out, width, gate.stride(0), up.stride(0),
+            LARGEST=LARGEST[number], BLOCK=block, num_warps=row_warps(block), **pdl(gate.device),
+        )  # fmt: skip
+    return out
+
+
 @triton.jit
-def silu_mul_kernel(gate, up, out, width, gate_stride, up_stride, BLOCK: tl.constexpr):
+def gated(gate, up, inside):
+    """silu(gate) · up at these addresses, zero outside."""
+    g = tl.load(gate, mask=inside, other=0.0)
+    u = tl.load(up, mask=inside, other=0.0)
+    wide = g.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(g.dtype)
+    return (silu.to(tl.float32) * u.to(tl.float32)).to(g.dtype)
+
+
+@triton.jit
+def silu_mul_kernel(gate, up, out, width, gate_stride, up_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """BLOCK columns of one token."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    g = tl.load(gate + token * gate_stride + column, mask=inside, other=0.0)
-    u = tl.load(up + token * up_stride + column, mask=inside, other=0.0)
-    wide = g.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(g.dtype)
-    tl.store(out + token * width + column, (silu.to(tl.float32) * u.to(tl.float32)).to(g.dtype), mask=inside)
+    wait(PDL)
+    product = gated(gate + token * gate_stride + column, up + token * up_stride + column, inside)
+    tl.store(out + token * width + column, product, mask=inside)
+
+
+@triton.jit
+def silu_mul_quantize_kernel(
+    gate,
+    up,
+    codes,
+    scales,
+    width,
+    gate_stride,
+    up_stride,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One token: the whole row in one block."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    wait(PDL)
+    product = gated(gate + token * gate_stride + column, up + token * up_stride + column, inside)
+    store_quantized(product.to(tl.float32), codes, scales, token, column, inside, width, LARGEST)

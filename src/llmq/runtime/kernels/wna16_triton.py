@@ -8,9 +8,7 @@ matrix unit reads from registers, and a batch of 8 fills it as well as one of 64
         for each step of 128 channels:   words [BLOCK_N, 32] → planes 0, 1, …
                                          acc += scale · Σ plane_i · x[:, the 32 channels of plane i]ᵀ
 
-The scale multiplies the fp32 sum of its group, not the weights: that costs less and rounds nothing. With more than one
-split the fp32 sums go to memory, and are added in order: in a small batch by the program that finishes a tile last, in
-a bigger one by reduce_kernel, which has all multiprocessors to do it.
+The scale multiplies the fp32 sum of its group, not the weights: that costs less and rounds nothing.
 """
 
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
@@ -26,11 +24,21 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmq.checkpoint.quantized_weight import numbers
+from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.split_k_triton import (
+    REDUCE_ROWS,
+    counters,
+    is_last,
+    reduce_splits,
+    steps_per_split,
+    sum_splits,
+)
 from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
+from llmq.scheme import E4M3, INT
 
-FUSED_ROWS = 256  # above, widening the weight once and multiplying through the library is faster
-REDUCE_ROWS = 16  # above, a kernel of its own adds the splits
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
+FUSED_ROWS = 256  # above, widening the weight once and multiplying through the library is faster
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -49,7 +57,7 @@ LAUNCHES = {
     (4, 16): Launch(16, 128, 4, 4),
     (4, 32): Launch(32, 128, 4, 4),
     (4, 64): Launch(64, 128, 4, 4),
-    (8, 8): Launch(8, 64, 2, 4),
+    (8, 8): Launch(8, 128, 4, 3),
     (8, 16): Launch(16, 128, 4, 4),
     (8, 32): Launch(32, 128, 4, 4),
     (8, 64): Launch(64, 256, 8, 4),
@@ -62,12 +70,6 @@ def launch_for(bits: int, rows: int, element_size: int) -> Launch:
     return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
 
-def splits_for(out_features: int, steps: int) -> int:
-    """Splits of K. They depend on the weight alone, so that a row's result does not depend on the batch."""
-    tiles = int(triton.cdiv(out_features, 64))
-    return max(1, min(PROGRAMS // tiles, steps // 4, 16))
-
-
 def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """``wna16_matmul`` through Triton; ``x`` is in packed order."""
     rows, out_features = x.shape[0], packed.out_features
@@ -77,37 +79,29 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         x = x.contiguous()
     launch = launch_for(packed.bits, rows, x.element_size())
     steps = triton.cdiv(packed.in_features, STEP)
-    splits = splits_for(out_features, steps)
-    steps_per_split = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, steps_per_split)
+    # They depend on the weight alone, so that a row's result does not depend on the batch.
+    per_split = steps_per_split(triton.cdiv(out_features, 64), steps, PROGRAMS)
+    splits = triton.cdiv(steps, per_split)
     reduced = splits > 1 and rows > REDUCE_ROWS
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
     tiles_m = triton.cdiv(rows, launch.block_m)
     wna16_kernel[triton.cdiv(out_features, launch.block_n) * tiles_m, splits](
-        x, packed.words, packed.meta, bias, out, sums, counters(x.device), rows, out_features, packed.in_features,
-        x.stride(0), steps, steps_per_split, tiles_m, **_format(packed), HAS_BIAS=bias is not None, SPLIT=splits > 1,
+        x, packed.words, packed.meta, table_of(packed.number, x.device), bias, out, sums, counters(x.device), rows,
+        out_features, packed.in_features, x.stride(0), steps, per_split, tiles_m, **_format(packed), SPLIT=splits > 1,
         REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
-        num_warps=launch.warps,
+        num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
     if reduced:
-        block = 512
-        reduce_kernel[rows, triton.cdiv(out_features, block)](
-            sums, bias, out, rows, out_features, splits, HAS_BIAS=bias is not None, BLOCK=block, num_warps=4
-        )
+        reduce_splits(sums, None, None, bias, out)
     return out
 
 
 @cache
-def counters(device: torch.device) -> Tensor:
-    """For each tile of N, how many splits are done: zero before a launch, and put back to zero by its last program.
-
-    There is one set for a device, so products run on one stream at a time.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("run a quantized layer once before capturing it in a CUDA graph")
-    return torch.zeros(2**16, dtype=torch.int32, device=device)
+def table_of(number: str, device: torch.device) -> Tensor | None:
+    """What the kernels look a code of ``number`` up in: fp32 [codes]; None: they compute it."""
+    return None if number in (INT, E4M3) else numbers(number, device)
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -116,7 +110,8 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     weight = torch.empty(out_features, in_features, dtype=dtype, device=packed.words.device)
     block_n = 32
     dequantize_kernel[triton.cdiv(in_features, STEP), triton.cdiv(out_features, block_n)](
-        packed.words, packed.meta, weight, out_features, in_features, **_format(packed), BLOCK_N=block_n, num_warps=4,
+        packed.words, packed.meta, table_of(packed.number, weight.device), weight, out_features, in_features,
+        **_format(packed), BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
     return weight
 
@@ -126,6 +121,7 @@ def _format(packed: PackedWeight) -> dict[str, object]:
     return {
         "WHOLE_STEPS": packed.in_features % STEP == 0,
         "BITS": packed.bits,
+        "NUMBER": packed.number,
         "PER_GROUP": 0 if whole_row else packed.group_length // PLANE,
         "BF16_SCALE": packed.scale_dtype == torch.bfloat16,
     }
@@ -175,13 +171,34 @@ def offset_of(meta, BITS: tl.constexpr, ASM: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def scale_of(meta, BF16_SCALE: tl.constexpr):
+def scale_of(meta, NUMBER: tl.constexpr, BF16_SCALE: tl.constexpr):
     """The scale in fp32."""
-    if BF16_SCALE:
+    if NUMBER == "e4m3":
+        scale = meta.to(tl.float32, bitcast=True) * 256.0  # see e4m3
+    elif NUMBER != "int":
+        scale = meta.to(tl.float32, bitcast=True)
+    elif BF16_SCALE:
         scale = (meta << 16).to(tl.float32, bitcast=True)
     else:
         scale = meta.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale
+
+
+@triton.jit
+def e4m3(codes, TYPE: tl.constexpr):
+    """1/256 of what codes of e4m3 stand for, exact: with their bits in those of fp16, whose exponent is wider."""
+    bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(TYPE)
+
+
+@triton.jit
+def look_up4(words, table, TYPE: tl.constexpr):
+    """words [n, 32] → four planes [n, 32] of what the table has for their codes."""
+    return (
+        tl.load(table + (words & 15).to(tl.int32)).to(TYPE), tl.load(table + ((words >> 4) & 15).to(tl.int32)).to(TYPE),
+        tl.load(table + ((words >> 8) & 15).to(tl.int32)).to(TYPE),
+        tl.load(table + ((words >> 12) & 15).to(tl.int32)).to(TYPE),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -227,11 +244,11 @@ def unpack8(words, offset0, offset1, ASM: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "steps", "steps_per_split", "tiles_m"])
 def wna16_kernel(
-    x, words, meta, bias, out, sums, counters, rows, out_features, in_features, x_stride, steps, steps_per_split,
-    tiles_m,
-    WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, PER_GROUP: tl.constexpr, BF16_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, ASM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    x, words, meta, table, bias, out, sums, counters, rows, out_features, in_features, x_stride, steps,
+    steps_per_split, tiles_m,
+    WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr, PER_GROUP: tl.constexpr,
+    BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     PLANES: tl.constexpr = 16 // BITS
@@ -243,14 +260,17 @@ def wna16_kernel(
     is_n = n < out_features
     is_x = (m < rows)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    if PER_GROUP == 0:
-        of_row = tl.load(meta + n, mask=is_n, other=0)
-        offset = offset_of(of_row, BITS, ASM, TYPE)
-        offsets = (offset, offset, offset, offset)
     tile_size = tl.cast(out_features, tl.int64) * 32  # words may have more than 2^31 elements
     first = tl.program_id(1) * steps_per_split
+    last = tl.minimum(first + steps_per_split, steps)
+    wait(PDL)
+    if PER_GROUP == 0:
+        of_row = tl.load(meta + n, mask=is_n, other=0)
+        if NUMBER == "int":
+            offset = offset_of(of_row, BITS, ASM, TYPE)
+            offsets = (offset, offset, offset, offset)
     # Unlike the launch option, num_stages here stages all loads through shared memory, those of meta too.
-    for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
+    for step in tl.range(first, last, num_stages=STAGES):
         if PER_GROUP > 0:
             # The step has 4 // PER_GROUP groups; here one for each of its planes.
             at = meta + step * (4 // PER_GROUP) * out_features + n
@@ -264,15 +284,20 @@ def wna16_kernel(
             if PER_GROUP == 1:
                 m3 = tl.load(at + 3 * out_features, mask=is_n, other=0)
             metas = (m0, m1, m2, m3)
-            offsets = (
-                offset_of(m0, BITS, ASM, TYPE), offset_of(m1, BITS, ASM, TYPE),
-                offset_of(m2, BITS, ASM, TYPE), offset_of(m3, BITS, ASM, TYPE),
-            )  # fmt: skip
+            if NUMBER == "int":
+                offsets = (
+                    offset_of(m0, BITS, ASM, TYPE), offset_of(m1, BITS, ASM, TYPE),
+                    offset_of(m2, BITS, ASM, TYPE), offset_of(m3, BITS, ASM, TYPE),
+                )  # fmt: skip
         for plane in tl.static_range(4):
             if plane % PLANES == 0:
                 at_words = words + (step * (4 // PLANES) + plane // PLANES) * tile_size
                 packed = tl.load(at_words + n[:, None] * 32 + j[None, :], mask=is_n[:, None], other=0)
-                if BITS == 4:
+                if NUMBER == "e4m3":
+                    planes = (e4m3(packed, TYPE), e4m3(packed >> 8, TYPE))
+                elif NUMBER != "int":
+                    planes = look_up4(packed, table, TYPE)
+                elif BITS == 4:
                     planes = unpack4(packed, offsets, ASM, TYPE)
                 else:
                     planes = unpack8(packed, offsets[plane], offsets[plane + 1], ASM, TYPE)
@@ -287,50 +312,29 @@ def wna16_kernel(
                 else:
                     part = tl.dot(planes[plane % PLANES], x_plane, part, input_precision="ieee")
                 if plane % PER_GROUP == PER_GROUP - 1:
-                    acc += part * scale_of(metas[plane], BF16_SCALE)[:, None]
+                    acc += part * scale_of(metas[plane], NUMBER, BF16_SCALE)[:, None]
     if PER_GROUP == 0:
-        acc *= scale_of(of_row, BF16_SCALE)[:, None]
+        acc *= scale_of(of_row, NUMBER, BF16_SCALE)[:, None]
     inside = is_x & is_n[:, None]
     at_out = m[None, :].to(tl.int64) * out_features + n[:, None]
     if SPLIT:
-        splits = tl.num_programs(1)
         size = tl.cast(rows, tl.int64) * out_features
         tl.store(sums + tl.program_id(1) * size + at_out, acc, mask=inside)
         if REDUCED:
             return
-        # All threads' stores come before the count, and the count before the last program's loads.
-        tl.debug_barrier()
-        done = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel")
-        if done < splits - 1:
+        if not is_last(counters + tl.program_id(0)):
             return
-        tl.store(counters + tl.program_id(0), 0)
-        acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-        for split in tl.range(0, splits, num_stages=4):
-            acc += tl.load(sums + split * size + at_out, mask=inside, other=0.0)
-    if HAS_BIAS:
+        acc = sum_splits(sums, at_out, inside, size, tl.num_programs(1))
+    if bias is not None:
         acc += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
-def reduce_kernel(sums, bias, out, rows, out_features, splits, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of all splits, for BLOCK outputs of one row of the batch."""
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < out_features
-    acc = tl.zeros([BLOCK], dtype=tl.float32)
-    for split in range(splits):
-        acc += tl.load(sums + (split * rows + row) * out_features + n, mask=inside, other=0.0)
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_features + n, acc.to(out.dtype.element_ty), mask=inside)
-
-
 @triton.jit
 def dequantize_kernel(
-    words, meta, weight, out_features, in_features,
-    WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, PER_GROUP: tl.constexpr, BF16_SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    words, meta, table, weight, out_features, in_features,
+    WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr, PER_GROUP: tl.constexpr,
+    BF16_SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One step of K of one tile of rows of the weight."""
     PLANES: tl.constexpr = 16 // BITS
@@ -345,9 +349,13 @@ def dequantize_kernel(
         codes = (packed >> (index % PLANES * BITS)) & (2**BITS - 1)
         group = 0 if PER_GROUP == 0 else step * (4 // PER_GROUP) + index // PER_GROUP
         of_group = tl.load(meta + group * out_features + n, mask=is_n, other=0)
-        wide = (codes.to(tl.float32) - (of_group >> 16).to(tl.float32)[:, None]) * scale_of(of_group, BF16_SCALE)[
-            :, None
-        ]
+        if NUMBER == "e4m3":
+            values = e4m3(codes, tl.float32)
+        elif NUMBER != "int":
+            values = tl.load(table + codes.to(tl.int32))
+        else:
+            values = codes.to(tl.float32) - (of_group >> 16).to(tl.float32)[:, None]
+        wide = values * scale_of(of_group, NUMBER, BF16_SCALE)[:, None]
         k = step * 128 + index * 32 + j
         inside = is_n[:, None] & (k < in_features)[None, :]
         at_weight = n.to(tl.int64)[:, None] * in_features + k[None, :]

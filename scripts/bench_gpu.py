@@ -1,0 +1,344 @@
+"""Speed of the engine on one GPU, on dummy weights, beside vLLM's on an H200 and what the hardware allows.
+
+decode    tokens/s of 128 steps behind prompts of 1,024 tokens, at 1, 8, 32 and 128 sequences
+prefill   tokens/s of 128 prompts of 1,024 tokens
+workload  output tokens/s of nano-vllm's bench.py: 256 random prompts of 100 to 1,024 tokens, 100 to 1,024 tokens each
+          behind them, temperature 0.6, end of text ignored, seed 0; the second run
+profile   where the time of one decode step goes, at 1 and 128 sequences
+
+    python scripts/bench_gpu.py --shape qwen3-0.6b --only decode workload --json bench.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmq import LLM, SamplingParams
+from llmq.checkpoint.config import ModelConfig
+from llmq.engine.options import EngineOptions
+from llmq.memory import block_linear_bytes, kv_bytes_per_token
+from llmq.runtime.linear import resident_bytes
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "torch_dtype": "bfloat16",
+    },
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    },
+}
+
+
+def compressed(kind: str) -> dict[str, Any]:
+    """compressed-tensors' description of 8-bit weights by channel and activations by token."""
+    weights = {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, "dynamic": False}
+    inputs = {"num_bits": 8, "type": kind, "strategy": "token", "symmetric": True, "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+    }
+
+
+SCHEMES: dict[str, dict[str, Any] | None] = {
+    "bf16": None,
+    "int4": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
+    "w8a8": compressed("int"),
+    "fp8": compressed("float"),
+}
+BATCHES = (1, 8, 32, 128)
+PROMPT, STEPS = 1024, 128
+LENGTHS = (100, 1024)
+
+# (shape, scheme) → decode at BATCHES, prefill, workload: vLLM 0.26's tokens/s on an H200, and what is asked of llmq.
+VLLM = {
+    ("llama-3.1-8b", "bf16"): (205, 1532, 5063, 12124, 43602, 9808),
+    ("llama-3.1-8b", "int4"): (264, 1934, 5906, 12016, 40170, 9406),
+    ("llama-3.1-8b", "w8a8"): (266, 1982, 6460, 14101, 81878, 12345),
+    ("llama-3.1-8b", "fp8"): (281, 2085, 5941, 14224, 77758, 12270),
+    ("qwen3-0.6b", "bf16"): (607, 4505, 12293, 22283, 437677, 22780),
+}
+ASKED = {
+    ("llama-3.1-8b", "bf16"): (230, 1720, 5700, 12800, 45000, 10800),
+    ("llama-3.1-8b", "int4"): (500, 3500, 8500, 12500, 44000, 10800),
+    ("llama-3.1-8b", "w8a8"): (380, 2750, 8000, 15000, 70000, 13000),
+    ("llama-3.1-8b", "fp8"): (380, 2750, 8000, 15000, 78000, 13200),
+    ("qwen3-0.6b", "bf16"): (1000, 7000, 17000, 24000, 440000, 25000),
+}
+NAMES = (*(f"decode {batch}" for batch in BATCHES), "prefill", "workload")
+
+
+class Roofline:
+    """What the card can do: bytes/s of a copy, reads and writes counted, and operations/s of a product."""
+
+    def __init__(self) -> None:
+        big = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+        self.bandwidth = 2 * big.numel() / _seconds(lambda: big.clone())
+        a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
+        self.rates = {16: 2 * 8192**3 / _seconds(lambda: a @ b)}
+        ints = torch.randint(-127, 127, (2, 8192, 8192), dtype=torch.int8, device="cuda")
+        self.rates[8] = 2 * 8192**3 / _seconds(lambda: torch._int_mm(ints[0], ints[1].t()))
+
+    def decode(self, llm: LLM, batch: int, tokens: float) -> float:
+        """Tokens/s of ``batch`` sequences of ``tokens`` tokens, if the device only read what it must, or only
+        multiplied."""
+        config = llm.config
+        itemsize = llm.dtype.itemsize
+        read = resident_bytes(llm.decoder) + batch * tokens * kv_bytes_per_token(config, itemsize)
+        if not config.tied_embeddings:
+            read -= config.vocab_size * config.hidden_size * itemsize  # of the embedding only a row each is read
+        return float(batch / max(read / self.bandwidth, batch * self._operations(config) / self.rates[16]))
+
+    def prefill(self, llm: LLM, bits: int) -> float:
+        return float(self.rates[bits] / self._operations(llm.config, head=False))
+
+    @staticmethod
+    def _operations(config: ModelConfig, *, head: bool = True) -> float:
+        weights: int = config.num_layers * block_linear_bytes(config, None, 1)
+        return 2.0 * (weights + (config.vocab_size * config.hidden_size if head else 0))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    for _ in range(3):
+        work()
+    times: list[float] = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(float(start.elapsed_time(end)) / 1e3)
+    return statistics.median(times)
+
+
+def load(shape: str, scheme: str, **options: Any) -> LLM:
+    """A model of dummy weights, and on stderr, how long it took."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        fields = SHAPES[shape] | ({"quantization_config": SCHEMES[scheme]} if SCHEMES[scheme] else {})
+        (Path(folder) / "config.json").write_text(json.dumps(fields))
+        llm = LLM(
+            folder,
+            device="cuda",
+            options=EngineOptions(
+                load_format="dummy",
+                prefix_caching=False,
+                max_num_seqs=256,
+                **({"max_num_batched_tokens": 8192} | options),
+            ),
+        )
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    torch.cuda.synchronize()
+    print(f"{shape} {scheme}: ready, first tokens drawn, after {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return llm
+
+
+def prompts(llm: LLM, number: int, length: int) -> list[list[int]]:
+    noise = random.Random(f"{number} {length}")
+    return [noise.choices(range(10_000), k=length) for _ in range(number)]
+
+
+def greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+
+
+def decode(llm: LLM, batch: int) -> float:
+    """Tokens/s over STEPS steps, the last of which all sequences share."""
+    # Under chunked prefill the first prompts have a few tokens when the last one is done.
+    extra = -(-batch * PROMPT // llm.options.max_num_batched_tokens) + 2
+    outputs = llm.generate(prompts(llm, batch, PROMPT), greedy(STEPS + extra))
+    times = [output.completions[0].token_times for output in outputs]
+    first = max(own[0] for own in times)
+    steps = sorted({at for own in times for at in own if at >= first})
+    return batch * STEPS / (steps[STEPS] - steps[0])
+
+
+def prefill(llm: LLM) -> float:
+    started = time.perf_counter()
+    llm.generate(prompts(llm, BATCHES[-1], PROMPT), greedy(1))
+    return BATCHES[-1] * PROMPT / (time.perf_counter() - started)
+
+
+def workload(llm: LLM) -> float:
+    """nano-vllm's bench.py, draw by draw."""
+    noise = random.Random(0)
+    asked = [[noise.randint(0, 10_000) for _ in range(noise.randint(*LENGTHS))] for _ in range(256)]
+    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=noise.randint(*LENGTHS)) for _ in asked]
+    started = time.perf_counter()
+    outputs = llm.generate(asked, params)
+    duration = time.perf_counter() - started
+    return sum(len(output.completions[0].token_ids) for output in outputs) / duration
+
+
+def measure(shape: str, scheme: str, parts: list[str], roofline: Roofline) -> dict[str, Any]:
+    """The row of ``shape`` and ``scheme``: name → tokens/s, and its share of the roofline."""
+    llm = load(shape, scheme)
+    found: dict[str, Any] = {}
+    if "decode" in parts:
+        for batch in BATCHES:
+            decode(llm, batch)
+            speed = statistics.median(decode(llm, batch) for _ in range(3 if batch < 128 else 2))
+            found[f"decode {batch}"] = {"tokens_per_s": speed, "roofline": roofline.decode(llm, batch, PROMPT + 64)}
+    if "prefill" in parts:
+        prefill(llm)
+        bits = 8 if scheme in ("w8a8", "fp8") else 16
+        found["prefill"] = {"tokens_per_s": prefill(llm), "roofline": roofline.prefill(llm, bits)}
+    if "workload" in parts:
+        found["workload"] = {"first run": workload(llm), "tokens_per_s": workload(llm), "roofline": None}
+    if "profile" in parts:
+        for batch in (BATCHES[0], BATCHES[-1]):
+            profile(llm, batch, shape, scheme)
+    return found
+
+
+def profile(llm: LLM, batch: int, shape: str, scheme: str) -> None:
+    """Print where the time of a step of prompts goes, and of a decode step."""
+    steps = 10
+    for index, prompt in enumerate(prompts(llm, batch, PROMPT)):
+        llm._submit(index, prompt, greedy(100), index)
+
+    def advance(number: int) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(number):
+            list(llm._step(streaming=False))
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / number
+
+    def traced(number: int, name: str) -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            advance(number)
+        kernels = [event for event in trace.key_averages() if event.self_device_time_total]
+        busy = sum(event.self_device_time_total for event in kernels) / number
+        print(f"\n{shape} {scheme}, {batch} sequences, {name}: kernels {busy:.0f} µs a step")
+        print("| kernel | a step | µs each | µs a step | share |\n|---|---|---|---|---|")
+        for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:20]:
+            total = event.self_device_time_total
+            print(
+                f"| {event.key[:70]} | {event.count / number:.1f} | {total / event.count:.2f} | {total / number:.0f} "
+                f"| {total / number / busy:.1%} |"
+            )
+
+    if batch == BATCHES[-1]:
+        advance(2)
+        traced(4, "prompts")
+    advance(-(-batch * PROMPT // llm.options.max_num_batched_tokens) + 8)
+    wall = advance(steps)
+    traced(steps, "decode")
+    print(f"wall {wall * 1e6:.0f} µs a step")
+    host(llm, steps)
+    for index in range(batch):
+        llm.abort(index)
+    while llm._live:
+        list(llm._step(streaming=False))
+    llm._flights.clear()
+    llm._scheduler.forget_flights()
+
+
+def host(llm: LLM, steps: int) -> None:
+    """Print what the host does in a step, in µs."""
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(owner: object, name: str) -> Callable[..., Any]:
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def outer(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return inner(*arguments, **options)
+            finally:
+                spent[name] += time.perf_counter() - started
+
+        setattr(owner, name, outer)
+        return inner
+
+    hooks = [(owner, name, timed(owner, name)) for owner, name in (
+        (llm._scheduler, "presume"), (llm._scheduler, "schedule"), (llm._runner, "launch"), (llm._runner, "_hidden"),
+        (llm._scheduler, "update"))]  # fmt: skip
+    started = time.perf_counter()
+    for _ in range(steps):
+        list(llm._step(streaming=False))
+    whole = time.perf_counter() - started
+    for owner, name, inner in hooks:
+        setattr(owner, name, inner)
+    print("host, µs a step: " + ", ".join(f"{name} {1e6 * seconds / steps:.0f}" for name, seconds in spent.items())
+          + f", the whole {1e6 * whole / steps:.0f}")  # fmt: skip
+
+
+def table(results: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Print one line a figure: ours, vLLM's, what is asked, and the share of the roofline."""
+    print("\n| shape, scheme | | llmq | vLLM 0.26 | asked | of the roofline |\n|---|---|---|---|---|---|")
+    for key, row in results.items():
+        for index, name in enumerate(NAMES):
+            if name in row:
+                ours, roof = row[name]["tokens_per_s"], row[name]["roofline"]
+                theirs, asked = (known[key][index] if key in known else 0 for known in (VLLM, ASKED))
+                share = f"{ours / roof:.0%}" if roof else ""
+                mark = "" if ours >= asked else " (missed)"
+                print(f"| {' '.join(key)} | {name} | {ours:,.0f} | {theirs:,} | {asked:,}{mark} | {share} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=["bf16"])
+    parts = ["decode", "prefill", "workload", "profile"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this measures a GPU, and there is none")
+    roofline = Roofline()
+    print(f"{torch.cuda.get_device_name()}: copy {roofline.bandwidth / 1e12:.2f} TB/s, products of 8192³ "
+          f"bf16 {roofline.rates[16] / 1e12:.0f}, int8 {roofline.rates[8] / 1e12:.0f} T operations/s")  # fmt: skip
+    results = {}
+    for shape in arguments.shape:
+        for scheme in arguments.scheme:
+            results[shape, scheme] = measure(shape, scheme, arguments.only, roofline)
+            table({(shape, scheme): results[shape, scheme]})
+            gc.collect()
+            torch.cuda.empty_cache()
+    table(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({" ".join(key): row for key, row in results.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

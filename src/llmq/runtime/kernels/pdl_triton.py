@@ -1,0 +1,32 @@
+"""Programmatic dependent launch (Hopper and later): a kernel starts while the one before it in the stream ends.
+
+    one kernel    … last programs │
+    the next         start │ wait │ read, compute, write …
+
+A kernel that is launched so calls ``wait`` before it touches what another one writes or reads. From then on the next
+may start: its programs take the room that this kernel's leave.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@cache
+def pdl(device: torch.device) -> dict[str, bool]:
+    """The launch option and the constant of a kernel that calls ``wait``."""
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": capable, "launch_pdl": capable}
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Wait for the kernel before; let the next one start."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
