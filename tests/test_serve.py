@@ -86,6 +86,16 @@ def test_the_pieces_of_a_stream_add_up_to_the_whole_answer(client: OpenAI, llm: 
     assert all(chunk.usage is None for chunk in chunks)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_are_those_of_generate(server: Server, llm: LLM, stream: bool) -> None:
+    expected = llm.generate(["a prompt"], SEEDED)[0].completions[0].token_ids
+    asked = {"prompt": "a prompt", "max_tokens": 24, "seed": 7, "ignore_eos": True, "return_token_ids": True}
+    answer = server.http.post("/v1/completions", json={**asked, "stream": stream}).text
+    events = answer.split("\n\n")[:-2] if stream else [answer]
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    assert [token for choice in choices for token in choice["token_ids"]] == expected
+
+
 def test_a_chat_goes_through_the_model_s_template(client: OpenAI, llm: LLM) -> None:
     messages: Any = [{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "hé"}]}]
     answer = client.chat.completions.create(model="tiny", messages=messages, **ASKED)

@@ -376,7 +376,7 @@ class LLM:
             yield from self._take_in(streaming, tokens)
         yield from self._hand_out(streaming)
 
-    def _take_in(self, streaming: bool, tokens: bool) -> Iterator[Any]:
+    def _take_in(self, streaming: bool, tokens: bool) -> Iterator[TextDelta | TokenDelta]:
         """Book what the oldest step gives that was launched."""
         plan, result = self._flights.popleft()
         progress = self._scheduler.update(plan, result())

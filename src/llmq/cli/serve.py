@@ -49,6 +49,7 @@ def serve(
     preemption: options.Preemption = _ENGINE.preemption,
     queue: options.Queue = _ENGINE.queue,
     load_format: options.LoadFormat = _ENGINE.load_format,
+    enforce_eager: options.EnforceEager = _ENGINE.enforce_eager,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -84,6 +85,7 @@ def serve(
         preemption=cast(Preemption, preemption),
         queue=cast(QueueOrder, queue),
         load_format=cast(LoadFormat, load_format),
+        enforce_eager=enforce_eager,
     )
 
     from llmq.serve.server import serve as run

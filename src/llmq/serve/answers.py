@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from llmq.engine.detokenizer import Detokenizer
@@ -47,6 +47,8 @@ class Generation:
         self.params = params
         self.prompt_logprobs: list[TokenLogprobs] = []
         """Of the prompt's tokens from the second on, where asked for; there when all answers are."""
+        self.every_token = params.logprobs is not None
+        """Whether pieces come as tokens do, although they have no text yet."""
         self.completion_tokens = 0
         self._client = client
         self._detokenizers = [
@@ -57,13 +59,13 @@ class Generation:
         self._stream: RequestStream = client.submit(prompt_ids, params)
         client.metrics.prompt_tokens += len(prompt_ids)
 
-    async def pieces(self) -> AsyncIterator[list[Answer]]:
+    async def pieces(self) -> AsyncGenerator[list[Answer]]:
         """Whatever there is to be read of the answers, as soon as there is something.
 
         Raises EngineDied, and ApiError when the engine refuses the prompt.
         """
+        pieces: dict[int, Answer] = {}
         while None in self._reasons:
-            pieces: dict[int, Answer] = {}
             for event in await self._stream.next():
                 if isinstance(event, TokenDelta):
                     self._extend(event, pieces)
@@ -71,7 +73,10 @@ class Generation:
                     raise ApiError(400, event.message)
                 else:
                     self._conclude(event, pieces)
-            readable = [piece for piece in pieces.values() if piece.text or piece.finish_reason or piece.logprobs]
+            # A part of a character, or of what may become a stop text, waits for the rest.
+            readable = [one for one in pieces.values() if one.text or one.finish_reason or self.every_token]
+            for piece in readable:
+                del pieces[piece.index]
             if readable:
                 yield readable
         if self.params.prompt_logprobs is not None:

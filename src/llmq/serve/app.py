@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,7 +22,7 @@ from llmq.serve.answers import Answer, Generation
 from llmq.serve.errors import ApiError
 from llmq.serve.middleware import LOG_FIELDS, AccessLog, ApiKeys, WholeBody
 from llmq.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from llmq.serve.replies import Echo, Envelope, chat_choice, chat_opening, chat_piece, completion_choice, usage
+from llmq.serve.replies import Echo, Envelope, Kind, chat_choice, chat_opening, chat_piece, completion_choice, usage
 from llmq.serve.service import Service
 from llmq.serve.streaming import ClientLeft, EventStream, as_api_error, collect, merged, until_failure, while_connected
 
@@ -33,12 +34,12 @@ Choice = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How the answers of one endpoint look. Choices are made of a generation, a (piece of an) answer and its index."""
+    """How the answers of one endpoint look, each under its index: ``whole``, or as pieces with perhaps an opening."""
 
-    envelope: Envelope
-    chunk_envelope: Envelope
+    object: Kind
+    chunk: Kind
     whole: Callable[[Generation, Answer, int], Choice]
-    piece: Callable[[Generation, Answer, int], Choice]
+    piece: Callable[[Answer, int], Choice]
     opening: Callable[[Generation, int], Choice] | None
 
 
@@ -83,14 +84,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         def whole(generation: Generation, answer: Answer, index: int) -> Choice:
             return completion_choice(answer, index, token_text, top=body.logprobs, echo=echo(generation))
 
-        def piece(generation: Generation, answer: Answer, index: int) -> Choice:
+        def piece(answer: Answer, index: int) -> Choice:
             return completion_choice(answer, index, token_text, top=body.logprobs)
 
         def opening(generation: Generation, index: int) -> Choice:
             return completion_choice(Answer(index), index, token_text, top=None, echo=echo(generation))
 
-        envelope = Envelope("text_completion", service.name)
-        form = Form(envelope, envelope, whole, piece, opening if body.echo else None)
+        form = Form("text_completion", "text_completion", whole, piece, opening if body.echo else None)
         _log_prompts(service, request, body.prompts)
         return await _respond(service, request, body, prompts, params, form)
 
@@ -100,21 +100,17 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         params = body.params()
         prompts = [await service.encode_chat(body.conversation)]
-        top = params.logprobs
 
         def whole(generation: Generation, answer: Answer, index: int) -> Choice:
-            return chat_choice(answer, index, token_text, top=top)
+            return chat_choice(answer, index, token_text, top=params.logprobs)
 
-        def piece(generation: Generation, answer: Answer, index: int) -> Choice:
-            return chat_piece(answer, index, token_text, top=top)
+        def piece(answer: Answer, index: int) -> Choice:
+            return chat_piece(answer, index, token_text, top=params.logprobs)
 
         def opening(generation: Generation, index: int) -> Choice:
             return chat_opening(index)
 
-        whole_envelope, chunk_envelope = (
-            Envelope(kind, service.name) for kind in ("chat.completion", "chat.completion.chunk")
-        )
-        form = Form(whole_envelope, chunk_envelope, whole, piece, opening)
+        form = Form("chat.completion", "chat.completion.chunk", whole, piece, opening)
         _log_prompts(service, request, body.conversation)
         return await _respond(service, request, body, prompts, params, form)
 
@@ -130,15 +126,35 @@ async def _respond(
     """Run ``prompts``; choice number i · n + k is answer k to prompt i."""
     generations = service.start(prompts, params)
     seconds = service.options.request_timeout
+    # Without a tokenizer, token ids are all that there is to an answer.
+    shows_tokens = bool(body.return_token_ids) or service.tokenizer is None
 
     def close() -> None:
         for generation in generations:
             generation.close()
         request.scope[LOG_FIELDS].update(_usage(generations))
 
+    def marked(choice: Choice, answer: Answer) -> Choice:
+        return {**choice, "token_ids": answer.token_ids} if shows_tokens else choice
+
+    async def chunks() -> AsyncGenerator[dict[str, Any]]:
+        """The events of a stream. Where usage is asked for it is null in all but the last."""
+        envelope, more = Envelope(form.chunk, service.name), {"usage": None} if body.include_usage else {}
+        if form.opening is not None:
+            for number, generation in enumerate(generations):
+                for index in range(number * params.n, (number + 1) * params.n):
+                    yield envelope.around([form.opening(generation, index)], **more)
+        async with aclosing(merged(generations)) as incoming:
+            async for number, pieces in incoming:
+                choices = [marked(form.piece(piece, number * params.n + piece.index), piece) for piece in pieces]
+                yield envelope.around(choices, **more)
+        if body.include_usage:
+            yield envelope.around([], usage=_usage(generations))
+
     if body.stream:
-        chunks = _chunks(generations, form, include_usage=body.include_usage)
-        return EventStream(until_failure(chunks, seconds), close)
+        for generation in generations:
+            generation.every_token |= shows_tokens
+        return EventStream(until_failure(chunks(), seconds), close)
     try:
         async with asyncio.timeout(seconds):
             answers = await while_connected(request.receive, collect(generations))
@@ -149,28 +165,11 @@ async def _respond(
     finally:
         close()
     choices = [
-        form.whole(generation, answer, number * params.n + answer.index)
+        marked(form.whole(generation, answer, number * params.n + answer.index), answer)
         for number, (generation, own) in enumerate(zip(generations, answers, strict=True))
         for answer in own
     ]
-    return JSONResponse(form.envelope.around(choices, usage=_usage(generations)))
-
-
-async def _chunks(
-    generations: Sequence[Generation], form: Form, *, include_usage: bool
-) -> AsyncIterator[dict[str, Any]]:
-    """The events of a stream. Where usage is asked for it is null in all but the last."""
-    envelope, more = form.chunk_envelope, {"usage": None} if include_usage else {}
-    if form.opening is not None:
-        for number, generation in enumerate(generations):
-            for index in range(generation.params.n):
-                yield envelope.around([form.opening(generation, number * generation.params.n + index)], **more)
-    async for number, pieces in merged(generations):
-        generation = generations[number]
-        first = number * generation.params.n
-        yield envelope.around([form.piece(generation, piece, first + piece.index) for piece in pieces], **more)
-    if include_usage:
-        yield envelope.around([], usage=_usage(generations))
+    return JSONResponse(Envelope(form.object, service.name).around(choices, usage=_usage(generations)))
 
 
 def _usage(generations: Sequence[Generation]) -> dict[str, int]:

@@ -62,20 +62,27 @@ class TimedHead(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._time_head()
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._stop_timer()  # it is a body that comes now
-        elif self.conn.trailing_data[0]:
-            self._time_head()
+        self._look_at_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._look_at_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
 
-    def _time_head(self) -> None:
+    def _look_at_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()  # it is there
+        elif self.conn.trailing_data[0]:
+            self._start_timer()  # a part of it is
+
+    def _start_timer(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 

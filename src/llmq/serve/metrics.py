@@ -70,7 +70,7 @@ class Metrics:
             for name, explanation, value in group:
                 yield from _head(name, kind, explanation)
                 yield self._sample(name, value)
-        yield from _head("request_success_total", "counter", "Requests that ended, by the reason.")
+        yield from _head("request_success_total", "counter", "Answers that ended, by the reason.")
         for reason in ("stop", "length", "abort", "error"):
             yield self._sample("request_success_total", self.finished[reason], finished_reason=reason)
         yield from _head("cache_config_info", "gauge", "The KV cache.")

@@ -63,6 +63,7 @@ class _Generate(_Body):
     include_stop_str_in_output: bool | None = None
     best_of: int | None = None
     priority: int | None = None
+    return_token_ids: bool | None = None
 
     @property
     def include_usage(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ class ClientLeft(Exception):
 class EventStream(Response):
     """Server-sent events. ``events`` are objects, or texts to be sent as they are; ``close`` is called in any case."""
 
-    def __init__(self, events: AsyncIterator[dict[str, Any] | str], close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncGenerator[dict[str, Any] | str], close: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._events = events
@@ -43,7 +43,7 @@ class EventStream(Response):
             self._close()
 
     async def _send(self, send: Send) -> None:
-        async with aclosing(self._events) as events:  # type: ignore[type-var]
+        async with aclosing(self._events) as events:
             async for event in events:
                 data = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False, separators=(",", ":"))
                 await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
@@ -64,7 +64,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, leaving, return_exceptions=True)
 
 
-async def merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, list[Answer]]]:
+async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, list[Answer]]]:
     """The pieces of all ``generations`` as they come, each with the number of its generation."""
     if len(generations) == 1:
         async for pieces in generations[0].pieces():
@@ -104,12 +104,12 @@ async def collect(generations: Sequence[Generation]) -> list[list[Answer]]:
     return whole
 
 
-async def until_failure(events: AsyncIterator[Any], seconds: float | None) -> AsyncIterator[Any]:
+async def until_failure(events: AsyncGenerator[Any], seconds: float | None) -> AsyncGenerator[Any]:
     """``events``, and where they fail, or come to take longer than ``seconds``, the error: it is too late for a status.
     Then OpenAI's end of the stream."""
     deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
     try:
-        async with aclosing(events) as open_events:  # type: ignore[type-var]
+        async with aclosing(events) as open_events:
             while True:
                 # Only the wait for the engine is under the clock, not the client's reading.
                 async with asyncio.timeout_at(deadline):
