@@ -583,7 +583,6 @@ def test_flags_that_make_no_sense_end_in_an_error_and_a_hint(llama: Path, flags:
 
 
 def test_a_plan_is_drawn(llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     assert llmq("memplan", llama, "--gpu", "h200", "--plot", tmp_path / "plan.png").code == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 

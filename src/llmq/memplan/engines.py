@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from llmq import memory
 from llmq.memplan.architecture import Architecture, LayerCache
@@ -49,6 +50,7 @@ def sequence_tokens(engine: str, layer: LayerCache, tokens: int, block_size: int
     return blocks * block_size
 
 
+@lru_cache(maxsize=64)
 def cached_layers(engine: str, architecture: Architecture) -> Mapping[LayerCache, int]:
     """The kinds of layers, and as how many of each the engine counts them."""
     kinds = architecture.kinds
