@@ -136,7 +136,7 @@ class Roofline:
 def _seconds(work: Callable[[], object]) -> float:
     for _ in range(3):
         work()
-    times = []
+    times: list[float] = []
     for _ in range(10):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()

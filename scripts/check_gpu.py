@@ -6,7 +6,8 @@
 
 A check draws fresh random inputs from a fixed seed, fills what the kernel must not read and what it has to write with
 NaN, compares by ‖out − exact‖ / ‖exact‖, and runs the kernel twice for the same bits. A timing is the median over
-replays of a CUDA graph that goes round several sets of inputs, together several times the L2 cache.
+replays of a CUDA graph that goes round several sets of inputs, together several times the L2 cache. The products are
+timed by bench_kernels.py.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention
 from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
 from llmq.runtime.kernels.kv_write import write_kv
-from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_reference
+from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
+from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows, quantize_rows_reference
 from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
-from llmq.runtime.kernels.silu import silu_mul, silu_mul_reference
-from llmq.runtime.kernels.wna16 import PackedWeight, pack_wna16, wna16_matmul
-from llmq.scheme import Scheme
+from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
+from llmq.runtime.kernels.w8a8 import Weight8, pack_w8a8, w8a8_matmul
+from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
+from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -264,15 +267,14 @@ class SmallCase:
         return torch.zeros(2, blocks, 64, self.kv_heads, self.head_dim, dtype=dtype, device="cuda")
 
 
-def draw_weight(
-    out_features: int, in_features: int, bits: int, group: int, symmetric: bool, act_order: bool = False
-) -> QuantizedWeight:
-    scheme = Scheme(bits, group, symmetric)
+def draw_weight(out_features: int, in_features: int, scheme: Scheme, act_order: bool = False) -> QuantizedWeight:
     groups = scheme.num_groups(in_features)
-    codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8, device="cuda")
+    codes = torch.randint(0, 2**scheme.bits, (out_features, in_features), dtype=torch.uint8, device="cuda")
+    if scheme.number == E4M3:
+        codes[codes & 0x7F == 0x7F] = 0  # not a number
     scales = (torch.rand(out_features, groups, device="cuda") * 0.02 + 0.005).half()
-    zeros = torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8, device="cuda")
-    if symmetric:
+    zeros = torch.randint(0, 2**scheme.bits, (out_features, groups), dtype=torch.uint8, device="cuda")
+    if scheme.symmetric:
         zeros.fill_(scheme.middle_code)
     index = None
     if act_order:
@@ -287,17 +289,13 @@ class LinearCase:
     batch: int
     out_features: int
     in_features: int
-    bits: int
-    group: int
-    symmetric: bool
+    scheme: Scheme
     dtype: torch.dtype
     act_order: bool = False
     bias: bool = False
 
     def check(self) -> Outcome:
-        weight = draw_weight(
-            self.out_features, self.in_features, self.bits, self.group, self.symmetric, self.act_order
-        )  # fmt: skip
+        weight = draw_weight(self.out_features, self.in_features, self.scheme, self.act_order)
         packed = pack_wna16(weight, self.dtype)
         # A slice of a wider tensor: rows apart, columns together.
         x = torch.randn(self.batch, 2 * self.in_features, device="cuda").to(self.dtype)[:, : self.in_features]
@@ -305,6 +303,65 @@ class LinearCase:
         exact = F.linear(x.double(), weight.dequantize().double(), None if bias is None else bias.double())
         # A long batch multiplies by the weight in the type of x: the weight is rounded too, not the output alone.
         return compare(lambda: wna16_matmul(x, packed, bias), exact, 1.2 if self.batch > 256 else 1.0)
+
+
+def w8a8_scheme(number: str) -> Scheme:
+    return Scheme(8, -1, number=number, activation_bits=8)
+
+
+@dataclass
+class RoundedCase:
+    """Products of 8-bit activations; those of integers, unscaled, are exact to the last bit."""
+
+    batch: int
+    out_features: int
+    in_features: int
+    number: str
+    dtype: torch.dtype
+    bias: bool = False
+
+    def check(self) -> Outcome:
+        weight = pack_w8a8(draw_weight(self.out_features, self.in_features, w8a8_scheme(self.number)))
+        x = quantize_rows(torch.randn(self.batch, self.in_features, device="cuda"), self.number)
+        bias = torch.randn(self.out_features, device="cuda").to(self.dtype) if self.bias else None
+        sums = x.codes.double() @ weight.codes.double().t()
+        if self.number == INT:
+            unscaled = QuantizedRows(x.codes, torch.ones_like(x.scales))
+            plain = Weight8(weight.codes, torch.ones_like(weight.scales))
+            if not w8a8_matmul(unscaled, plain, None, FP32).double().equal(sums):
+                return Outcome(math.inf, 0.0, True)
+        exact = sums * x.scales.double() * weight.scales.double() + (0 if bias is None else bias.double())
+        return compare(lambda: w8a8_matmul(x, weight, bias, self.dtype), exact)
+
+
+@dataclass
+class RowsCase:
+    """Rounding to 8 bits, alone and in the pass that computes what is rounded: the codes are those of a CPU."""
+
+    tokens: int
+    width: int
+    number: str
+    dtype: torch.dtype
+
+    def check(self) -> Outcome:
+        residual, x = torch.randn(2, self.tokens, self.width, device="cuda").to(self.dtype)
+        gate, up = torch.randn(self.tokens, 2 * self.width, device="cuda").to(self.dtype).chunk(2, dim=1)
+        weight = torch.randn(self.width, device="cuda").to(self.dtype)
+        total = residual.clone()
+        normed = add_rms_norm_quantize(residual, x, weight, 1e-5, self.number)
+        wrong = int((residual != total.add_(x)).sum())
+        for ours, plain in (
+            (quantize_rows(up, self.number), up),
+            (silu_mul_quantize(gate, up, self.number), silu_mul(gate, up)),
+        ):
+            exact = quantize_rows_reference(plain.cpu(), self.number)
+            wrong += int((ours.codes.cpu().view(torch.uint8) != exact.codes.view(torch.uint8)).sum())
+            wrong += int((ours.scales.cpu() != exact.scales).sum())
+        # A mean is summed in another order: a few codes may be a step off.
+        exact = quantize_rows_reference(add_rms_norm(residual, None, weight, 1e-5), self.number)
+        off = (normed.codes.double() * normed.scales - exact.codes.double() * exact.scales).norm()
+        error = (off / (exact.codes.double() * exact.scales).norm()).item()
+        return Outcome(error if wrong == 0 else math.inf, TOLERANCE[BF16], True)
 
 
 @dataclass
@@ -322,11 +379,18 @@ class AloneCase:
                 window=None, max_query_length=1, max_kv_length=8192, split=256,
             )  # fmt: skip
             wrong += int((alone[0] != together[row]).sum())
-        packed = pack_wna16(draw_weight(4096, 4096, 4, 128, True), BF16)
+        packed = pack_wna16(draw_weight(4096, 4096, Scheme()), BF16)
         x = torch.randn(200, 4096, device="cuda", dtype=BF16)
         together = wna16_matmul(x, packed)
         for batch in (1, 8, 9, 16, 17, 33, 100):
             wrong += int((wna16_matmul(x[:batch], packed) != together[:batch]).sum())
+        for number, batches in ((INT, (1, 8, 16, 17, 64, 65, 257, 400)), (E4M3, (1, 8, 9, 16)), (E4M3, (17, 32, 64))):
+            weight = pack_w8a8(draw_weight(4096, 4096, w8a8_scheme(number)))
+            rows = quantize_rows(torch.randn(max(batches), 4096, device="cuda"), number)
+            together = w8a8_matmul(rows, weight, None, BF16)
+            for batch in batches:
+                part = QuantizedRows(rows.codes[:batch], rows.scales[:batch])
+                wrong += int((w8a8_matmul(part, weight, None, BF16) != together[:batch]).sum())
         return Outcome(float(wrong), 0.0, True)
 
 
@@ -462,26 +526,44 @@ def all_cases() -> list[Case]:
     for batch in (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 118, 128, 152, 256, 257, 1024):
         for bits in (4, 8):
             for dtype in (BF16, FP16):
-                cases.append(LinearCase(batch, 512, 1024, bits, 128, True, dtype))
+                cases.append(LinearCase(batch, 512, 1024, Scheme(bits), dtype))
     for m, n, k in ((1, 1, 1), (1, 4, 8), (26, 37, 13), (257, 13, 11)):
         for bits in (4, 8):
             for group in (32, 64, 128, -1):
                 for width in (64, 256):
-                    cases.append(LinearCase(m, n * width, k * 128, bits, group, group == 64, BF16, bias=True))
+                    cases.append(LinearCase(m, n * width, k * 128, Scheme(bits, group, group == 64), BF16, bias=True))
     for out_features, in_features, group in ((7, 32, 32), (33, 96, 32), (100, 192, 64), (65, 320, 64), (63, 130, -1)):
         for bits in (4, 8):
             for symmetric in (True, False):
                 for dtype in (BF16, FP16, FP32):
                     for batch in (1, 20, 70, 300):
-                        cases.append(LinearCase(batch, out_features, in_features, bits, group, symmetric, dtype))
-    cases.append(LinearCase(64, 1, 256, 4, 128, True, FP32))
+                        scheme = Scheme(bits, group, symmetric)
+                        cases.append(LinearCase(batch, out_features, in_features, scheme, dtype))
+    cases.append(LinearCase(64, 1, 256, Scheme(), FP32))
+    for batch in (1, 16, 70, 300):
+        for dtype in (BF16, FP16, FP32):
+            for scheme in (Scheme(2, 32), Scheme(3, 64, False), Scheme(5, 128), Scheme(6, -1, False),
+                           Scheme(8, 128, number=E4M3), Scheme(8, -1, number=E4M3), Scheme(8, 0),
+                           Scheme(4, 64, number=NF4), Scheme(4, 32, number=FP4)):  # fmt: skip
+                cases.append(LinearCase(batch, 200, 1024, scheme, dtype))
     for bits in (4, 8):
         for dtype in (BF16, FP16):
-            cases.append(LinearCase(5, 256, 1024, bits, 128, True, dtype, act_order=True))
-            cases.append(LinearCase(300, 256, 1024, bits, 64, False, dtype, act_order=True, bias=True))
+            cases.append(LinearCase(5, 256, 1024, Scheme(bits), dtype, act_order=True))
+            cases.append(LinearCase(300, 256, 1024, Scheme(bits, 64, False), dtype, act_order=True, bias=True))
             for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
                 for batch in (1, 16, 64, 130):
-                    cases.append(LinearCase(batch, out_features, in_features, bits, 128, True, dtype))
+                    cases.append(LinearCase(batch, out_features, in_features, Scheme(bits), dtype))
+    for number in (INT, E4M3):
+        for dtype in (BF16, FP16, FP32):
+            for batch in (1, 5, 9, 16, 17, 32, 33, 64, 65, 128, 200, 257, 1024):
+                cases.append(RoundedCase(batch, 512, 1024, number, dtype, bias=batch % 2 == 1))
+                cases.append(RoundedCase(batch, 65, 300, number, dtype, bias=batch % 2 == 0))
+            cases.append(RoundedCase(300, 200, 208, number, dtype))
+            for tokens, width in ((1, 64), (7, 300), (3, 14336), (100, 4096), (2, 28672)):
+                cases.append(RowsCase(tokens, width, number, dtype))
+        for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+            for batch in (1, 16, 32, 64, 128, 256, 1000):
+                cases.append(RoundedCase(batch, out_features, in_features, number, BF16))
     return [*map(ModelCase, VARIANTS), *cases, AloneCase(), GraphCase()]
 
 
@@ -593,35 +675,6 @@ def time_prefill() -> None:
         print(f"  {name:44} {spent * 1e3:7.2f} {operations / spent / 1e12:9.0f} {other}", flush=True)
 
 
-def time_linear(bandwidth: float) -> None:
-    print(
-        "\nlinear, g128, bf16    shape      M  cuBLAS µs      W4 µs    GB/s  share speed-up      W8 µs    GB/s  share"
-    )
-    for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
-        copies = max(4, 2**29 // (out_features * in_features))
-        packed: dict[int, list[PackedWeight]] = {
-            bits: [pack_wna16(draw_weight(out_features, in_features, bits, 128, True), BF16) for _ in range(copies)]
-            for bits in (4, 8)
-        }
-        dense = [torch.randn(out_features, in_features, device="cuda", dtype=BF16) for _ in range(copies)]
-        for batch in (1, 8, 16, 32, 64):
-            x = torch.randn(batch, in_features, device="cuda", dtype=BF16)
-            base = seconds([partial(F.linear, x, weight) for weight in dense])
-            line = f"  {out_features:20} × {in_features:5} {batch:4} {base * 1e6:10.1f}"
-            for bits in (4, 8):
-                spent = seconds([partial(wna16_matmul, x, weight) for weight in packed[bits]])
-                rate = (packed[bits][0].words.nbytes + packed[bits][0].meta.nbytes) / spent
-                line += f" {spent * 1e6:10.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%}"
-                line += f" {base / spent:8.2f}×" if bits == 4 else ""
-            print(line, flush=True)
-        for batch in (128, 256, 512, 2048):
-            x = torch.randn(batch, in_features, device="cuda", dtype=BF16)
-            base = seconds([partial(F.linear, x, dense[0])] * 4)
-            spent = seconds([partial(wna16_matmul, x, packed[4][0])] * 4)
-            print(f"  {out_features:20} × {in_features:5} {batch:4} {base * 1e6:10.1f} {spent * 1e6:10.1f}"
-                  f" {'':14} {base / spent:8.2f}×", flush=True)  # fmt: skip
-
-
 def time_small() -> None:
     print("\nbetween the products, bf16, 8B shapes       tokens   kernel µs   plain PyTorch µs")
     for tokens in (1, 64, 2048):
@@ -655,7 +708,6 @@ def main() -> int:
         print(f"\ncopy bandwidth {bandwidth / 1e9:.0f} GB/s, read and written")
         time_decode(bandwidth)
         time_prefill()
-        time_linear(bandwidth)
         time_small()
     return 0 if well else 1
 

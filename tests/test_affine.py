@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from llmq.quant.affine import MAX_WEIGHT, decode, encode, fit_grid, per_channel
 from llmq.quant.methods import rtn
-from llmq.scheme import Scheme
+from llmq.scheme import BITS, E4M3, GROUP_SIZES, INT, WHOLE_TENSOR, Scheme
 
-SCHEMES = st.builds(Scheme, st.sampled_from((4, 8)), st.sampled_from((32, 64, 128, -1)), st.booleans())
+SCHEMES = st.builds(Scheme, st.sampled_from(BITS[INT]), st.sampled_from(GROUP_SIZES), st.booleans())
 EXACT = 1 + 2**-20
 """Room for fp32's own rounding."""
 
@@ -30,7 +30,7 @@ def weights(draw: st.DrawFn) -> torch.Tensor:
             weight[:, :32] = 0
         case "constant":
             weight[:] = weight[0, 0]
-    return weight
+    return weight.clamp(-MAX_WEIGHT, MAX_WEIGHT)
 
 
 @settings(deadline=None)
@@ -92,6 +92,33 @@ def test_an_asymmetric_grid_is_finer_where_weights_are_of_one_sign() -> None:
 
 
 @settings(deadline=None)
+@given(weights(), st.sampled_from((-1, 0)))
+def test_e4m3_weights_are_torch_s_own_of_the_nearest_scale_that_loses_nothing_at_the_ends(
+    weight: torch.Tensor, group_size: int
+) -> None:
+    quantized = rtn.quantize_weight(weight, Scheme(8, group_size, number=E4M3))
+    values = (weight / quantized.scales.float()).to(torch.float8_e4m3fn)
+    assert torch.equal(quantized.dequantize(), values.float() * quantized.scales.float())
+    assert quantized.dequantize().isfinite().all()
+    # Four bits of mantissa with the leading one; below the smallest normal number steps are even.
+    error = (quantized.dequantize() - weight).abs()
+    assert (error <= (weight.abs() / 16).maximum(quantized.scales.float() * 2**-10) * EXACT).all()
+    assert (weight.abs().amax(1) <= 448 * quantized.scales[:, 0].float()).all()
+
+
+@settings(deadline=None)
+@given(weights(), st.sampled_from((2, 4, 8)), st.booleans())
+def test_one_scale_for_a_whole_layer_is_that_of_its_widest_row(
+    weight: torch.Tensor, bits: int, symmetric: bool
+) -> None:
+    scales, zeros = fit_grid(weight, Scheme(bits, WHOLE_TENSOR, symmetric))
+    flat, middle = fit_grid(weight.view(1, -1), Scheme(bits, -1, symmetric))
+    assert (scales == flat).all()
+    assert (zeros == middle).all()
+    assert scales.shape == zeros.shape == (len(weight), 1)
+
+
+@settings(deadline=None)
 @given(weights(), SCHEMES, st.integers(0, 1000))
 def test_a_grid_fitted_to_input_energies_weighs_errors_by_them(weight: torch.Tensor, scheme: Scheme, seed: int) -> None:
     energy = torch.rand(128, generator=torch.Generator().manual_seed(seed)).pow(4)
@@ -104,4 +131,4 @@ def test_a_grid_fitted_to_input_energies_weighs_errors_by_them(weight: torch.Ten
     plain, fitted = fit_grid(weight, scheme), fit_grid(weight, scheme, energy)
     assert (loss(*fitted) <= loss(*plain) * EXACT).all()
     assert (fitted[0] <= plain[0]).all()
-    assert (fitted[0].float() >= 0.7 * plain[0].float() - 2**-24).all()
+    assert (fitted[0].float() >= 0.4 * plain[0].float() - 2**-24).all()

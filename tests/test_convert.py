@@ -275,25 +275,26 @@ def test_the_scales_of_a_kv_cache_are_not_lost(tmp_path: Path, tiny: Path) -> No
     assert_refused(result, "scales a KV cache of 8 bits, for which the GPTQ format has no place")
 
 
-def test_a_folder_with_autoawq_s_config_beside_config_json_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("writer", "name", "fields"),
+    [
+        ("autoawq", "quant_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}),
+        ("auto_gptq", "quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False, "sym": True}),
+    ],
+)
+def test_what_stands_in_a_file_of_its_own_is_read_as_if_in_config_json(
+    tmp_path: Path, writer: str, name: str, fields: dict[str, Any]
+) -> None:
+    """As AutoAWQ and AutoGPTQ began, without the method's name."""
     source = tmp_path / "source"
-    shutil.copytree(FIXTURES / "autoawq" / "w4", source)
+    shutil.copytree(FIXTURES / writer / "w4", source)
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     (source / "config.json").write_text(json.dumps(config))
-    old = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
-    (source / "quant_config.json").write_text(json.dumps(old))
-    assert inspect(str(source)) == replace(inspect(str(FIXTURES / "autoawq" / "w4")), folder=str(source))
-    assert llmq("convert", source, "-o", tmp_path / "out", "--format", "gptq").code == 0
-    assert not (tmp_path / "out" / "quant_config.json").exists()
-
-
-def test_an_odd_size_is_packed_where_it_can_be(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model", intermediate_size=240)
-    source = quantized(model, tmp_path / "source", Scheme(4, -1), format="compressed-tensors")
-    assert load_decoder(open_source(source, "cpu", torch.float32))
-    result = llmq("convert", source, "-o", tmp_path / "out", "--format", "gptq")
-    assert_refused(result, "packs multiples of 32")
+    (source / name).write_text(json.dumps(fields))
+    assert inspect(str(source)) == replace(inspect(str(FIXTURES / writer / "w4")), folder=str(source))
+    assert llmq("convert", source, "-o", tmp_path / "out", "--format", "compressed-tensors").code == 0
+    assert not (tmp_path / "out" / name).exists()
 
 
 # Inspect

@@ -9,6 +9,8 @@ import torch
 from tiny_models import VARIANTS, save_tiny, save_variant
 from torch import Tensor
 
+from llmq import LLM, SamplingParams
+from llmq.engine.options import EngineOptions
 from llmq.runtime.decoder import CausalAttention
 from llmq.runtime.loader import load_decoder, open_source
 
@@ -58,22 +60,34 @@ def test_bf16_logits_err_no_more_than_those_of_transformers(variant: tuple[Path,
     assert error(ours, exact) <= 1.2 * error(theirs, exact)
 
 
+ORIGINAL = 64
+
+
+def save_scaled(folder: Path, scaling: str) -> Path:
+    """A tiny model whose angles depend on whether sequences are longer than ORIGINAL."""
+    fields = {"rope_type": scaling, "rope_theta": 10_000.0, "factor": 4.0}
+    if scaling == "dynamic":
+        return save_tiny(folder, max_position_embeddings=ORIGINAL, rope_parameters=fields)
+    fields |= {"short_factor": [1.0] * 16, "long_factor": [1.0 + n for n in range(16)]}
+    original = {"original_max_position_embeddings": ORIGINAL}
+    return save_tiny(folder, "phi3", pad_token_id=0, rope_parameters=fields, **original)
+
+
 @pytest.mark.parametrize("length", [32, 100], ids=["within", "beyond"])
 @pytest.mark.parametrize("scaling", ["longrope", "dynamic"])
 def test_scalings_that_depend_on_the_length_follow_that_of_the_sequences(
     tmp_path: Path, scaling: str, length: int
 ) -> None:
-    original, fields = 64, {"rope_type": scaling, "rope_theta": 10_000.0, "factor": 4.0}
-    if scaling == "longrope":
-        factors = {"short_factor": [1.0] * 16, "long_factor": [1.0 + n for n in range(16)]}
-        folder = save_tiny(
-            tmp_path,
-            "phi3",
-            pad_token_id=0,
-            original_max_position_embeddings=original,
-            rope_parameters=fields | factors,
-        )
-    else:
-        folder = save_tiny(tmp_path, max_position_embeddings=original, rope_parameters=fields)
-    ids = token_ids(length)
+    folder, ids = save_scaled(tmp_path, scaling), token_ids(length)
     assert error(our_logits(folder, torch.float32, ids), their_logits(folder, torch.float32, ids)) < 1e-5
+
+
+@pytest.mark.parametrize(("length", "longest"), [(32, ORIGINAL), (100, None)], ids=["within", "beyond"])
+def test_an_engine_scales_for_the_longest_sequence_that_it_may_run(
+    tmp_path: Path, length: int, longest: int | None
+) -> None:
+    folder, prompts = save_scaled(tmp_path, "longrope"), token_ids(length)
+    llm = LLM(str(folder), device="cpu", options=EngineOptions(max_model_len=longest))
+    outputs = llm.generate(prompts.tolist(), SamplingParams(max_tokens=1, temperature=0))
+    theirs = their_logits(folder, torch.float32, prompts)[:, -1].argmax(-1)
+    assert [output.completions[0].token_ids[0] for output in outputs] == theirs.tolist()

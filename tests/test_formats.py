@@ -19,6 +19,7 @@ from llmq.checkpoint.formats import (
     Format,
     format_for,
     is_packed,
+    kept_layers,
     open_format,
     packed_bytes,
     packed_layers,
@@ -398,6 +399,22 @@ def test_formats_without_names_for_several_schemes_refuse_them(name: str) -> Non
     with pytest.raises(LlmqError, match="holds one scheme a folder") as caught:
         format_for(name, {NAME: one, "other": other})
     assert caught.value.exit_code == USAGE
+
+
+def test_whatever_stays_a_matrix_is_named_routers_too(tmp_path: Path) -> None:
+    shapes = {
+        "model.embed_tokens.weight": (32, 64),
+        "model.layers.0.input_layernorm.weight": (64,),
+        "model.layers.0.mlp.gate.weight": (8, 64),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (64, 64),
+        "model.layers.0.self_attn.q_proj.qweight": (8, 64),
+    }
+    writer = ShardWriter(tmp_path)
+    for tensor, shape in shapes.items():
+        writer.add(tensor, torch.zeros(shape))
+    writer.close()
+    kept = kept_layers(Tensors(tmp_path), ["model.layers.0.mlp.experts.0.up_proj"])
+    assert kept == ["model.layers.0.mlp.gate"]
 
 
 @pytest.mark.parametrize("name", ["awq", "bitsandbytes"])

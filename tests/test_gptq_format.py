@@ -149,6 +149,14 @@ def test_the_config_is_read_as_it_was_written(scheme: Scheme) -> None:
     assert "modules_in_block_to_quantize" not in fields
 
 
+def test_scattered_groups_are_announced_where_readers_look() -> None:
+    """Without ``desc_act``, fast kernels take the groups to be in their places, whatever the index says."""
+    config = gptq.Gptq.for_schemes({NAME: Scheme()})
+    for scattered in (True, False):
+        fields = config.config_dict(quantized=[NAME], ignored=[], writer="llmq:0", act_order=scattered)
+        assert fields["desc_act"] is scattered
+
+
 def names(*layers: str) -> list[str]:
     return [f"model.layers.{layer}" for layer in layers]
 

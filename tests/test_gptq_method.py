@@ -11,9 +11,10 @@ from torch import Tensor
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.quant.affine import decode, encode, fit_grid, per_channel
 from llmq.quant.methods import gptq, rtn
+from llmq.quant.options import DYNAMIC, OFF, STATIC
 from llmq.scheme import Scheme
 
-SCHEMES = st.builds(Scheme, st.sampled_from((4, 8)), st.sampled_from((32, 64, -1)), st.booleans())
+SCHEMES = st.builds(Scheme, st.sampled_from((2, 3, 4, 8)), st.sampled_from((32, 64, -1)), st.booleans())
 
 
 def correlated_hessian(size: int, seed: int, samples: int = 512) -> Tensor:
@@ -91,6 +92,45 @@ def test_act_order_leaves_codes_and_grids_in_natural_order(scheme: Scheme) -> No
     assert torch.equal(quantized.scales, scales)
     assert torch.equal(quantized.zero_points, zeros)
     assert (quantized.dequantize() - weight).abs().max() < 10 * scales.max()
+
+
+def test_without_act_order_columns_are_rounded_from_the_first_to_the_last() -> None:
+    weight, hessian = random_weight(8, 128, 2), correlated_hessian(128, 2)
+    ordered = hessian.diagonal().argsort(descending=True)
+    by_energy = gptq.quantize_weight(weight[:, ordered], Scheme(4, -1), hessian[ordered][:, ordered], OFF)
+    static = gptq.quantize_weight(weight, Scheme(4, -1), hessian, STATIC)
+    assert (by_energy.codes == static.codes[:, ordered]).float().mean() > 0.99
+    off = gptq.quantize_weight(weight, Scheme(4, -1), hessian, OFF)
+    assert (off.codes != static.codes).any()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10_000), st.booleans())
+def test_dynamic_order_groups_columns_of_like_energy_and_says_where_they_are(seed: int, symmetric: bool) -> None:
+    scheme = Scheme(3, 32, symmetric)
+    weight, hessian = random_weight(8, 128, seed), correlated_hessian(128, seed)
+    quantized = gptq.quantize_weight(weight, scheme, hessian, DYNAMIC)
+    assert quantized.group_index is not None
+    assert quantized.group_index.bincount().tolist() == [32] * 4
+    energies = [hessian.diagonal()[quantized.group_index == group] for group in range(4)]
+    assert all(energies[group].min() >= energies[group + 1].max() for group in range(3))
+    assert output_error(weight, quantized, hessian) < 0.8 * output_error(
+        weight, rtn.quantize_weight(weight, scheme), hessian
+    )
+
+
+def test_groups_that_act_order_leaves_in_place_need_no_index() -> None:
+    weight, energies = random_weight(4, 64, 1), torch.arange(64, 0, -1.0).diag()
+    assert gptq.quantize_weight(weight, Scheme(4, 32), energies, DYNAMIC).group_index is None
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(8, -1, activation_bits=8), Scheme(8, 0)], ids=str)
+def test_layers_together_are_quantized_as_each_alone(scheme: Scheme) -> None:
+    weights, hessian = [random_weight(rows, 128, rows) for rows in (8, 24)], correlated_hessian(128, 2)
+    for weight, together in zip(weights, gptq.quantize_weights(weights, scheme, hessian), strict=True):
+        alone = gptq.quantize_weight(weight, scheme, hessian)
+        assert torch.equal(together.scales, alone.scales)
+        assert (together.codes == alone.codes).float().mean() > 0.99
 
 
 def test_channels_without_input_are_rounded_and_move_nothing() -> None:

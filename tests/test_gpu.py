@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_kernels_reference import draw_weight
 from tiny_models import VARIANTS, save_tiny, save_variant
 
 from llmq import LLM, SamplingParams, Scheme, quantize
 from llmq.checkpoint.folder import demo_folder
 from llmq.engine.options import EngineOptions
 from llmq.runtime.decoder import CausalAttention
+from llmq.runtime.linear import merge, quantized_linear
 from llmq.runtime.loader import load_decoder, open_source
+from llmq.scheme import E4M3, NF4
 
 pytestmark = pytest.mark.gpu
 
@@ -114,6 +118,28 @@ def test_quantized_logits_are_those_of_a_cpu(scheme: Scheme, tmp_path: Path) -> 
         dense = logits(demo_folder() / "model", "cuda", torch.bfloat16, rows)
         dense_exact = logits(demo_folder() / "model", "cpu", torch.float32, rows)
         assert (halves - exact[: len(rows)]).norm() < 1.5 * (dense - dense_exact).norm()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(3, 32, False), Scheme(6, 128), Scheme(8, 128, number=E4M3), Scheme(4, 64, number=NF4),
+     Scheme(8, -1, activation_bits=8), Scheme(8, -1, number=E4M3, activation_bits=8)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 20, 100, 300])
+def test_a_quantized_layer_is_that_of_a_cpu(scheme: Scheme, rows: int) -> None:
+    torch.manual_seed(0)
+    weight = draw_weight((192, 512), scheme)
+    there = replace(
+        weight, codes=weight.codes.cuda(), scales=weight.scales.cuda(), zero_points=weight.zero_points.cuda()
+    )
+    x, bias = torch.randn(rows, 512), torch.randn(192)
+    expected = quantized_linear(weight, bias, torch.float32)(x)
+    layers = [quantized_linear(there, bias.cuda(), torch.float32) for _ in range(2)]
+    assert (layers[0](x.cuda()).cpu() - expected).norm() <= 1e-5 * expected.norm()
+    merged = merge(layers)
+    assert merged is not None
+    assert (merged(x.cuda()).cpu() - torch.cat([expected, expected], dim=1)).norm() <= 2e-5 * expected.norm()
 
 
 def test_demo_generates_the_same_on_a_gpu_and_a_cpu() -> None:

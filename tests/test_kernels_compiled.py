@@ -12,8 +12,17 @@ import pytest
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.backends.compiler")
 
-from llmq.runtime.kernels import attention_triton, gumbel_triton, norm_triton, rope_triton, wna16_triton  # noqa: E402
+from llmq.runtime.kernels import (  # noqa: E402
+    attention_triton,
+    gumbel_triton,
+    norm_triton,
+    rope_triton,
+    silu_triton,
+    w8a8_triton,
+    wna16_triton,
+)
 from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
+from llmq.scheme import E4M3, INT, NF4  # noqa: E402
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
@@ -29,7 +38,7 @@ def compile_for(capability: int, kernel: Any, types: dict[str, str], warps: int,
             (index,): [["tt.divisibility", 16]]
             for index, name in enumerate(kernel.arg_names)
             if signature[name].startswith("*")
-            or any(part in name for part in ("stride", "features", "hidden", "vocabulary"))
+            or any(part in name for part in ("stride", "features", "hidden", "width", "vocabulary"))
         },
     )
     target = compiler.GPUTarget("cuda", capability, 32)
@@ -46,6 +55,23 @@ def spilled_bytes(compiled: Any, folder: Path) -> int:
     return int(found[1])
 
 
+def loop_instructions(compiled: Any, folder: Path) -> int:
+    """Instructions of a turn of the innermost loop that has matrix instructions."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listing = subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
+    code = {int(at, 16): text for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)}
+    loops = []
+    for end, text in code.items():
+        found = re.search(r"BRA\b.* 0x([0-9a-f]+)", text)
+        if found and int(found[1], 16) < end:
+            body = [text for at, text in code.items() if int(found[1], 16) <= at <= end]
+            if any("MMA" in text for text in body):
+                loops.append(len(body))
+    return min(loops)
+
+
 def attention(
     capability: int, head_dim: int, block_size: int, group: int, decode: bool, windowed: bool, *, capped: bool = False
 ) -> Any:
@@ -58,16 +84,40 @@ def attention(
         launch.warps, launch.stages,
         GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
         WINDOWED=windowed, CAPPED=capped, DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
+        PDL=capability >= 90,
     )  # fmt: skip
 
 
-def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str) -> Any:
+def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT) -> Any:
     launch = wna16_triton.launch_for(bits, rows, 2)
-    pointers = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | {"words": "*i16", "meta": "*i32"}
+    pointers = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | {"words": "*i16", "meta": "*i32", "table": "*fp32"}
+    constants = {} if number == NF4 else {"table": None}
     return compile_for(
         capability, wna16_triton.wna16_kernel, pointers | {"sums": "*fp32", "counters": "*i32"}, launch.warps, 3,
-        WHOLE_STEPS=True, BITS=bits, PER_GROUP=per_group, BF16_SCALE=False, HAS_BIAS=True, SPLIT=True, REDUCED=False,
-        ASM=True, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
+        **constants, WHOLE_STEPS=True, BITS=bits, NUMBER=number, PER_GROUP=per_group, BF16_SCALE=False, SPLIT=True,
+        REDUCED=False, ASM=True, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
+        PDL=capability >= 90,
+    )  # fmt: skip
+
+
+def w8a8(capability: int, kernel: Any, launch: w8a8_triton.Launch, number: str) -> Any:
+    code, total = ("i8", "i32") if number == INT else ("fp8e4nv", "fp32")
+    types = {"x": f"*{code}", "weight": f"*{code}", "sums": f"*{total}", "bias": "*bf16", "out": "*bf16"}
+    types |= {"x_scales": "*fp32", "weight_scales": "*fp32"}
+    constants: dict[str, Any] = {}
+    if kernel is w8a8_triton.large_kernel:
+        types |= {"x": f"tensordesc<{code}[{launch.block_m},{launch.block_k}]>"}
+        types |= {"weight": f"tensordesc<{code}[{launch.block_n},{launch.block_k}]>"}
+        constants = {"GROUP": w8a8_triton.GROUP}
+    else:
+        constants = {"WHOLE_STEPS": True}
+    if kernel is w8a8_triton.sliced_kernel:
+        constants["SLICES"] = w8a8_triton.SLICES
+    if kernel is w8a8_triton.split_kernel:
+        constants["SPLIT"] = False
+    return compile_for(
+        capability, kernel, types, launch.warps, 3, **constants, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k, STAGES=launch.stages, PDL=capability >= 90,
     )  # fmt: skip
 
 
@@ -101,14 +151,35 @@ def test_capped_attention_on_hopper(decode: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "rows", "per_group", "dtype"),
-    [(4, 1, 4, "bf16"), (4, 16, 4, "bf16"), (4, 64, 4, "bf16"), (4, 16, 1, "fp16"), (8, 1, 0, "bf16"),
-     (8, 16, 2, "fp16"), (8, 64, 4, "bf16")],
+    ("bits", "rows", "per_group", "dtype", "number", "most"),
+    [(4, 1, 4, "bf16", INT, 3), (4, 16, 4, "bf16", INT, 3), (4, 64, 4, "bf16", INT, 3.5), (4, 16, 1, "fp16", INT, 4),
+     (8, 1, 0, "bf16", INT, 4.5), (8, 16, 2, "fp16", INT, 4.5), (8, 64, 4, "bf16", INT, 5),
+     (8, 1, 0, "bf16", E4M3, 8), (8, 16, 4, "fp16", E4M3, 8), (4, 8, 2, "bf16", NF4, 9)],
 )  # fmt: skip
-def test_wna16_on_hopper(bits: int, rows: int, per_group: int, dtype: str, tmp_path: Path) -> None:
-    compiled = wna16(90, bits, rows, per_group, dtype)
+def test_wna16_on_hopper(
+    bits: int, rows: int, per_group: int, dtype: str, number: str, most: float, tmp_path: Path
+) -> None:
+    compiled = wna16(90, bits, rows, per_group, dtype, number)
     assert (MATRIX[90] if rows > 8 else "mma.sync") in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
+    launch = wna16_triton.launch_for(bits, rows, 2)
+    assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * launch.block_n * wna16_triton.STEP
+
+
+@pytest.mark.parametrize("number", [INT, E4M3])
+@pytest.mark.parametrize("rows", [1, 32, 256, 1000])
+def test_w8a8_on_hopper(rows: int, number: str, tmp_path: Path) -> None:
+    kernel, launch = w8a8_triton.kernel_for(rows, number)
+    compiled = w8a8(90, kernel, launch, number)
+    if kernel is w8a8_triton.sliced_kernel:
+        product = "mma.sync.*s8" if number == INT else "mma.sync.*f16"  # the small instruction has no FP8 on Hopper
+    else:
+        product = "wgmma.mma_async.*s8" if number == INT else "wgmma.mma_async.*e4m3"
+    assert re.search(product, compiled.asm["ptx"])
+    assert spilled_bytes(compiled, tmp_path) == 0
+    weights = launch.block_n * launch.block_k * (w8a8_triton.SLICES if kernel is w8a8_triton.sliced_kernel else 1)
+    products = weights * max(1, launch.block_m // 64)
+    assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= 2.2 * products
 
 
 @pytest.mark.parametrize("chunk", [8, 32])
@@ -127,19 +198,35 @@ def test_other_gpus(capability: int) -> None:
     assert MATRIX[capability] in attention(capability, 128, 64, 4, False, False).asm["ptx"]
     assert "mma.sync" in attention(capability, 128, 64, 4, True, False).asm["ptx"]
     assert "mma" in wna16(capability, 4, 16, 4, "bf16").asm["ptx"]
+    assert "mma" in wna16(capability, 8, 16, 4, "bf16", E4M3).asm["ptx"]
+    for rows in (16, 64, 1000):
+        assert "mma" in w8a8(capability, *w8a8_triton.kernel_for(rows, INT), INT).asm["ptx"]
+
+
+def test_kernels_of_hopper_start_before_the_one_before_has_ended() -> None:
+    kernels = [w8a8(90, *w8a8_triton.kernel_for(rows, INT), INT) for rows in (1, 32, 1000)]
+    for compiled in (*kernels, wna16(90, 4, 1, 4, "bf16")):
+        ptx = compiled.asm["ptx"]
+        assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents") < ptx.index("mma")
 
 
 def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
     pointers = dict.fromkeys(("residual", "x", "weight", "out"), "*bf16") | {"scales": "*fp32", "eps": "fp32"}
+    constants = {"ADD": True, "BLOCK": 4096, "PDL": True}
     kernel = norm_triton.add_rms_norm_kernel
-    assert "st.global.v4" in compile_for(90, kernel, pointers, 8, 3, ADD=True, LARGEST=0.0, BLOCK=4096).asm["ptx"]
+    assert "st.global.v4" in compile_for(90, kernel, pointers, 8, 3, LARGEST=0.0, **constants).asm["ptx"]
+    pointers["out"] = "*i8"
+    assert "ld.global.v4" in compile_for(90, kernel, pointers, 8, 3, LARGEST=127.0, **constants).asm["ptx"]
+    pointers = dict.fromkeys(("gate", "up"), "*bf16") | {"codes": "*fp8e4nv", "scales": "*fp32"}
+    kernel = silu_triton.silu_mul_quantize_kernel
+    assert "ld.global.v4" in compile_for(90, kernel, pointers, 16, 3, LARGEST=448.0, BLOCK=16384, PDL=True).asm["ptx"]
     pointers = dict.fromkeys(
         ("query", "key", "value", "query_norm", "key_norm", "out", "key_cache", "value_cache"), "*bf16"
     )
     pointers |= {"cos": "*fp32", "sin": "*fp32", "slots": "*i64", "eps": "fp32"}
     compiled = compile_for(
         90, rope_triton.rope_and_write_kernel, pointers, 2, 3,
-        NORM=True, HALF=64, HALF_PADDED=64, REST=0, REST_PADDED=1, BLOCK_SIZE=64, BLOCK=8,
+        NORM=True, HALF=64, HALF_PADDED=64, REST=0, REST_PADDED=1, BLOCK_SIZE=64, BLOCK=8, PDL=True,
     )  # fmt: skip
     assert "st.global.v4" in compiled.asm["ptx"]
 

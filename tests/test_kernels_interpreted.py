@@ -153,11 +153,12 @@ else:
     @pytest.mark.parametrize(
         ("batch", "shape"),
         [
-            (1, (64, 256)),
-            (3, (96, 2048)),  # splits, summed by the last program
-            (20, (40, 2048)),  # splits, summed by a kernel of their own
+            (1, (48, 2048)),  # slices
+            (13, (65, 1100)),
+            (20, (40, 2048)),  # splits
             (70, (70, 300)),
-            (150, (65, 256)),
+            (260, (80, 304)),  # big tiles
+            (260, (65, 300)),  # rows that the copy engine cannot address
         ],
     )
     def test_w8a8(batch: int, shape: tuple[int, int], number: str) -> None:

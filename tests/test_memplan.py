@@ -351,9 +351,17 @@ def test_without_files_the_size_is_computed_in_the_scheme_of_the_config() -> Non
     assert stored.on_disk / GIB == pytest.approx(5.33, abs=0.01)
 
 
-def test_without_files_a_format_without_a_formula_is_refused() -> None:
-    result = plan(Model(describe(LLAMA_31_8B | {"quantization_config": {"quant_method": "fp8"}})))
-    with pytest.raises(LlmqError, match="'fp8'"):
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        ({"quant_method": "fp8"}, "'fp8'"),
+        (GPTQ | {"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}, "not every layer has the same scheme"),
+    ],
+    ids=["no formula", "several schemes"],
+)
+def test_without_files_what_no_formula_covers_is_refused(quantization: dict[str, Any], reason: str) -> None:
+    result = plan(Model(describe(LLAMA_31_8B | {"quantization_config": quantization})))
+    with pytest.raises(LlmqError, match=reason):
         _ = result.weights
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,20 +18,21 @@ from tiny_models import VARIANTS, save_tiny, save_variant
 from llmq import quantize
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.formats.gptq import Gptq
+from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
 from llmq.quant import activations, pipeline
 from llmq.quant.activations import HiddenStates
 from llmq.quant.calibration import draw_windows
-from llmq.quant.methods import gptq
+from llmq.quant.methods import autoround, gptq
 from llmq.quant.options import Calibration
 from llmq.quant.report import QuantizationReport
-from llmq.quant.schemes import AWQ, GPTQ, RTN, SMOOTHQUANT
+from llmq.quant.schemes import AUTOROUND, AWQ, GPTQ, RTN, SMOOTHQUANT
 from llmq.runtime.decoder import CausalAttention, DecoderLayer
 from llmq.runtime.loader import load_decoder, load_layer, open_source
 from llmq.scheme import Scheme
 
-W4 = Scheme(4, 32)
+W4, W8, W8A8 = Scheme(4, 32), Scheme(8, 32), Scheme(8, -1, activation_bits=8)
 LINEARS = 7 * 2
 
 
@@ -75,9 +77,6 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-W8, W8A8, FP8 = Scheme(8, 32), Scheme(8, -1, activation_bits=8), Scheme(8, -1, number="e4m3", activation_bits=8)
-
-
 @pytest.mark.parametrize(
     ("method", "scheme"),
     [(RTN, W8), (GPTQ, W8), (AWQ, W8), (SMOOTHQUANT, W8A8)],
@@ -120,6 +119,26 @@ def test_gptq_keeps_the_outputs_closer_than_rtn(tmp_path: Path, tiny: Path, text
         quantize(str(tiny), tmp_path / method, method=method, scheme=W4, calibration=calibration, device="cpu")
         losses[method] = float((logits(tmp_path / method, unseen) - before).square().mean())
     assert losses[GPTQ] < 0.7 * losses[RTN]
+
+
+def test_learned_rounding_goes_from_block_to_block(
+    tmp_path: Path, tiny: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[QuantizedWeight] = []
+
+    def quantize_block(*arguments: Any, **options: Any) -> dict[str, QuantizedWeight]:
+        made = original(*arguments, **options, steps=5)
+        learned.extend(made.values())
+        return made
+
+    original, out = autoround.quantize_block, tmp_path / "out"
+    monkeypatch.setattr(autoround, "quantize_block", quantize_block)
+    report = quantize(str(tiny), out, method=AUTOROUND, scheme=W4, calibration=calibration, device="cpu")
+    assert len(learned) == LINEARS
+    for layer, weight in zip(report.layers, learned, strict=True):
+        assert layer.method == AUTOROUND
+        written = Gptq.for_schemes({layer.name: W4}).unpack(layer.name, Tensors(out))
+        assert torch.equal(written.dequantize(), weight.dequantize())
 
 
 def test_the_report_tells_each_layer_s_error_and_what_became_of_the_bytes(
@@ -209,9 +228,12 @@ def test_configs_say_how_it_was_quantized_and_no_file_says_where(
         assert b"secret-place" not in path.read_bytes(), path.name
 
 
-def test_the_same_run_writes_the_same_bytes(tmp_path: Path, tiny: Path, calibration: Calibration) -> None:
+@pytest.mark.parametrize(("method", "scheme"), [(GPTQ, W4), (AWQ, W4), (SMOOTHQUANT, W8A8)])
+def test_the_same_run_writes_the_same_bytes(
+    tmp_path: Path, tiny: Path, calibration: Calibration, method: str, scheme: Scheme
+) -> None:
     for _ in range(2):
-        quantize(str(tiny), tmp_path / "out", scheme=W4, calibration=calibration, device="cpu", overwrite=True)
+        quantize(str(tiny), tmp_path / "out", scheme=scheme, method=method, calibration=calibration, device="cpu")
         (tmp_path / "out").rename(tmp_path / f"out-{len(list(tmp_path.iterdir()))}")
     first, second = (digest(folder) for folder in sorted(tmp_path.iterdir()))
     assert first == second
@@ -226,6 +248,7 @@ def test_micro_batches_of_any_size_give_the_same_hessian(tiny: Path, monkeypatch
             monkeypatch.setattr(activations, "MICRO_BATCH_TOKENS", tokens)
             states = HiddenStates(source, windows)
             assert all(len(batch) <= max(tokens, 64) for batch in states.inputs)
+            assert len(states.sample(states.tokens).inputs) == len(states.inputs)
             states.mix(block)
             seen.append(states.second_moments(block, ["mlp.down_proj"], "")["mlp.down_proj"])
     torch.testing.assert_close(seen[0], seen[2], rtol=1e-4, atol=1e-4)
@@ -262,17 +285,38 @@ def test_hessians_are_those_of_the_inputs_that_layers_have_in_the_model(tmp_path
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("share", [4, 10**12], ids=["on the GPU", "in main memory"])
 def test_a_gpu_gives_the_errors_that_a_cpu_gives(
-    tmp_path: Path, tiny: Path, calibration: Calibration, share: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, calibration: Calibration, share: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activations, "GPU_SHARE", share)
+    model = save_tiny(tmp_path / "model", dtype=dtype)
     cpu, gpu = (
-        quantize(str(tiny), tmp_path / device, scheme=W4, calibration=calibration, device=device)
+        quantize(str(model), tmp_path / device, scheme=W4, calibration=calibration, device=device)
         for device in ("cpu", "cuda")
     )
     assert [layer.error for layer in gpu.layers] == pytest.approx([layer.error for layer in cpu.layers], rel=0.1)
     assert gpu.bytes_after == cpu.bytes_after
+
+
+@pytest.mark.gpu
+def test_a_gpu_sums_products_of_16_bits_in_fp32() -> None:
+    x = torch.randn(5000, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double().t() @ x.double()
+    assert (activations.moment(x.cuda()).cpu() - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("method", "scheme"), [(AWQ, W4), (SMOOTHQUANT, W8A8)])
+def test_a_gpu_folds_as_a_cpu_does(
+    tmp_path: Path, calibration: Calibration, method: str, scheme: Scheme, tiny: Path
+) -> None:
+    cpu, gpu = (
+        quantize(str(tiny), tmp_path / device, method=method, scheme=scheme, calibration=calibration, device=device)
+        for device in ("cpu", "cuda")
+    )
+    assert [layer.error for layer in gpu.layers] == pytest.approx([layer.error for layer in cpu.layers], rel=0.3)
 
 
 @pytest.mark.parametrize(
@@ -400,11 +444,21 @@ def damage(source: Path, name: str, value: float) -> None:
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize(("method", "scheme"), [(RTN, W4), (GPTQ, W4), (AWQ, W4), (SMOOTHQUANT, W8A8)])
 @pytest.mark.parametrize(("value", "message"), [(float("nan"), "NaN or infinite"), (1e6, "more than fp16 can")])
-def test_weights_that_cannot_be_quantized_are_named(tmp_path: Path, value: float, message: str) -> None:
+def test_weights_that_cannot_be_quantized_are_named(
+    tmp_path: Path, calibration: Calibration, value: float, message: str, method: str, scheme: Scheme
+) -> None:
     source = save_tiny(tmp_path / "model")
     damage(source, "model.layers.1.mlp.up_proj.weight", value)
-    refused(f"model.layers.1.mlp.up_proj.weight holds .*{message}"[:60], source, tmp_path / "out", scheme=W4)
+    refused(
+        f"model.layers.1.mlp.up_proj.weight holds .*{message}",
+        source,
+        tmp_path / "out",
+        method=method,
+        scheme=scheme,
+        calibration=calibration,
+    )
 
 
 def test_inputs_that_are_not_finite_are_named(tmp_path: Path, calibration: Calibration) -> None:
@@ -420,6 +474,19 @@ def test_inputs_that_are_not_finite_are_named(tmp_path: Path, calibration: Calib
         calibration=calibration,
         scheme=W4,
     )
+
+
+def test_activations_beyond_fp16_are_calibrated_in_fp32(
+    tmp_path: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(pipeline, "resolve_dtype", lambda *_: torch.float16)  # as a GPU would have it
+    report = quantize(str(source), tmp_path / "out", scheme=W4, calibration=calibration, device="cpu")
+    assert "not finite in float16: calibrated in fp32" in report.warnings[0]
+    assert all(layer.method == GPTQ and 0 < layer.error < 0.05 for layer in report.layers)
 
 
 def test_a_model_that_cannot_generate_is_not_kept(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_every_preset_is_made_by_its_methods_and_computes_nearly_the_same(
     bits = PRESETS[name].scheme.bits
     assert all(layer.error < {2: 0.4, 3: 0.1, 4: 0.03, 8: 1e-3}[bits] for layer in report.layers)
     before, after = logits(tiny), logits(tmp_path / "out")
-    assert (after - before).square().mean() < {2: 2, 3: 1, 4: 0.4, 8: 0.02}[bits] * before.square().mean()
+    assert (after - before).square().mean() < {2: 2, 3: 1, 4: 0.4, 8: 0.05}[bits] * before.square().mean()
     assert set(schemes(tmp_path / "out").values()) == {report.scheme}
 
 

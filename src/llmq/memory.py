@@ -20,8 +20,11 @@ RESERVED_BLOCKS = 1
 """Block 0 of every pool is where padding rows read and write; no sequence ever owns it."""
 SCALE_BYTES = 2
 ABSMAX_BYTES = 4
+"""A scale of bitsandbytes."""
 TABLE_BYTES = 16 * 4
+"""What bitsandbytes' codes stand for, which it stores with each layer."""
 SHAPE_BYTES = 2 * 8
+"""The shape that compressed-tensors stores with each packed layer."""
 GROUP_INDEX_BYTES = 4
 KERNEL_CHANNELS = 128
 """Channels that the weight-only product takes at a time: ``runtime.kernels.wna16.STEP``."""

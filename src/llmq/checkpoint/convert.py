@@ -18,6 +18,7 @@ from llmq.checkpoint.formats import (
     check_shape,
     format_for,
     is_packed,
+    kept_layers,
     open_format,
     packed_layers,
     write_configs,
@@ -70,7 +71,7 @@ def convert(
     source = open_format(config)
     if source is None:
         raise LlmqError(f"{model} is not quantized", f"quantize it: llmq quantize {model} -o FOLDER --format {format}")
-    shapes, ignored = _layers(config, tensors, source)
+    shapes = _layers(config, tensors, source)
     schemes = _schemes(list(shapes), tensors, source)
     target = format_for(format, schemes)
     if target.name == source.name:
@@ -94,6 +95,7 @@ def convert(
             writer.add(name, tensors.load(name))
         writer.close()
         folders.copy_side_files(folder, partial)
+        ignored = kept_layers(tensors, shapes)
         quantization = target.config_dict(quantized=list(shapes), ignored=ignored, writer=WRITER)
         write_configs(folder, partial, target, quantization)
         _write_card(folder, partial, source, target)
@@ -110,9 +112,8 @@ def convert(
     )
 
 
-def _layers(config: ModelConfig, tensors: Tensors, source: Format) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """The packed layers → (out_features, in_features), and the decoder blocks' others. LlmqError for packed ones that
-    the model does not have."""
+def _layers(config: ModelConfig, tensors: Tensors, source: Format) -> dict[str, tuple[int, int]]:
+    """The packed layers → (out_features, in_features). LlmqError for packed ones that the model does not have."""
     linears = {
         f"model.layers.{layer}.{linear}": shape
         for layer in range(config.num_layers)
@@ -130,13 +131,13 @@ def _layers(config: ModelConfig, tensors: Tensors, source: Format) -> tuple[dict
             f"{tensors.folder} has no layer packed in the {source.title} format",
             "its quantization_config is another folder's",
         )
-    return packed, [name for name in linears if name not in packed]
+    return packed
 
 
 def _schemes(packed: Sequence[str], tensors: Tensors, source: Format) -> dict[str, Scheme]:
     """The scheme of each packed layer: symmetric where all layers of a scheme have the middle code for every zero
     point, declared or not."""
-    schemes = {name: stated_scheme(source, name) for name in packed}
+    schemes = {name: stated_scheme(name, source.scheme_of(name)) for name in packed}
     for scheme in set(schemes.values()):
         names = [name for name in packed if schemes[name] == scheme]
         if not scheme.symmetric and all(

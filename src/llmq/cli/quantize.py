@@ -29,7 +29,7 @@ def quantize(
     scheme: Annotated[str, typer.Option(help=f"Bits and groups by name: {', '.join(PRESETS)}.")] = DEFAULT,
     method: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(METHODS)} (rtn: round to nearest, without data). [default: the scheme's]"),
+        typer.Option(help=f"{', '.join(METHODS)} (rtn: round to nearest, without data).", show_default="by the scheme"),
     ] = None,
     bits: Annotated[int | None, typer.Option(help=f"Bits of a weight: {', '.join(map(str, BITS[INT]))}.")] = None,
     group_size: Annotated[
@@ -40,7 +40,7 @@ def quantize(
     ] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point in the middle, or fitted.")] = None,
     format: Annotated[
-        str | None, typer.Option(help=f"Of the folder: {', '.join(FORMATS)}. [default: the method's]")
+        str | None, typer.Option(help=f"Of the folder: {', '.join(FORMATS)}.", show_default="by scheme and method")
     ] = None,
     override: Annotated[
         list[str] | None,
@@ -52,11 +52,11 @@ def quantize(
     clip: Annotated[bool, typer.Option("--clip", help="rtn: clip ranges where that costs less.")] = DEFAULTS.clip,
     act_order: Annotated[str, typer.Option(help=f"gptq: {', '.join(ACT_ORDERS)}.")] = DEFAULTS.act_order,
     alpha: Annotated[
-        str | None, typer.Option(help="smoothquant: 0 to 1, or auto. [default: the model family's]")
+        str | None, typer.Option(help="smoothquant: 0 to 1, or auto.", show_default="by the model's family")
     ] = None,
     calib_data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help='A .txt, or a .jsonl with "text". [default: a text shipped with llmq]'),
+        typer.Option(metavar="FILE", help='A .txt, or a .jsonl with "text".', show_default="a text shipped with llmq"),
     ] = _CALIBRATION.data,
     calib_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = _CALIBRATION.samples,
     calib_seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = _CALIBRATION.seqlen,

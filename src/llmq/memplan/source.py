@@ -57,8 +57,8 @@ def weights_of(model: Model, scheme: Scheme | None, engine: str, num_gpus: int) 
     own = stored_scheme(architecture.quantization)
     if architecture.quantization is not None and own is None:
         raise LlmqError(
-            "the model has no weights here, and llmq cannot compute their size in the format "
-            f"{architecture.quantization.get('quant_method')!r}",
+            "the model has no weights here, and llmq cannot compute their size: it does not run the format "
+            f"{architecture.quantization.get('quant_method')!r}, or not every layer has the same scheme",
             "point at the folder with its *.safetensors files, or plan a scheme of llmq's: --scheme w4a16",
         )
     return planned_weights(architecture, own, packed=packed, num_gpus=num_gpus)

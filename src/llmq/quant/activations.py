@@ -58,9 +58,9 @@ class HiddenStates:
         self.mixed: list[Tensor] = []
 
     def sample(self, tokens: int) -> HiddenStates:
-        """The first batches, of about so many tokens in all, to pass the block on their own."""
+        """The first batches, with at least so many tokens if there are, to pass the block on their own."""
         some = copy.copy(self)
-        count = max(1, tokens // len(self.inputs[0]))
+        count = -(-tokens // len(self.inputs[0]))
         some.inputs, some.mixed = self.inputs[:count], self.mixed[:count]
         some.tokens = sum(len(part) for part in some.inputs)
         return some
@@ -91,7 +91,7 @@ class HiddenStates:
 
         def add(name: str, x: Tensor) -> None:
             counts[name] += len(x)
-            totals[name] = totals[name].add_(_moment(x)) if name in totals else _moment(x)
+            totals[name] = totals[name].add_(moment(x)) if name in totals else moment(x)
 
         self.show_inputs(block, {name: partial(add, name) for name in linears})
         return {name: _mean_moment(total, counts[name], f"{prefix}.{name}") for name, total in totals.items()}
@@ -101,7 +101,7 @@ class HiddenStates:
         weight = source.load(f"{FINAL_NORM}.weight").float() + source.config.norm_offset
         total = torch.zeros(len(weight), len(weight), device=self.device)
         for x in self.inputs:
-            total += _moment(add_rms_norm(x.to(self.device), None, weight, source.config.rms_norm_eps))
+            total += moment(add_rms_norm(x.to(self.device), None, weight, source.config.rms_norm_eps))
         return _mean_moment(total, self.tokens, HEAD)
 
     def outputs(self, block: DecoderLayer) -> Iterator[Tensor]:
@@ -146,7 +146,7 @@ def squared_distance(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> fl
     return float(torch.stack([(output - target).float().square().sum() for output, target in pairs]).sum())
 
 
-def _moment(x: Tensor) -> Tensor:
+def moment(x: Tensor) -> Tensor:
     """Σ x xᵀ in fp32 over the rows of ``x``. A GPU multiplies 16-bit numbers exactly and sums them in fp32."""
     if x.is_cuda and x.element_size() == 2:
         return torch.mm(x.t(), x, out_dtype=torch.float32)

@@ -37,6 +37,8 @@ from llmq.runtime.device import peak_memory_bytes, resolve_device, resolve_dtype
 from llmq.runtime.loader import HEAD, Source, block_name, load_layer
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
+MOMENTS_AT_ONCE = 8
+"""Groups of layers whose second moments are taken in one pass: of wide experts, each has most of a gigabyte."""
 Progress = Callable[[int, int, str], None]
 """Called with (layers done, layers in all, name of the layer just done)."""
 
@@ -92,12 +94,13 @@ def quantize(
 
 def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) -> QuantizationReport:
     started = time.monotonic()
+    format = job.format
     layers: list[LayerReport] = []
     changed: dict[str, Tensor] = {}
     with folders.write_folder(output, overwrite=overwrite) as partial, torch.no_grad(), _full_fp32():
         writer = ShardWriter(partial)
         for weight, layer in job.quantized_layers(changed):
-            writer.add_all(job.format.pack(layer.name, weight))
+            writer.add_all(format.pack(layer.name, weight))
             layers.append(layer)
             if progress is not None:
                 progress(len(layers), len(job.schemes), layer.name)
@@ -106,13 +109,13 @@ def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) 
             writer.add(name, changed[name].to(tensor.dtype) if name in changed else tensor)
         writer.close()
         folders.copy_side_files(job.folder, partial)
-        quantization = job.format.config_dict(
+        quantization = format.config_dict(
             quantized=list(job.schemes),
             ignored=job.left_out,
             writer=WRITER,
             damp_percent=gptq.DAMP_PERCENT if job.options.choice.method == GPTQ else None,
         )
-        write_configs(job.folder, partial, job.format, quantization)
+        write_configs(job.folder, partial, format, quantization)
         check_generates(partial, job.source.device, job.source.dtype)
         report = _report(job, output, layers, writer.num_bytes, time.monotonic() - started)
         card = model_card(report, job.options, job.folder / "README.md", from_hub=_is_hub_id(job.model), writer=WRITER)
@@ -166,8 +169,7 @@ class Job:
         """Do the work, layer by layer. Tensors that are kept, but not as they were, come into ``changed``."""
         if self.windows is None:
             for name in self.schemes:
-                weight = self.source.tensors.load(f"{name}.weight", self.source.device)
-                yield from self._round({name: weight.float()}, None)
+                yield from self._round({name: self._weight(name)}, None)
             return
         config = self.source.config
         states = HiddenStates(self.source, self.windows)
@@ -175,6 +177,8 @@ class Job:
         original = states.sample(states.tokens) if self.options.choice.method == AUTOROUND else None
         for number in range(config.num_layers):
             prefix, block = block_name(number), load_layer(self.source, number)
+            for name in self._local(prefix):
+                _check_weight(f"{prefix}.{name}", linear(block, name).weight)
             learned: Mapping[str, QuantizedWeight] = {}
             if original is not None:
                 original.mix(block)
@@ -190,8 +194,12 @@ class Job:
             if number + 1 < config.num_layers or HEAD in self.schemes:
                 states.finish(block)
         if HEAD in self.schemes:
-            weight = self.source.load(f"{HEAD}.weight").float()
-            yield from self._round({HEAD: weight}, states.head_moment(self.source))
+            yield from self._round({HEAD: self._weight(HEAD)}, states.head_moment(self.source))
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self.source.tensors.load(f"{name}.weight", self.source.device).float()
+        _check_weight(name, weight)
+        return weight
 
     def _local(self, prefix: str) -> dict[str, Scheme]:
         """The schemes of the layers of a block that are to be quantized, by their names within it."""
@@ -206,7 +214,7 @@ class Job:
             return awq.fold(block, config, states, schemes)
         if method == SMOOTHQUANT:
             alpha = smoothquant.default_alpha(config.model_type) if alpha is None else alpha
-            return smoothquant.fold(block, config, states, schemes, None if isinstance(alpha, str) else alpha)
+            return smoothquant.fold(block, config, states, schemes, alpha)
         return {}
 
     def _quantize_stage(
@@ -220,10 +228,11 @@ class Job:
         """Quantize those layers of ``stage`` that are to be, in ``block`` too: what follows sees what was lost."""
         wanted = [[name for name in group if f"{prefix}.{name}" in self.schemes] for group in stage.groups]
         groups = [group for group in wanted if group]
-        if not groups:
-            return
-        hessians = states.second_moments(block, [group[0] for group in groups], prefix)
-        for group in groups:
+        hessians: dict[str, Tensor] = {}
+        for number, group in enumerate(groups):
+            if number % MOMENTS_AT_ONCE == 0:
+                some = groups[number : number + MOMENTS_AT_ONCE]
+                hessians = states.second_moments(block, [group[0] for group in some], prefix)
             modules = {f"{prefix}.{name}": linear(block, name) for name in group}
             weights = {name: module.weight.float() for name, module in modules.items()}
             made = {f"{prefix}.{name}": learned[name] for name in group if name in learned}
@@ -238,8 +247,6 @@ class Job:
         self, weights: Mapping[str, Tensor], hessian: Tensor | None, made: Mapping[str, QuantizedWeight] | None = None
     ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
         """Round ``weights``, fp32 by the names of their layers, whose inputs are the same; or take what is ``made``."""
-        for name, weight in weights.items():
-            _check_finite(name, weight)
         method, made = self.options.choice.method, made or self._made(weights, hessian)
         for name, weight in weights.items():
             plain = made[name] if method == BNB else rtn.quantize_weight(weight, self.schemes[name])
@@ -375,7 +382,7 @@ def _fitting_groups(names: Iterable[str], tensors: Tensors) -> str:
     return f"choose --group-size {', '.join(map(str, (*sizes, WHOLE_ROW)))}, or --format compressed-tensors"
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
+def _check_weight(name: str, weight: Tensor) -> None:
     if not weight.isfinite().all():
         raise LlmqError(f"{name}.weight holds NaN or infinite numbers", "download or copy the model again")
     if weight.abs().max() > MAX_WEIGHT:

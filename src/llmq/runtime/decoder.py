@@ -1,4 +1,4 @@
-"""One decoder for the Llama family, driven by ModelConfig.
+"""One decoder for the Llama family and its relatives, driven by ModelConfig.
 
 Tokens of all sequences of a step lie in one flat row, never padded; what binds a token to its sequence is its
 position and the ``attend`` function, which the caller brings: over a paged KV cache to generate, over whole sequences
@@ -47,11 +47,6 @@ class RMSNorm(nn.Module):
         self.offset = config.norm_offset
         self.eps = config.rms_norm_eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-
-    @property
-    def stored(self) -> Tensor:
-        """The weight as checkpoints have it."""
-        return self.weight - self.offset if self.offset else self.weight
 
     def forward(self, residual: Tensor, x: Tensor | None = None, number: str | None = None) -> Tensor | QuantizedRows:
         """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension; in 8 bits of
@@ -221,13 +216,14 @@ class DecoderLayer(nn.Module):
         if self.post_norms:
             self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config)
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
-        self.name = config.names.feed_forward
+        self.feed_forward_name = config.names.feed_forward
         dense = config.experts is None
-        self.add_module(self.name, MLP(config, config.intermediate_size) if dense else MixtureOfExperts(config))
+        mlp = MLP(config, config.intermediate_size) if dense else MixtureOfExperts(config)
+        self.add_module(self.feed_forward_name, mlp)
 
     @property
     def feed_forward(self) -> MLP | MixtureOfExperts:
-        module: MLP | MixtureOfExperts = getattr(self, self.name)
+        module: MLP | MixtureOfExperts = getattr(self, self.feed_forward_name)
         return module
 
     def merge(self) -> None:
@@ -284,7 +280,7 @@ def embed(config: ModelConfig, weight: Tensor, token_ids: Tensor) -> Tensor:
     """The hidden states that ``token_ids`` [tokens] enter the first block with, [tokens, hidden]."""
     states = F.embedding(token_ids, weight)
     # The scale in the type of the weight: the models were trained with it rounded so.
-    return states * weight.new_tensor(config.embedding_scale) if config.embedding_scale != 1 else states
+    return states * weight.new_full((), config.embedding_scale) if config.embedding_scale != 1 else states
 
 
 class CausalAttention:

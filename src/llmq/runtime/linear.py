@@ -12,6 +12,7 @@ from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
 from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
+from llmq.scheme import INT
 
 
 class WeightOnlyLinear(nn.Module):
@@ -52,13 +53,19 @@ def quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.
     """A layer that multiplies by ``weight``; results are of ``dtype``.
 
     Weight-only, it stays packed on a GPU: fewer bytes to hold, and to read for each token. A CPU gains no speed from
-    that, so there the codes are widened to ``dtype`` once.
+    that, so there the codes are widened to ``dtype`` once. On a GPU that cannot multiply FP8, its weights are taken as
+    weight-only, and activations left as they come.
     """
-    if weight.scheme.activation_bits == 8:
+    scheme = weight.scheme
+    if scheme.activation_bits == 8 and (scheme.number == INT or _multiplies_fp8(weight.codes.device)):
         return W8A8Linear(pack_w8a8(weight), bias, dtype)
     if weight.codes.is_cuda:
         return WeightOnlyLinear(pack_wna16(weight, dtype), bias)
     return _dense(weight.dequantize().to(dtype), bias)
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def input_number(layer: nn.Module) -> str | None:

@@ -28,7 +28,8 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> dict[Rope, Rotation
 def _rotation(rope: Rope, config: ModelConfig, positions: Tensor) -> Rotation:
     frequencies = _frequencies_on(rope, config.head_dim, config.context_length, positions.device)
     angles = positions.float()[:, None, None] * frequencies
-    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if rope.attention_factor == 1 else (cos * rope.attention_factor, sin * rope.attention_factor)
 
 
 @lru_cache

@@ -25,6 +25,7 @@ from llmq.scheme import Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
+BLOCKS = "model.layers."
 WRITER = f"llmq:{__version__}"
 
 
@@ -77,10 +78,16 @@ class Format(Protocol):
         """Read layer ``name``. LlmqError when its tensors contradict the config."""
 
     def config_dict(
-        self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str, damp_percent: float | None = None
+        self,
+        *,
+        quantized: Sequence[str],
+        ignored: Sequence[str],
+        writer: str,
+        damp_percent: float | None = None,
+        act_order: bool = False,
     ) -> dict[str, Any]:
         """``quantization_config`` of a folder that is written: the names of the decoder blocks' quantized and other
-        linear layers, the program, and a setting of the GPTQ method."""
+        linear layers, the program, and of the GPTQ method a setting, and whether it scattered groups by act-order."""
 
 
 FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Gptq, Awq, CompressedTensors, BitsAndBytes)}
@@ -146,6 +153,17 @@ def packed_layers(format: Format, tensors: Tensors) -> set[str]:
         for marker in format.markers
         if name.endswith(f".{marker}")
     }
+
+
+def kept_layers(tensors: Tensors, packed: Collection[str]) -> list[str]:
+    """The layers of decoder blocks that stay as they are beside those that are ``packed``: all that have a matrix for
+    their weight, the routers of experts among them."""
+    return [
+        name
+        for tensor, info in tensors.infos.items()
+        if tensor.startswith(BLOCKS) and tensor.endswith(".weight") and len(info.shape) == 2
+        if (name := tensor.removesuffix(".weight")) not in packed
+    ]
 
 
 def check_shape(format: str, name: str, shape: tuple[int, int], hint: str) -> None:

@@ -125,7 +125,7 @@ class Awq:
         """Read layer ``name``. Raises LlmqError when its tensors contradict the config."""
         in_features, words = stored_shape(f"{name}.qweight", tensors)
         out_features = words * 8
-        scheme = stated_scheme(self, name)
+        scheme = stated_scheme(name, self.scheme_of(name))
         check_layout(name, tensors, self.layout((out_features, in_features), scheme), scheme)
         codes, zeros = (
             _permuted(unpack_words(tensors.load(f"{name}.{suffix}", device).t(), BITS, out_features), NIBBLE)
@@ -134,7 +134,13 @@ class Awq:
         return QuantizedWeight(scheme, codes, tensors.load(f"{name}.scales", device).t(), zeros)
 
     def config_dict(
-        self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str, damp_percent: float | None = None
+        self,
+        *,
+        quantized: Sequence[str],
+        ignored: Sequence[str],
+        writer: str,
+        damp_percent: float | None = None,
+        act_order: bool = False,
     ) -> dict[str, Any]:
         """``quantization_config`` for config.json. Layers are left out by their full names: transformers matches those
         from the start, vLLM as any part of a name."""

@@ -148,7 +148,7 @@ class BitsAndBytes:
         """Read layer ``name``. Raises LlmqError when its tensors contradict the config."""
         import torch
 
-        scheme = stated_scheme(self, name)
+        scheme = stated_scheme(name, self.scheme_of(name))
         if scheme == INT8:
             shape = stored_shape(f"{name}.weight", tensors)
             check_layout(name, tensors, self.layout(shape, scheme), scheme)
@@ -172,7 +172,13 @@ class BitsAndBytes:
         return QuantizedWeight(scheme, codes, scales, torch.zeros_like(scales, dtype=torch.uint8))
 
     def config_dict(
-        self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str, damp_percent: float | None = None
+        self,
+        *,
+        quantized: Sequence[str],
+        ignored: Sequence[str],
+        writer: str,
+        damp_percent: float | None = None,
+        act_order: bool = False,
     ) -> dict[str, Any]:
         """``quantization_config`` for config.json, with the layers that are left out by their full names."""
         four = self.scheme != INT8

@@ -176,50 +176,42 @@ class CompressedTensors:
         """The tensors of layer ``name``, as (tensor name, tensor). LlmqError when they cannot hold it exactly."""
         import torch
 
-        scheme, scales = weight.scheme, weight.scales
         natural_groups(name, weight.group_index)
         check_symmetric(name, weight)
+        scheme, scales, zeros = weight.scheme, weight.scales, weight.zero_points
         if scheme.group_size == WHOLE_TENSOR:
-            if not (scales == scales[:1]).all() or not (weight.zero_points == weight.zero_points[:1]).all():
+            if not ((scales == scales[:1]).all() and (zeros == zeros[:1]).all()):
                 raise LlmqError(f"{name}: said to have one scale, but has several", DAMAGED)
-            scales = scales[0]
-        yield f"{name}.weight_scale", scales.contiguous()
-        if scheme.number == E4M3:
-            yield f"{name}.weight", weight.codes.view(torch.float8_e4m3fn)
-        elif _kind(scheme) == INTEGERS:
-            yield f"{name}.weight", _signed(weight.codes, scheme)
+            scales, zeros = scales[0], _signed(zeros[0], scheme)
         else:
+            zeros = pack_words(zeros, scheme.bits)
+        yield f"{name}.weight_scale", scales.contiguous()
+        if _kind(scheme) == PACKED:
             yield f"{name}.weight_packed", pack_words(weight.codes.t(), scheme.bits).t().contiguous()
             yield f"{name}.weight_shape", torch.tensor(weight.shape)
             if not scheme.symmetric:
-                whole = scheme.group_size == WHOLE_TENSOR
-                zeros = weight.zero_points
-                yield (
-                    f"{name}.weight_zero_point",
-                    _signed(zeros[0], scheme) if whole else pack_words(zeros, scheme.bits),
-                )
+                yield f"{name}.weight_zero_point", zeros
+        elif scheme.number == E4M3:
+            yield f"{name}.weight", weight.codes.view(torch.float8_e4m3fn)
+        else:
+            yield f"{name}.weight", _signed(weight.codes, scheme)
 
     def unpack(self, name: str, tensors: Tensors, device: str = "cpu") -> QuantizedWeight:
         """Read layer ``name``. Raises LlmqError when its tensors contradict the config."""
         import torch
 
-        scheme = stated_scheme(self, name)
+        scheme = stated_scheme(name, self.scheme_of(name))
         packed = _kind(scheme) == PACKED
-        shape = stored_shape(f"{name}.{'weight_packed' if packed else 'weight'}", tensors)
-        if packed:
-            words = shape[1]
-            out_features, in_features = (int(size) for size in tensors.load(f"{name}.weight_shape"))
-            shape = out_features, in_features
-            _check_dense(name, words, in_features, scheme)
+        shape = _packed_shape(name, tensors, scheme) if packed else stored_shape(f"{name}.weight", tensors)
         if not scheme.divides(shape[1]):
             raise LlmqError(f"{name} has {shape[1]} inputs, which {scheme} does not divide", DAMAGED)
         check_layout(name, tensors, self.layout(shape, scheme), scheme)
         if packed:
-            words_of_rows = tensors.load(f"{name}.weight_packed", device).t()
-            codes = unpack_words(words_of_rows, scheme.bits, shape[1]).t().contiguous()
+            words = tensors.load(f"{name}.weight_packed", device)
+            codes = unpack_words(words.t(), scheme.bits, shape[1]).t().contiguous()
         else:
-            codes = tensors.load(f"{name}.weight", device).view(torch.uint8)
-            codes = codes if scheme.number == E4M3 else codes ^ scheme.middle_code  # int8 plus 128
+            weight = tensors.load(f"{name}.weight", device)
+            codes = weight.view(torch.uint8) if scheme.number == E4M3 else _unsigned(weight, scheme)
         grid = shape[0], scheme.num_groups(shape[1])
         scales = tensors.load(f"{name}.weight_scale", device).expand(grid).contiguous()
         if scheme.symmetric:
@@ -227,14 +219,20 @@ class CompressedTensors:
         else:
             zeros = tensors.load(f"{name}.weight_zero_point", device)
             if scheme.group_size == WHOLE_TENSOR:
-                zeros = (zeros.int() + scheme.middle_code).to(torch.uint8).expand(grid).contiguous()
+                zeros = _unsigned(zeros, scheme).expand(grid).contiguous()
             else:
                 zeros = unpack_words(zeros, scheme.bits, shape[0])
         index = read_group_index(f"{name}.weight_g_idx", tensors, shape[1], scheme, device)
         return QuantizedWeight(scheme, codes, scales, zeros, index)
 
     def config_dict(
-        self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str, damp_percent: float | None = None
+        self,
+        *,
+        quantized: Sequence[str],
+        ignored: Sequence[str],
+        writer: str,
+        damp_percent: float | None = None,
+        act_order: bool = False,
     ) -> dict[str, Any]:
         """``quantization_config`` for config.json: a group for each scheme, layers named in full."""
         schemes = dict.fromkeys(scheme for _, scheme in self.targets)
@@ -264,10 +262,17 @@ def _kind(scheme: Scheme) -> str:
 
 
 def _signed(codes: Tensor, scheme: Scheme) -> Tensor:
-    """Unsigned codes → int8, their middle at 0."""
+    """Unsigned codes → int8, the middle code at 0."""
     import torch
 
-    return (codes.int() - (1 << (scheme.bits - 1))).to(torch.int8)
+    return (codes.int() - scheme.middle_code).to(torch.int8)
+
+
+def _unsigned(values: Tensor, scheme: Scheme) -> Tensor:
+    """The inverse of ``_signed``."""
+    import torch
+
+    return (values.int() + scheme.middle_code).to(torch.uint8)
 
 
 def _group_fields(scheme: Scheme) -> dict[str, Any]:
@@ -324,15 +329,23 @@ def _read_group(group: Mapping[str, Any], folder_kind: Any) -> Scheme:
     return scheme
 
 
-def _check_dense(name: str, words: int, in_features: int, scheme: Scheme) -> None:
-    """Raise LlmqError for the layout that version 0.18 of the library gave up, in which no code stands in two words:
-    by shape, as nothing else tells it, and read as dense it would be noise."""
-    per_word = WORD_BITS // scheme.bits
-    if words != num_words(in_features, scheme.bits) and words == -(-in_features // per_word):
+def _packed_shape(name: str, tensors: Tensors, scheme: Scheme) -> tuple[int, int]:
+    """(out_features, in_features) of a packed layer.
+
+    Raises LlmqError for the layout that version 0.18 of the library gave up, in which no code stands in two words: its
+    shape alone tells it, and read as the later one it would be noise.
+    """
+    words = stored_shape(f"{name}.weight_packed", tensors)[1]
+    sizes = tensors.load(f"{name}.weight_shape").tolist()
+    if len(sizes) != 2:
+        raise LlmqError(f"{name}.weight_shape has {len(sizes)} numbers in place of two", DAMAGED)
+    out_features, in_features = sizes
+    if num_words(in_features, scheme.bits) != words == -(-in_features // (WORD_BITS // scheme.bits)):
         raise LlmqError(
             f"{name}: codes of {scheme.bits} bits are packed as compressed-tensors did up to version 0.17",
             "quantize the original model again, by llmq or a later version",
         )
+    return out_features, in_features
 
 
 def _matches(pattern: str, name: str) -> bool:

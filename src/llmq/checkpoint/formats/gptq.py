@@ -10,7 +10,8 @@ For a linear layer P with N outputs, K inputs and G groups, in place of ``P.weig
 
 Version 1 (``checkpoint_format: gptq``) stores ``zero − 1``; a zero point of 0 has no encoding that all readers agree
 on. So symmetric weights, whose zero point is the middle code, are written as version 1, which every runtime has its
-fastest kernel for; asymmetric ones as version 2 (``gptq_v2``), which stores the zero point itself.
+fastest kernel for; asymmetric ones as version 2 (``gptq_v2``), which stores the zero point itself. Layers of another
+scheme than most, and those that are not quantized, are named in ``dynamic``, as GPTQModel invented and vLLM reads it.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Gptq:
     multiple: ClassVar[int] = 32
     packs_head: ClassVar[bool] = True
     config_files: ClassVar[tuple[str, ...]] = ("quantize_config.json",)
+
     default: Scheme
     checkpoint_format: str
     rules: tuple[tuple[str, Scheme | None], ...] = ()
@@ -116,10 +118,10 @@ class Gptq:
     def read(cls, quantization: Mapping[str, Any]) -> Gptq:
         """Read ``quantization_config``. LlmqError on what llmq does not read."""
         # Without a field it is version 1: auto-gptq had no other for long. GPTQModel writes both of these.
-        said = {quantization[key] for key in ("checkpoint_format", "format") if quantization.get(key)} or {V1}
+        said = {str(quantization[key]) for key in ("checkpoint_format", "format") if quantization.get(key)} or {V1}
         if len(said) > 1:
             raise LlmqError(f"quantization_config states two formats: {' and '.join(sorted(said))}", DAMAGED_CONFIG)
-        checkpoint_format = str(said.pop())
+        checkpoint_format = said.pop()
         if checkpoint_format not in (V1, V2):
             raise LlmqError(f"GPTQ folders in the layout {checkpoint_format!r} are not supported", "convert to 'gptq'")
         try:
@@ -174,8 +176,7 @@ class Gptq:
 
     def unpack(self, name: str, tensors: Tensors, device: str = "cpu") -> QuantizedWeight:
         """Read layer ``name``. Raises LlmqError when its tensors contradict the config."""
-
-        scheme = stated_scheme(self, name)
+        scheme = stated_scheme(name, self.scheme_of(name))
         bits = scheme.bits
         word_rows, out_features = stored_shape(f"{name}.qweight", tensors)
         in_features = word_rows * WORD_BITS // bits
@@ -193,13 +194,18 @@ class Gptq:
         return QuantizedWeight(scheme, codes, scales, zeros, index)
 
     def config_dict(
-        self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str, damp_percent: float | None = None
+        self,
+        *,
+        quantized: Sequence[str],
+        ignored: Sequence[str],
+        writer: str,
+        damp_percent: float | None = None,
+        act_order: bool = False,
     ) -> dict[str, Any]:
         """``quantization_config`` for config.json and quantize_config.json.
 
-        ``quantized`` and ``ignored`` are the names of the decoder blocks' linear layers, ``damp_percent`` is None where
-        the method has no such thing. ``desc_act`` tells loaders that groups are scattered by activation order; llmq
-        leaves them in place.
+        ``quantized`` and ``ignored`` are the names of the decoder blocks' linear layers, and of a quantized head;
+        ``damp_percent`` is None where the method has no such thing. With ``act_order``, loaders heed the group index.
 
         The format marks ignored layers in two ways, neither of which all loaders know: GPTQModel reads ``dynamic``,
         transformers ``modules_in_block_to_quantize``, vLLM both.
@@ -207,7 +213,7 @@ class Gptq:
         fields: dict[str, Any] = {
             "quant_method": self.name,
             **_scheme_fields(self.default),
-            "desc_act": False,
+            "desc_act": act_order,
             "lm_head": HEAD in quantized,
             "checkpoint_format": self.checkpoint_format,
             "pack_dtype": "int32",

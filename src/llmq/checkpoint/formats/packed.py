@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import TensorInfo, Tensors
@@ -51,13 +51,6 @@ class Stored:
 
 Layout = Mapping[str, Stored]
 """The tensors of one layer: what follows the name → what is stored under it."""
-
-
-class Schemed(Protocol):
-    """What says of each layer whether it is quantized, and how: any format."""
-
-    def scheme_of(self, name: str) -> Scheme | None:
-        """The scheme of layer ``name``; None: it is not quantized."""
 
 
 def contradictions(name: str, infos: Mapping[str, TensorInfo], layout: Layout, scheme: Scheme) -> Iterator[str]:
@@ -118,9 +111,8 @@ def stored_scheme(bits: Any, group_size: Any, symmetric: Any, number: str = INT,
         raise LlmqError(f"the folder's weights: {error.message}", ORIGINAL) from None
 
 
-def stated_scheme(format: Schemed, name: str) -> Scheme:
-    """The scheme of layer ``name``, which is packed. LlmqError when the folder's config says that it is not."""
-    scheme = format.scheme_of(name)
+def stated_scheme(name: str, scheme: Scheme | None) -> Scheme:
+    """What the config says of layer ``name``, which is packed. LlmqError when that is None."""
     if scheme is None:
         raise LlmqError(f"{name} is packed, and quantization_config says that it is not", DAMAGED)
     return scheme

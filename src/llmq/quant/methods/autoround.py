@@ -32,7 +32,7 @@ from llmq.scheme import Scheme
 STEPS = 200
 MAX_OFFSET = 0.5
 MIN_CLIP = 0.2
-"""Tighter grids were never learned; at 0 there would be none."""
+"""At 0 there would be no grid."""
 
 
 def quantize_block(

@@ -42,12 +42,12 @@ def fold(
     config: ModelConfig,
     states: HiddenStates,
     schemes: Mapping[str, Scheme],
-    alpha: float | None,
+    alpha: float | str,
 ) -> dict[str, Tensor]:
     """Smooth the linears of ``block`` that ``schemes`` names, in place; what the block computes stays as it is.
 
-    ``alpha`` None is searched for: that with which the block's output changes least when weights and inputs are
-    rounded. Returns what changed beside the linears: names in ``block`` → tensors as checkpoints have them.
+    An ``alpha`` of ``auto`` is searched for: that with which the block's output changes least when weights and inputs
+    are rounded. Returns what changed beside the linears: names in ``block`` → tensors as checkpoints have them.
     """
     largest: dict[Fold, tuple[Tensor, Tensor]] = {}
     passing = states.sample(states.tokens)
@@ -56,7 +56,7 @@ def fold(
             passing.mix(block)
         if foldable(one, block, schemes) and not one.others:
             largest[one] = _largest(one, block, passing)
-    if alpha is None:
+    if isinstance(alpha, str):
         alpha = _search(block, states.sample(SEARCH_TOKENS), schemes, largest)
     changed: dict[str, Tensor] = {}
     for one, (x, w) in largest.items():

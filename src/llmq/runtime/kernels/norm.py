@@ -37,7 +37,7 @@ def add_rms_norm_reference(residual: Tensor, x: Tensor | None, weight: Tensor, e
 
 
 def add_rms_norm_quantize(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float, number: str) -> QuantizedRows:
-    """``add_rms_norm``, and ``quantize_rows`` of its result to ``number``, in one pass: the same bits as one by one."""
+    """``add_rms_norm``, and ``quantize_rows`` of its result to ``number``, in one pass."""
     if not runs_triton(residual):
         return quantize_rows_reference(add_rms_norm_reference(residual, x, weight, eps), number)
     from llmq.runtime.kernels.norm_triton import add_rms_norm_quantize_triton

@@ -2,16 +2,19 @@
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import libdevice
 
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import CODES, LARGEST, SMALLEST_MAX, QuantizedRows
 
 TINY = tl.constexpr(SMALLEST_MAX)
-ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: added to a small number, leaves it in the mantissa as a whole one
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def empty_rows(x: Tensor, number: str) -> QuantizedRows:
@@ -51,10 +54,12 @@ def store_quantized(row, codes, scales, token, column, inside, width, LARGEST: t
     """Quantize ``row``, fp32, zero outside, and store it as that of ``token``."""
     most = tl.maximum(tl.max(tl.abs(row), 0), TINY)
     scaled = row * tl.div_rn(LARGEST, most)
-    if codes.dtype.element_ty == tl.int8:
-        code = (scaled + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
-    else:
+    if codes.dtype.element_ty != tl.int8:
         code = scaled.to(codes.dtype.element_ty)
+    elif INTERPRETED:
+        code = ((scaled + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 · 2^23, where a float's step is 1
+    else:
+        code = libdevice.rint(scaled).to(tl.int8)
     tl.store(codes + token * width + column, code, mask=inside)
     tl.store(scales + token, tl.div_rn(most, LARGEST))
 

@@ -17,15 +17,13 @@ from torch import Tensor
 
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 
-PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
 REDUCE_ROWS = 16  # above, a kernel of its own adds the splits
 REDUCE_BLOCK = 512
 
 
-def steps_per_split(out_features: int, steps: int) -> int:
-    """Of the ``steps`` of K. It depends on the weight alone, so that a row's result does not depend on the batch."""
-    tiles = int(triton.cdiv(out_features, 64))
-    return int(triton.cdiv(steps, max(1, min(PROGRAMS // tiles, steps // 4, 16))))
+def steps_per_split(tiles: int, steps: int, programs: int) -> int:
+    """Of the ``steps`` of K, for ``tiles`` to make about so many ``programs``."""
+    return int(triton.cdiv(steps, max(1, min(programs // tiles, steps // 4, 16))))
 
 
 @cache

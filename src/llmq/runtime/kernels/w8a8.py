@@ -52,7 +52,8 @@ def merge_w8a8(weights: Sequence[Weight8]) -> Weight8 | None:
 def w8a8_matmul(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows of ``x`` [M, K] times the weight [N, K], transposed, plus ``bias`` [N] → ``dtype`` [M, N].
 
-    The order in which floats are summed depends on N and K, never on the batch, up to M = 64; beyond, on M too.
+    The order in which floats are summed depends on N and K, and on M only through the kernel that it chooses (up to 16
+    rows, up to 64, above); integers are exact.
     """
     if not runs_triton(x.codes):
         return w8a8_matmul_reference(x, weight, bias, dtype)

@@ -1,100 +1,171 @@
-"""Device code of ``w8a8``.
+"""Device code of ``w8a8``: a kernel for each size of batch, which are short of different things.
 
-In a small batch the product is taken as weights · xᵀ, so that a batch of 8 fills the matrix unit as well as one of 64:
+    up to 16    of bytes in flight: few outputs, all of K in one program, whose warps take a slice of it each
 
-    program (tile of N and M, split of K)      acc [BLOCK_N, BLOCK_M], int32 or fp32
+                    acc [SLICES, BLOCK_N, BLOCK_M]  += w [SLICES, BLOCK_N, BLOCK_K] · x [SLICES, BLOCK_K, BLOCK_M]
+                    out [BLOCK_N, BLOCK_M]           = Σ over the slices
 
-        for each step of BLOCK_K channels:   acc += w [BLOCK_N, BLOCK_K] · x [BLOCK_M, BLOCK_K]ᵀ
+    up to 256   of programs: tiles of outputs, K split among programs
 
-Hopper's matrix unit adds products of FP8 with fewer bits than fp32 has: every PROMOTE channels the sum is taken out of
-it and added to one in fp32.
+                    acc [BLOCK_N, BLOCK_M]  += w [BLOCK_N, BLOCK_K] · x [BLOCK_K, BLOCK_M]
+
+    above       of arithmetic: big tiles, loaded by the copy engine; FP8 by PyTorch, whose product is as exact
+
+                    acc [BLOCK_M, BLOCK_N]  += x [BLOCK_M, BLOCK_K] · w [BLOCK_N, BLOCK_K]ᵀ
+
+The weights come first in small products, as the matrix unit's tile is 16 or 64 by 8. Hopper's adds products of FP8
+with fewer bits than fp32 has: every PROMOTE channels the sum is taken out of it and added to one in fp32.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmq.runtime.kernels.pdl_triton import pdl, prefetch, wait
+from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
-from llmq.runtime.kernels.split_k_triton import (
-    REDUCE_ROWS,
-    counters,
-    is_last,
-    reduce_splits,
-    steps_per_split,
-    sum_splits,
-)
+from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
 from llmq.runtime.kernels.w8a8 import Weight8
+from llmq.scheme import E4M3, INT
 
-STEP = 256  # channels that K is split by
 PROMOTE = tl.constexpr(128)
-PREFETCHED = 32768  # bytes of the weight that a program asks for before its activations are there
+SPLIT_STEP = 256  # channels: what a split is a multiple of
+SLICES = 4
+GROUP = 8  # tiles of M whose programs are neighbours, so that they find the weight in the cache
 
 
 class Launch(NamedTuple):
-    """What a program takes."""
+    """What a program takes; and programs to split K for, on an H200, which has 132 multiprocessors."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
+    programs: int = 264
 
 
-# rows up to → launch parameters, measured on an H200.
-LAUNCHES = {
-    16: Launch(16, 64, 256, 4, 4),
-    32: Launch(32, 64, 256, 4, 4),
-    64: Launch(64, 64, 256, 4, 3),
-    128: Launch(128, 128, 128, 8, 4),
-}
-LARGE = Launch(256, 128, 128, 8, 3)
-SPLIT_ROWS = 64  # above, there are tiles enough without splitting K
-
-
-def launch_for(rows: int) -> Launch:
-    """Launch parameters for a batch of ``rows``."""
-    return next((launch for most, launch in LAUNCHES.items() if rows <= most), LARGE)
+# Rows up to → launch parameters, measured on an H200.
+SLICED = {8: Launch(8, 16, 256, 4, 3), 16: Launch(16, 32, 256, 4, 3)}
+SPLIT = {32: Launch(32, 64, 256, 4, 4, 132), 64: Launch(64, 64, 256, 4, 3), 256: Launch(128, 64, 128, 4, 4)}
+LARGE = {INT: Launch(128, 256, 128, 8, 4), E4M3: Launch(128, 128, 128, 8, 4)}
+LIBRARY_ROWS = 128  # above, PyTorch's FP8 product is faster
 
 
 def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``w8a8_matmul`` through Triton."""
+    """``w8a8_matmul`` through Triton, or PyTorch's product."""
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
-    device = x.codes.device
-    out = torch.empty(rows, out_features, dtype=dtype, device=device)
+    whole = in_features % 16 == 0 and out_features % 16 == 0  # as the copy engine and PyTorch's product want it
+    if rows > LIBRARY_ROWS and whole and weight.number == E4M3 and dtype == torch.bfloat16 and x.codes.is_cuda:
+        return torch._scaled_mm(x.codes, weight.codes.t(), x.scales, weight.scales[None, :], bias, out_dtype=dtype)
+    out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
+    kernel, launch = kernel_for(rows, weight.number)
     if rows == 0:
         return out
-    launch = launch_for(rows)
-    steps = triton.cdiv(in_features, STEP)
-    per_split = steps_per_split(out_features, steps) if rows <= SPLIT_ROWS else steps
-    splits = triton.cdiv(steps, per_split)
-    reduced = splits > 1 and rows > REDUCE_ROWS
-    total = torch.int32 if x.codes.dtype == torch.int8 else torch.float32
-    sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=total, device=device)
-    tiles_m = triton.cdiv(rows, launch.block_m)
-    w8a8_kernel[triton.cdiv(out_features, launch.block_n) * tiles_m, splits](
-        x.codes, x.scales, weight.codes, weight.scales, bias, out, sums, counters(device), rows, out_features,
-        in_features, per_split * (STEP // launch.block_k), tiles_m, WHOLE_STEPS=in_features % STEP == 0,
-        SPLIT=splits > 1, REDUCED=reduced, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
-        STAGES=launch.stages, PREFETCHED=PREFETCHED, num_warps=launch.warps, **pdl(device),
-    )  # fmt: skip
-    if reduced:
-        reduce_splits(sums, x.scales, weight.scales, bias, out)
+    if kernel is large_kernel and not whole:
+        kernel, launch = kernel_for(max(SPLIT), weight.number)
+    run = {sliced_kernel: _sliced, split_kernel: _split, large_kernel: _large}[kernel]
+    run(x, weight, bias, out, launch)
     return out
 
 
+def kernel_for(rows: int, number: str) -> tuple[Any, Launch]:
+    """The kernel that takes a batch of ``rows``, and its launch parameters."""
+    for kernel, launches in ((sliced_kernel, SLICED), (split_kernel, SPLIT)):
+        for most, launch in launches.items():
+            if rows <= most:
+                return kernel, launch
+    return large_kernel, LARGE[number]
+
+
+def _sliced(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
+    (rows, in_features), out_features = x.codes.shape, len(weight.codes)
+    sliced_kernel[triton.cdiv(out_features, launch.block_n),](
+        x.codes, x.scales, weight.codes, weight.scales, bias, out, rows, out_features, in_features,
+        WHOLE_STEPS=in_features % (SLICES * launch.block_k) == 0, SLICES=SLICES, BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, STAGES=launch.stages, num_warps=launch.warps, **pdl(out.device),
+    )  # fmt: skip
+
+
+def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
+    (rows, in_features), out_features = x.codes.shape, len(weight.codes)
+    tiles_n, tiles_m = triton.cdiv(out_features, launch.block_n), triton.cdiv(rows, launch.block_m)
+    steps = triton.cdiv(in_features, SPLIT_STEP)
+    per_split = steps_per_split(tiles_n * tiles_m, steps, launch.programs)
+    splits = triton.cdiv(steps, per_split)
+    total = torch.int32 if weight.number == INT else torch.float32
+    sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=total, device=out.device)
+    split_kernel[tiles_n * tiles_m, splits](
+        x.codes, x.scales, weight.codes, weight.scales, bias, out, sums, rows, out_features,
+        in_features, per_split * (SPLIT_STEP // launch.block_k), tiles_m, WHOLE_STEPS=in_features % SPLIT_STEP == 0,
+        SPLIT=splits > 1, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
+        STAGES=launch.stages, num_warps=launch.warps, **pdl(out.device),
+    )  # fmt: skip
+    if splits > 1:
+        reduce_splits(sums, x.scales, weight.scales, bias, out)
+
+
+def _large(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
+    rows, out_features = out.shape
+    large_kernel[triton.cdiv(rows, launch.block_m) * triton.cdiv(out_features, launch.block_n),](
+        TensorDescriptor.from_tensor(x.codes, [launch.block_m, launch.block_k]), x.scales,
+        TensorDescriptor.from_tensor(weight.codes, [launch.block_n, launch.block_k]), weight.scales, bias, out,
+        rows, out_features, x.codes.shape[1], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k, STAGES=launch.stages, GROUP=GROUP, num_warps=launch.warps, **pdl(out.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def scaled(sums, x_scales, weight_scales, bias):
+    """The outputs that these sums are, with scales and bias (or None) of shapes that broadcast to theirs."""
+    result = sums.to(tl.float32) * weight_scales * x_scales
+    if bias is not None:
+        result += bias.to(tl.float32)
+    return result
+
+
+@triton.jit(do_not_specialize=["rows"])
+def sliced_kernel(
+    x, x_scales, weight, weight_scales, bias, out, rows, out_features, in_features,
+    WHOLE_STEPS: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of all rows."""
+    TOTAL: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    is_n, is_m = n < out_features, m < rows
+    n_scales = tl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
+    n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[:, None]
+    at_weight = weight + n.to(tl.int64)[None, :, None] * in_features + k[:, None, :]
+    at_x = x + m[None, None, :] * in_features + k[:, :, None]
+    wait(PDL)
+    acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], dtype=TOTAL)
+    for start in tl.range(0, in_features, SLICES * BLOCK_K, num_stages=STAGES):
+        is_k = start + k < in_features
+        is_w = is_n[None, :, None] if WHOLE_STEPS else is_n[None, :, None] & is_k[:, None, :]
+        is_x = is_m[None, None, :] if WHOLE_STEPS else is_m[None, None, :] & is_k[:, :, None]
+        w_tile = tl.load(at_weight + start, mask=is_w, other=0.0)
+        x_tile = tl.load(at_x + start, mask=is_x, other=0.0)
+        acc = tl.dot(w_tile, x_tile, acc, out_dtype=TOTAL)
+    m_scales = tl.load(x_scales + m, mask=is_m, other=0.0)[None, :]
+    result = scaled(tl.sum(acc, 0), m_scales, n_scales, n_bias)
+    inside = is_n[:, None] & is_m[None, :]
+    tl.store(out + m[None, :] * out_features + n[:, None], result.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows", "steps_per_split", "tiles_m"])
-def w8a8_kernel(
-    x, x_scales, weight, weight_scales, bias, out, sums, counters, rows, out_features, in_features, steps_per_split,
+def split_kernel(
+    x, x_scales, weight, weight_scales, bias, out, sums, rows, out_features, in_features, steps_per_split,
     tiles_m,
-    WHOLE_STEPS: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    WHOLE_STEPS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     TOTAL: tl.constexpr = sums.dtype.element_ty
@@ -103,37 +174,58 @@ def w8a8_kernel(
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     is_n, is_m = n < out_features, m < rows
+    at_weight = weight + n.to(tl.int64)[:, None] * in_features + k[None, :]
+    at_x = x + m.to(tl.int64)[None, :] * in_features + k[:, None]
     first = tl.program_id(1) * steps_per_split
     last = tl.minimum(first + steps_per_split, tl.cdiv(in_features, BLOCK_K))
-    at_weight = weight + n.to(tl.int64) * in_features
-    if PDL and WHOLE_STEPS:
-        size = tl.minimum((last - first) * BLOCK_K, PREFETCHED // BLOCK_N)
-        prefetch(at_weight + first * BLOCK_K, tl.where(is_n, size, 0))
     wait(PDL)
-    at_x = x + m.to(tl.int64) * in_features
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=TOTAL)
     for step in tl.range(first, last, num_stages=STAGES):
-        channel = step * BLOCK_K + k
-        is_k = channel < in_features
+        start = step * BLOCK_K
+        is_k = start + k < in_features
         is_w = is_n[:, None] if WHOLE_STEPS else is_n[:, None] & is_k[None, :]
         is_x = is_m[None, :] if WHOLE_STEPS else is_m[None, :] & is_k[:, None]
-        w_tile = tl.load(at_weight[:, None] + channel[None, :], mask=is_w, other=0.0)
-        x_tile = tl.load(at_x[None, :] + channel[:, None], mask=is_x, other=0.0)
+        w_tile = tl.load(at_weight + start, mask=is_w, other=0.0)
+        x_tile = tl.load(at_x + start, mask=is_x, other=0.0)
         acc = tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=PROMOTE, out_dtype=TOTAL)
     inside = is_n[:, None] & is_m[None, :]
     at_out = m[None, :].to(tl.int64) * out_features + n[:, None]
     if SPLIT:
         size = tl.cast(rows, tl.int64) * out_features
         tl.store(sums + tl.program_id(1) * size + at_out, acc, mask=inside)
-        if REDUCED:
-            return
-        if not is_last(counters + tl.program_id(0)):
-            return
-        acc = sum_splits(sums, at_out, inside, size, tl.num_programs(1))
-    scale = (
-        tl.load(weight_scales + n, mask=is_n, other=0.0)[:, None] * tl.load(x_scales + m, mask=is_m, other=0.0)[None, :]
-    )
-    result = acc.to(tl.float32) * scale
-    if bias is not None:
-        result += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
+        return
+    n_scales = tl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
+    n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[:, None]
+    m_scales = tl.load(x_scales + m, mask=is_m, other=0.0)[None, :]
+    result = scaled(acc, m_scales, n_scales, n_bias)
     tl.store(out + at_out, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def large_kernel(
+    x, x_scales, weight, weight_scales, bias, out, rows, out_features, in_features,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of outputs; x [M, K] and weight [N, K] are descriptors of tensors."""
+    TOTAL: tl.constexpr = tl.int32 if x.dtype == tl.int8 else tl.float32
+    # Down GROUP tiles of M, then on to the next tile of N.
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    group = tl.program_id(0) // (GROUP * tiles_n)
+    within = tl.program_id(0) % (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    first_m = (group * GROUP + within % height) * BLOCK_M
+    first_n = within // height * BLOCK_N
+    wait(PDL)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=TOTAL)
+    for start in tl.range(0, in_features, BLOCK_K, num_stages=STAGES):
+        x_tile, w_tile = x.load([first_m, start]), weight.load([first_n, start])
+        acc = tl.dot(x_tile, w_tile.T, acc, max_num_imprecise_acc=PROMOTE, out_dtype=TOTAL)
+    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    is_m, is_n = m < rows, n < out_features
+    n_scales = tl.load(weight_scales + n, mask=is_n, other=0.0)[None, :]
+    n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[None, :]
+    m_scales = tl.load(x_scales + m, mask=is_m, other=0.0)[:, None]
+    result = scaled(acc, m_scales, n_scales, n_bias)
+    at_out = m.to(tl.int64)[:, None] * out_features + n[None, :]
+    tl.store(out + at_out, result.to(out.dtype.element_ty), mask=is_m[:, None] & is_n[None, :])

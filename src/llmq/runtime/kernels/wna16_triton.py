@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import numbers
-from llmq.runtime.kernels.pdl_triton import pdl, prefetch, wait
+from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.split_k_triton import (
     REDUCE_ROWS,
     counters,
@@ -37,8 +37,8 @@ from llmq.runtime.kernels.split_k_triton import (
 from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
 from llmq.scheme import E4M3, INT
 
+PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
 FUSED_ROWS = 256  # above, widening the weight once and multiplying through the library is faster
-PREFETCHED = 32768  # bytes of the weight that a program asks for before its activations are there
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -57,7 +57,7 @@ LAUNCHES = {
     (4, 16): Launch(16, 128, 4, 4),
     (4, 32): Launch(32, 128, 4, 4),
     (4, 64): Launch(64, 128, 4, 4),
-    (8, 8): Launch(8, 64, 2, 4),
+    (8, 8): Launch(8, 128, 4, 3),
     (8, 16): Launch(16, 128, 4, 4),
     (8, 32): Launch(32, 128, 4, 4),
     (8, 64): Launch(64, 256, 8, 4),
@@ -79,7 +79,8 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         x = x.contiguous()
     launch = launch_for(packed.bits, rows, x.element_size())
     steps = triton.cdiv(packed.in_features, STEP)
-    per_split = steps_per_split(out_features, steps)
+    # They depend on the weight alone, so that a row's result does not depend on the batch.
+    per_split = steps_per_split(triton.cdiv(out_features, 64), steps, PROGRAMS)
     splits = triton.cdiv(steps, per_split)
     reduced = splits > 1 and rows > REDUCE_ROWS
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
@@ -89,7 +90,7 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         x, packed.words, packed.meta, table_of(packed.number, x.device), bias, out, sums, counters(x.device), rows,
         out_features, packed.in_features, x.stride(0), steps, per_split, tiles_m, **_format(packed), SPLIT=splits > 1,
         REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, PREFETCHED=PREFETCHED,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
     if reduced:
@@ -247,15 +248,13 @@ def wna16_kernel(
     steps_per_split, tiles_m,
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr, PER_GROUP: tl.constexpr,
     BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, ASM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     PLANES: tl.constexpr = 16 // BITS
-    TILES: tl.constexpr = 4 // PLANES  # of words, in a step
     TYPE: tl.constexpr = x.dtype.element_ty
     # Programs that share a tile of the weight are neighbours, so that all but one find it in the cache.
-    n0 = tl.program_id(0) // tiles_m * BLOCK_N
-    n = n0 + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 32)
     is_n = n < out_features
@@ -264,11 +263,6 @@ def wna16_kernel(
     tile_size = tl.cast(out_features, tl.int64) * 32  # words may have more than 2^31 elements
     first = tl.program_id(1) * steps_per_split
     last = tl.minimum(first + steps_per_split, steps)
-    if PDL:
-        MOST: tl.constexpr = PREFETCHED // (BLOCK_N * 64)
-        tile = first * TILES + tl.arange(0, MOST)
-        width = tl.minimum(out_features - n0, BLOCK_N) * 64
-        prefetch(words + tile * tile_size + n0 * 32, tl.where(tile < last * TILES, width, 0))
     wait(PDL)
     if PER_GROUP == 0:
         of_row = tl.load(meta + n, mask=is_n, other=0)
@@ -297,7 +291,7 @@ def wna16_kernel(
                 )  # fmt: skip
         for plane in tl.static_range(4):
             if plane % PLANES == 0:
-                at_words = words + (step * TILES + plane // PLANES) * tile_size
+                at_words = words + (step * (4 // PLANES) + plane // PLANES) * tile_size
                 packed = tl.load(at_words + n[:, None] * 32 + j[None, :], mask=is_n[:, None], other=0)
                 if NUMBER == "e4m3":
                     planes = (e4m3(packed, TYPE), e4m3(packed >> 8, TYPE))
