@@ -544,10 +544,26 @@ def test_a_table_says_how_many_fit_for_each_scheme_and_context(llama: Path) -> N
 
 
 def test_an_explanation_names_layers_engines_and_assumptions(llama: Path) -> None:
-    out = llmq("memplan", llama, "--explain", "--num-gpus", 2).out
+    out = llmq("memplan", llama, "--explain").out
     assert "32 layers with keys and values of 8 × 128" in out
     assert all(f"KV cache of {engine}" in out for engine in ENGINES)
-    assert "llmq's engine runs on one GPU today" in out
+    assert "CUDA graphs" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        (("--num-gpus", 2), "llmq's engine runs on one GPU today"),
+        (("--kv-cache-dtype", "fp8"), "not in fp8"),
+        (("--num-gpus", 2, "--kv-cache-dtype", "fp8", "--engine", "vllm"), ""),
+    ],
+    ids=str,
+)
+def test_what_llmqs_engine_does_not_do_yet_is_said(llama: Path, flags: tuple[object, ...], warning: str) -> None:
+    result = llmq("memplan", llama, *flags)
+    assert result.code == 0
+    assert warning in result.err
+    assert bool(result.err) is bool(warning)
 
 
 def test_the_phase_of_quantizing_is_planned_by_method(llama: Path) -> None:

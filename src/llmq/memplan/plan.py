@@ -146,8 +146,9 @@ class MemoryPlan:
 
     @property
     def textbook_ratio(self) -> float:
-        """Of the textbook's to what all GPUs keep."""
-        return self.textbook_kv_cache / (self.num_gpus * self.kv_cache) if self.kv_cache else float("inf")
+        """Of the textbook's to what is kept, not counting copies on several GPUs; 0 where nothing is."""
+        kept = replace(self, num_gpus=1).kv_cache
+        return self.textbook_kv_cache / kept if kept else 0.0
 
     @property
     def activations(self) -> Band:
