@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.config import ModelConfig, Rope
+from llmq.checkpoint.config import ModelConfig
+from llmq.checkpoint.rope import Rope
 from llmq.runtime.decoder import Attend
 
 HEAD_DIM = 64
@@ -33,7 +34,7 @@ def counting_config(windows: tuple[int | None, ...] = (None,)) -> ModelConfig:
         vocab_size=VOCABULARY,
         context_length=2048,
         rms_norm_eps=1e-6,
-        rope=Rope(),
+        ropes=(Rope(),) * len(windows),
         windows=windows,
         tied_embeddings=True,
         qkv_bias=False,
@@ -55,6 +56,8 @@ class _Layer:
     window: int | None
     norms: None = None
     eps: float = 0.0
+    scale: None = None
+    softcap: None = None
 
 
 class CountingDecoder:

@@ -56,7 +56,7 @@ def test_every_answer_counts_on(settings: str) -> None:
             scheduler.add(queue.pop(0))
         if not scheduler.idle:
             plan = scheduler.schedule()
-            scheduler.update(plan, runner.run(plan))
+            scheduler.update(plan, runner.launch(plan)())
             scheduler.check_integrity()
     for request in asked:
         start = request.prompt_ids[-1] + 1
@@ -123,5 +123,5 @@ def test_the_count_breaks_when_a_block_is_misread() -> None:
         if step == 3:
             cache.pool[0, 1, request.live[0].tables[0][0]] += 1
         plan = scheduler.schedule()
-        scheduler.update(plan, runner.run(plan))
+        scheduler.update(plan, runner.launch(plan)())
     assert request.sequences[0].output_ids != list(range(540, 560))

@@ -15,7 +15,7 @@ from llmq import LLM, SamplingParams, Scheme, quantize
 from llmq.checkpoint.folder import demo_folder
 from llmq.engine.options import EngineOptions
 from llmq.runtime.decoder import CausalAttention
-from llmq.runtime.linear import merge, quantized_linear
+from llmq.runtime.linear import input_number, merge, quantized_linear
 from llmq.runtime.loader import load_decoder, open_source
 from llmq.scheme import E4M3, NF4
 
@@ -48,6 +48,12 @@ def test_fp32_greedy_tokens_are_those_of_a_cpu(variant: str, tmp_path: Path) -> 
     folder = save_variant(tmp_path / variant, variant)
     pressed = greedy(folder, "cuda", max_num_batched_tokens=100, block_size=16, kv_cache_memory=2 * 2**20)
     assert greedy(folder, "cuda") == pressed == greedy(folder, "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_replayed_graph_gives_the_tokens_of_kernels_launched_one_by_one(dtype: str, tmp_path: Path) -> None:
+    folder = save_variant(tmp_path / "model", "qwen3")
+    assert greedy(folder, "cuda", dtype) == greedy(folder, "cuda", dtype, enforce_eager=True)
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
@@ -136,10 +142,12 @@ def test_a_quantized_layer_is_that_of_a_cpu(scheme: Scheme, rows: int) -> None:
     x, bias = torch.randn(rows, 512), torch.randn(192)
     expected = quantized_linear(weight, bias, torch.float32)(x)
     layers = [quantized_linear(there, bias.cuda(), torch.float32) for _ in range(2)]
-    assert (layers[0](x.cuda()).cpu() - expected).norm() <= 1e-5 * expected.norm()
+    # Hopper's matrix unit has fewer bits than fp32 for sums of FP8.
+    most = 4e-4 if input_number(layers[0]) == E4M3 else 1e-5
+    assert (layers[0](x.cuda()).cpu() - expected).norm() <= most * expected.norm()
     merged = merge(layers)
     assert merged is not None
-    assert (merged(x.cuda()).cpu() - torch.cat([expected, expected], dim=1)).norm() <= 2e-5 * expected.norm()
+    assert (merged(x.cuda()).cpu() - torch.cat([expected, expected], dim=1)).norm() <= 2 * most * expected.norm()
 
 
 def test_demo_generates_the_same_on_a_gpu_and_a_cpu() -> None:

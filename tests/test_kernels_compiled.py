@@ -14,6 +14,7 @@ compiler = pytest.importorskip("triton.backends.compiler")
 
 from llmq.runtime.kernels import (  # noqa: E402
     attention_triton,
+    dense_triton,
     gumbel_triton,
     norm_triton,
     rope_triton,
@@ -77,7 +78,7 @@ def attention(
 ) -> Any:
     launch = (attention_triton.decode_launch if decode else attention_triton.prefill_launch)(group, head_dim, 2)
     pointers = dict.fromkeys(("query", "key_cache", "value_cache", "out"), "*bf16")
-    pointers |= dict.fromkeys(("block_tables", "query_starts", "kv_lengths", "longest"), "*i32")
+    pointers |= dict.fromkeys(("block_tables", "query_starts", "kv_lengths", "longest", "order"), "*i32")
     pointers |= dict.fromkeys(("means", "logsums"), "*fp32")
     return compile_for(
         capability, attention_triton.attention_kernel, pointers | {"scale": "fp32", "cap_scale": "fp32"},
@@ -180,6 +181,21 @@ def test_w8a8_on_hopper(rows: int, number: str, tmp_path: Path) -> None:
     weights = launch.block_n * launch.block_k * (w8a8_triton.SLICES if kernel is w8a8_triton.sliced_kernel else 1)
     products = weights * max(1, launch.block_m // 64)
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= 2.2 * products
+
+
+@pytest.mark.parametrize("launch", [dense_triton.WIDE, dense_triton.NARROW])
+@pytest.mark.parametrize("block_m", [16, 32])
+def test_a_dense_product_is_read_ahead_and_stays_out_of_memory(
+    launch: dense_triton.Launch, block_m: int, tmp_path: Path
+) -> None:
+    pointers = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16") | {"sums": "*fp32", "counters": "*i32"}
+    compiled = compile_for(
+        90, dense_triton.dense_kernel, pointers, launch.warps, 3, SPLIT=True, BLOCK_M=block_m, BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=dense_triton.PREFETCHED, PDL=True,
+    )  # fmt: skip
+    assert "mma" in compiled.asm["ptx"]
+    assert "cp.async.cg" in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
 
 
 @pytest.mark.parametrize("chunk", [8, 32])

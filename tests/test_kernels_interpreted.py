@@ -28,6 +28,7 @@ else:
     from test_kernels_reference import Rows, draw_paged, draw_weight
 
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
+    from llmq.runtime.kernels.dense import CHANNELS, dense_matmul
     from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
     from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
     from llmq.runtime.kernels.kv_write import write_kv, write_kv_reference
@@ -76,7 +77,8 @@ else:
         exact = paged_attention_reference(*(x.double() for x in narrow), *tables, window=window, **bounds)
         # Splits of a length that is given, or shared out by the bound, or by the longest row within a looser bound.
         longest = torch.tensor([bounds["max_kv_length"]], dtype=torch.int32)
-        loose = bounds | {"max_kv_length": 1024, "longest": longest}
+        order = torch.tensor(sorted(range(len(rows)), key=lambda row: -rows[row][1]), dtype=torch.int32)
+        loose = bounds | {"max_kv_length": 1024, "longest": longest, "order": order}
         for split in (bounds | {"split": 128}, loose) if dtype == torch.float32 else (bounds,):
             out = paged_attention(*narrow, *tables, window=window, **split)
             assert (out - exact).norm() <= TOLERANCE[dtype] * exact.norm()
@@ -222,7 +224,7 @@ else:
     @pytest.mark.parametrize("number", [INT, E4M3])
     def test_quantize_rows(number: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        x = draw_rows(5, 200, number, dtype)[:, :150]
+        x = draw_rows(100, 200, number, dtype)[:, :150]  # enough for ties in half precision
         x[2] = 0
         assert same_rows(quantize_rows(x, number), quantize_rows_reference(x, number))
 
@@ -249,3 +251,14 @@ else:
         for narrow in (logits, logits.half()):
             expected = draw_gumbel_reference(narrow, temperatures, seeds, positions)
             assert draw_gumbel(narrow, temperatures, seeds, positions).equal(expected)
+
+    @pytest.mark.parametrize(("rows", "shape"), [(1, (40, 256)), (5, (100, 1024)), (17, (64, 1280)), (32, (2081, 256))])
+    def test_dense(rows: int, shape: tuple[int, int]) -> None:
+        torch.manual_seed(0)
+        x, weight, bias = (
+            torch.randn(rows, 2 * shape[1]).half()[:, : shape[1]],
+            *(torch.randn(size).half() for size in (shape, shape[:1])),
+        )
+        assert shape[1] % CHANNELS == 0
+        exact = x.double() @ weight.double().t() + bias.double()
+        assert (dense_matmul(x, weight, bias) - exact).norm() <= TOLERANCE[torch.float16] * exact.norm()

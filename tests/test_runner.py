@@ -50,6 +50,8 @@ def test_a_batch_lies_in_one_buffer_part_by_part(chunks: list[tuple[int, int]], 
     assert [one.tolist() for one in batch.slots] == [slots] * groups
     assert batch.query_starts.diff().tolist() == [len(row.tokens) for row in rows]
     assert batch.kv_lengths.tolist() == [row.end for row in rows]
+    assert sorted(batch.order.tolist()) == list(range(len(rows)))
+    assert [rows[row].end for row in batch.order.tolist()] == sorted((row.end for row in rows), reverse=True)
     assert batch.longest.tolist() == [max(row.end for row in rows)]
     assert {part.storage_offset() % 4 for part in (batch.positions, *batch.slots, batch.kv_lengths)} == {0}
 

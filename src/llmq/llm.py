@@ -433,7 +433,7 @@ class LLM:
         if isinstance(prompt[0], Mapping):
             return encode_chat(self.tokenizer, list(prompt))  # type: ignore[arg-type]
         token_ids: list[int] = list(prompt)  # type: ignore[arg-type]
-        if not all(0 <= token < self.config.vocab_size for token in token_ids):
+        if min(token_ids) < 0 or max(token_ids) >= self.config.vocab_size:
             raise LlmqError(f"a token id is outside the vocabulary of {self.config.vocab_size}")
         return token_ids
 

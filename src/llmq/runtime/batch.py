@@ -1,7 +1,7 @@
 """Batch: a step as tensors on the device. One copy takes all its integers there.
 
-buffer  int32   | token ids | positions | slots of group 0 | … | query starts | KV lengths | the longest of them |
-                  T           T           T                      R + 1          R            1
+buffer  int32   | token ids | positions | slots of group 0 | … | query starts | KV lengths | order | the longest |
+                  T           T           T                      R + 1          R            R       1
 
 T tokens of R rows lie end to end. Each part begins at a multiple of 16 bytes: kernels are compiled for that.
 """
@@ -35,7 +35,7 @@ class Shape:
     @property
     def parts(self) -> tuple[int, ...]:
         """Length of each part of the buffer."""
-        return (*[self.tokens] * (2 + self.groups), self.rows + 1, self.rows, 1)
+        return (*[self.tokens] * (2 + self.groups), self.rows + 1, self.rows, self.rows, 1)
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -48,6 +48,7 @@ class Batch:
     """token_ids, positions       [T]; the token id −1 − i stands for the i-th that the step before draws
     slots                      [T] for each group of layers: where the token's keys and values go
     query_starts, kv_lengths   [R + 1], [R]; see ``paged_attention``
+    order                      [R]: the rows, the longest first
     longest                    [1]: the greatest of kv_lengths
     All int32, views of one buffer.
     """
@@ -58,6 +59,7 @@ class Batch:
     slots: tuple[Tensor, ...]
     query_starts: Tensor
     kv_lengths: Tensor
+    order: Tensor
     longest: Tensor
 
 
@@ -70,19 +72,22 @@ def batch_shape(rows: Sequence[PlanRow]) -> Shape:
 def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
     """What the buffer of a step of ``rows`` holds."""
     parts = [array("i") for _ in shape.parts]
-    token_ids, positions, *slots, query_starts, kv_lengths, longest = parts
+    token_ids, positions, *slots, query_starts, kv_lengths, order, longest = parts
     query_starts.append(0)
     for row in rows:
         start, end = row.start, row.start + len(row.tokens)
         token_ids.extend(row.tokens)
         positions.extend(range(start, end))
         for into, table in zip(slots, row.block_tables, strict=True):
-            if end - start == 1:
-                into.append(table[start // block_size] * block_size + start % block_size)
-            else:
-                into.extend(table[place // block_size] * block_size + place % block_size for place in range(start, end))
+            place = start
+            while place < end:  # a block at a time
+                stop = min(end, place - place % block_size + block_size)
+                first = table[place // block_size] * block_size + place % block_size
+                into.extend(range(first, first + stop - place))
+                place = stop
         query_starts.append(len(token_ids))
         kv_lengths.append(end)
+    order.extend(sorted(range(len(rows)), key=kv_lengths.__getitem__, reverse=True))
     longest.append(max(kv_lengths))
     whole = array("i")
     for part in parts:
@@ -94,5 +99,5 @@ def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
 def view(buffer: Tensor, shape: Shape) -> Batch:
     """The batch of ``shape`` that lies in ``buffer``."""
     parts = [buffer[start : start + length] for start, length in zip(shape.starts, shape.parts, strict=False)]
-    token_ids, positions, *slots, query_starts, kv_lengths, longest = parts
-    return Batch(shape, token_ids, positions, tuple(slots), query_starts, kv_lengths, longest)
+    token_ids, positions, *slots, query_starts, kv_lengths, order, longest = parts
+    return Batch(shape, token_ids, positions, tuple(slots), query_starts, kv_lengths, order, longest)

@@ -21,7 +21,7 @@ from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
-from llmq.runtime.linear import input_number, merge
+from llmq.runtime.linear import DenseLinear, input_number, merge
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         self.sizes = (q_size, kv_size, kv_size)
         self.qkv = config.names.qkv
         add_linears(self, self.qkv, config.hidden_size, self.sizes, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.o_proj = DenseLinear(q_size, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config)
             self.k_norm = RMSNorm(config.head_dim, config)
@@ -174,7 +174,7 @@ class MixtureOfExperts(nn.Module):
 def add_linears(module: nn.Module, names: Sequence[str], in_features: int, sizes: Sequence[int], *, bias: bool) -> None:
     """Give ``module`` projections of these ``sizes`` by these ``names``; a single name for all: stacked."""
     for name, size in zip(names, sizes if len(names) == len(sizes) else (sum(sizes),), strict=True):
-        module.add_module(name, nn.Linear(in_features, size, bias=bias))
+        module.add_module(name, DenseLinear(in_features, size, bias=bias))
 
 
 def stack(module: nn.Module, names: tuple[str, ...], name: str) -> tuple[str, ...]:

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
+from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
 from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
 from llmq.scheme import INT
+
+
+class DenseLinear(nn.Linear):
+    """Weights as wide as the activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense_matmul(x, self.weight, self.bias)
 
 
 class WeightOnlyLinear(nn.Module):
@@ -100,7 +108,7 @@ def merge(layers: Sequence[nn.Module]) -> Linear | None:
 def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     out_features, in_features = weight.shape
     with torch.device("meta"):
-        layer = nn.Linear(in_features, out_features, bias=bias is not None)
+        layer = DenseLinear(in_features, out_features, bias=bias is not None)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)

@@ -63,13 +63,10 @@ class Runner:
         table = [0]
         self._padding = PlanRow(NOBODY, 0, (0,), tuple(table for _ in cache.groups), None)
 
-    def run(self, plan: StepPlan) -> StepOutput:
-        """Compute the step and draw a token for each row whose tokens are then all in the cache."""
-        return self.launch(plan)()
-
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Result:
-        """Give the device the step to compute. The result waits for it; the next step may be launched before.
+        """Give the device the step to compute, and a token to draw for each row whose tokens are then all in the cache.
+        The result waits for it; the next step may be launched before.
 
         A token id −1 − i in ``plan`` stands for the i-th token that the step launched before draws.
         """
@@ -119,6 +116,7 @@ class Runner:
                 max_query_length=batch.shape.max_query_length,
                 max_kv_length=batch.shape.max_kv_length,
                 longest=batch.longest,
+                order=batch.order,
                 scale=attention.scale,
                 softcap=attention.softcap,
             )

@@ -36,6 +36,7 @@ def paged_attention(
     scale: float | None = None,
     softcap: float | None = None,
     longest: Tensor | None = None,
+    order: Tensor | None = None,
     split: int | None = None,
 ) -> Tensor:
     """Causal attention of each row's queries over the row's pages → [tokens, heads, head_dim].
@@ -53,6 +54,7 @@ def paged_attention(
     scale         multiplies the scores; None: 1/√head_dim
     softcap       a score s then becomes softcap · tanh(s / softcap) (Gemma 2); None: it stays as it is
     longest       int32 [1], on the device: the greatest of kv_lengths, where max_kv_length is a loose bound
+    order         int32 [rows]: all rows, in the order to start them in. The longest first, no long one is left at last
     split         on a GPU a row's positions are divided among programs, this many to each, a multiple of 64, and the
                   parts joined in order. None: what is fastest for this many rows and these bounds, so that the last
                   bits of a row's result depend on its batch. With a number they do not
@@ -77,6 +79,7 @@ def paged_attention(
         scale=scale,
         softcap=softcap,
         longest=longest,
+        order=order,
         split=split,
     )
 

@@ -84,6 +84,7 @@ def paged_attention_triton(
     scale: float | None = None,
     softcap: float | None = None,
     longest: Tensor | None = None,
+    order: Tensor | None = None,
     split: int | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
@@ -111,7 +112,7 @@ def paged_attention_triton(
 
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
-            query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, out, means, logsums,
+            query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, order, out, means, logsums,
             *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
             heads, rows, few_queries, splits, shared, span, split or 0, window or 0,
             LOG2_E * (softcap or scale), cap_scale,
@@ -158,7 +159,7 @@ def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "few_queries", "splits", "shared", "span", "split", "window"])
 def attention_kernel(
-    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, out, means, logsums,
+    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, order, out, means, logsums,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
     table_stride, out_token_stride, heads, rows, few_queries, splits, shared, span, split, window, scale, cap_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -170,6 +171,8 @@ def attention_kernel(
     kv_head = tl.program_id(1)
     if DECODE:
         row = tl.program_id(2)
+        if order is not None:
+            row = tl.load(order + row)
         first_query = 0
     else:
         # Row r owns the tiles from query_starts[r] // BLOCK_Q + r on: at least as many as it needs. The longest

@@ -46,7 +46,8 @@ def quantize_rows_reference(x: Tensor, number: str) -> QuantizedRows:
     """``quantize_rows`` in plain PyTorch."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     most = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_MAX)
-    codes = wide * (LARGEST[number] / most)
+    largest = torch.full_like(most, LARGEST[number])  # a number divided by a tensor is rounded twice
+    codes = wide * (largest / most)
     if number == INT:
         codes = codes.round()
-    return QuantizedRows(codes.to(CODES[number]), (most / LARGEST[number]).float())
+    return QuantizedRows(codes.to(CODES[number]), (most / largest).float())

@@ -1,0 +1,113 @@
+"""Device code of ``dense``.
+
+The product is taken as weight · xᵀ, so that a batch of 8 fills the matrix unit as well as one of 64:
+
+    program (tile of N, split of K)      acc [BLOCK_N, BLOCK_M], fp32
+
+        for each step of BLOCK_K channels:   acc += w [BLOCK_N, BLOCK_K] · x [BLOCK_M, BLOCK_K]ᵀ
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.split_k_triton import counters, is_last, sum_splits
+
+PREFETCHED = 32768  # bytes of the weight that a program asks for before its activations are there
+
+
+class Launch(NamedTuple):
+    """What a program takes; found by measuring on an H200."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    shortest_split: int  # channels
+
+
+NARROW = Launch(64, 256, 8, 3, 512)
+WIDE = Launch(64, 128, 4, 4, 1024)
+NARROW_FEATURES = 2048  # up to so many outputs
+PROGRAMS = 132  # one on each of an H200's multiprocessors
+
+
+def launch_for(out_features: int) -> Launch:
+    """Launch parameters for a weight of ``out_features`` rows."""
+    return NARROW if out_features <= NARROW_FEATURES else WIDE
+
+
+def dense_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``dense_matmul`` through Triton."""
+    (rows, in_features), out_features = x.shape, weight.shape[0]
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    launch = launch_for(out_features)
+    tiles, steps = triton.cdiv(out_features, launch.block_n), in_features // launch.block_k
+    per_split = triton.cdiv(steps, max(1, min(PROGRAMS // tiles, in_features // launch.shortest_split)))
+    splits = triton.cdiv(steps, per_split)
+    out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
+    dense_kernel[tiles, splits](
+        x, weight, bias, out, sums, counters(x.device), rows, out_features, in_features, x.stride(0), per_split,
+        SPLIT=splits > 1, BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
+        STAGES=launch.stages, PREFETCHED=PREFETCHED, num_warps=launch.warps, **pdl(x.device),
+    )  # fmt: skip
+    return out
+
+
+PREFETCH = tl.constexpr(
+    "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"
+)
+
+
+@triton.jit
+def prefetch(pointers, sizes):
+    """Ask for ``sizes`` bytes, multiples of 16, from each of ``pointers`` to be brought into the L2 cache."""
+    tl.inline_asm_elementwise(
+        PREFETCH, "=r,l,r", [pointers.to(tl.int64), sizes], dtype=tl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "per_split"])
+def dense_kernel(
+    x, weight, bias, out, sums, counters, rows, out_features, in_features, x_stride, per_split,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of outputs, summed over one split of K."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    is_n, is_m = n < out_features, m < rows
+    first = tl.program_id(1) * per_split
+    last = tl.minimum(first + per_split, in_features // BLOCK_K)
+    at_weight = weight + n.to(tl.int64) * in_features
+    if PDL:
+        size = tl.minimum((last - first) * BLOCK_K * 2, PREFETCHED // BLOCK_N)
+        prefetch(at_weight + first * BLOCK_K, tl.where(is_n, size, 0))
+    wait(PDL)
+    at_x = x + m * x_stride
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for step in tl.range(first, last, num_stages=STAGES):
+        channel = step * BLOCK_K + k
+        w_tile = tl.load(at_weight[:, None] + channel[None, :], mask=is_n[:, None], other=0.0)
+        x_tile = tl.load(at_x[None, :] + channel[:, None], mask=is_m[None, :], other=0.0)
+        acc = tl.dot(w_tile, x_tile, acc)
+    inside = is_n[:, None] & is_m[None, :]
+    at_out = m[None, :] * out_features + n[:, None]
+    if SPLIT:
+        size = rows * out_features
+        tl.store(sums + tl.program_id(1).to(tl.int64) * size + at_out, acc, mask=inside)
+        if not is_last(counters + tl.program_id(0)):
+            return
+        acc = sum_splits(sums, at_out, inside, size, tl.num_programs(1))
+    if bias is not None:
+        acc += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
