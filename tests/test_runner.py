@@ -33,27 +33,33 @@ def test_each_row_of_the_matrix_begins_with_its_table(steps: list[list[tuple[boo
 
 
 @given(st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=6), st.integers(1, 2))
-def test_a_batch_lies_in_one_buffer_part_by_part(chunks: list[tuple[int, int]], groups: int) -> None:
+def test_a_batch_lies_in_one_tensor_part_by_part(chunks: list[tuple[int, int]], groups: int) -> None:
+    table = [11, 7, 8, 9, 5, 6, 2]
     rows = [
-        PlanRow(
-            number, start, tuple(range(start, start + length)), ([3 * number + 1, 7, 8, 9, 5, 6, 2],) * groups, None
-        )
+        PlanRow(number, start, tuple(range(start, start + length)), (table,) * groups, None)
         for number, (start, length) in enumerate(chunks)
     ]
-    shape = batch_shape(rows)
-    buffer = torch.frombuffer(fill(rows, shape, 16), dtype=torch.int32)
-    assert len(buffer) == shape.starts[-1]
-    batch = view(buffer, shape)
+    shape = batch_shape(rows, drawn=8)
+    ints = torch.cat((torch.full((8,), -1), torch.frombuffer(fill(rows, shape, 16), dtype=torch.int32)))
+    assert len(ints) == shape.starts[-1]
+    batch = view(ints, shape)
     positions = [position for row in rows for position in range(row.start, row.end)]
-    assert batch.token_ids.tolist() == batch.positions.tolist() == positions
-    slots = [row.block_tables[0][at // 16] * 16 + at % 16 for row in rows for at in range(row.start, row.end)]
-    assert [one.tolist() for one in batch.slots] == [slots] * groups
+    assert batch.ints[batch.sources].tolist() == batch.positions.tolist() == positions
+    assert [one.tolist() for one in batch.slots] == [[table[at // 16] * 16 + at % 16 for at in positions]] * groups
     assert batch.query_starts.diff().tolist() == [len(row.tokens) for row in rows]
     assert batch.kv_lengths.tolist() == [row.end for row in rows]
     assert sorted(batch.order.tolist()) == list(range(len(rows)))
     assert [rows[row].end for row in batch.order.tolist()] == sorted((row.end for row in rows), reverse=True)
     assert batch.longest.tolist() == [max(row.end for row in rows)]
     assert {part.storage_offset() % 4 for part in (batch.positions, *batch.slots, batch.kv_lengths)} == {0}
+
+
+def test_a_token_that_was_just_drawn_is_taken_from_where_it_was_drawn() -> None:
+    rows = [PlanRow(0, 5, (42,), ([1],), None), PlanRow(1, 7, (-3,), ([2],), None), PlanRow(2, 9, (-1,), ([3],), None)]
+    shape = batch_shape(rows, drawn=4)
+    drawn = torch.tensor([100, 101, 102, 103], dtype=torch.int32)
+    batch = view(torch.cat((drawn, torch.frombuffer(fill(rows, shape, 16), dtype=torch.int32))), shape)
+    assert batch.ints[batch.sources].tolist() == [42, 102, 100]
 
 
 def test_padding_is_little_and_sizes_are_few() -> None:

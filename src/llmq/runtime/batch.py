@@ -1,9 +1,12 @@
-"""Batch: a step as tensors on the device. One copy takes all its integers there.
+"""Batch: a step as tensors on the device. One copy takes all its integers there, behind the tokens drawn last.
 
-buffer  int32   | token ids | positions | slots of group 0 | … | query starts | KV lengths | order | the longest |
-                  T           T           T                      R + 1          R            R       1
+ints  int32   | drawn | token ids | sources | positions | slots of group 0 | …
+                D       T           T         T           T
+              … | query starts | KV lengths | order | longest |
+                  R + 1          R            R       1
 
-T tokens of R rows lie end to end. Each part begins at a multiple of 16 bytes: kernels are compiled for that.
+T tokens of R rows lie end to end; D is room for the tokens that the step before draws. Each part begins at a multiple
+of 16 bytes: kernels are compiled for that.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ ALIGNMENT = 4
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What tells apart batches that run the same kernels on the same grids: T, R, groups of layers, and bounds of a
+    """What tells apart batches that run the same kernels on the same grids: D, T, R, groups of layers, and bounds of a
     row's tokens in the step and in the cache."""
 
+    drawn: int
     tokens: int
     rows: int
     groups: int
@@ -34,27 +38,29 @@ class Shape:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Length of each part of the buffer."""
-        return (*[self.tokens] * (2 + self.groups), self.rows + 1, self.rows, self.rows, 1)
+        """Length of each part, but for what was drawn."""
+        return (*[self.tokens] * (3 + self.groups), self.rows + 1, self.rows, self.rows, 1)
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Where in the buffer each part begins, and last, where the buffer ends."""
-        return (0, *accumulate(length + -length % ALIGNMENT for length in self.parts))
+        """Where each part begins, and last, where the ints end."""
+        return tuple(accumulate((length + -length % ALIGNMENT for length in self.parts), initial=self.drawn))
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """token_ids, positions       [T]; the token id −1 − i stands for the i-th that the step before draws
+    """ints                       all of it, as drawn above
+    sources                    [T]: where in it the id of each token is, given or drawn
+    positions                  [T]
     slots                      [T] for each group of layers: where the token's keys and values go
     query_starts, kv_lengths   [R + 1], [R]; see ``paged_attention``
     order                      [R]: the rows, the longest first
     longest                    [1]: the greatest of kv_lengths
-    All int32, views of one buffer.
     """
 
     shape: Shape
-    token_ids: Tensor
+    ints: Tensor
+    sources: Tensor
     positions: Tensor
     slots: tuple[Tensor, ...]
     query_starts: Tensor
@@ -63,20 +69,24 @@ class Batch:
     longest: Tensor
 
 
-def batch_shape(rows: Sequence[PlanRow]) -> Shape:
+def batch_shape(rows: Sequence[PlanRow], drawn: int) -> Shape:
     """The shape of a step of ``rows``, with the bounds as they are."""
     lengths = [len(row.tokens) for row in rows]
-    return Shape(sum(lengths), len(rows), len(rows[0].block_tables), max(lengths), max(row.end for row in rows))
+    ends = [row.end for row in rows]
+    return Shape(drawn, sum(lengths), len(rows), len(rows[0].block_tables), max(lengths), max(ends))
 
 
 def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
-    """What the buffer of a step of ``rows`` holds."""
+    """The ints of a step of ``rows``, but for what was drawn."""
     parts = [array("i") for _ in shape.parts]
-    token_ids, positions, *slots, query_starts, kv_lengths, order, longest = parts
+    token_ids, sources, positions, *slots, query_starts, kv_lengths, order, longest = parts
+    sources.extend(range(shape.drawn, shape.drawn + shape.tokens))
     query_starts.append(0)
     for row in rows:
         start, end = row.start, row.start + len(row.tokens)
         token_ids.extend(row.tokens)
+        if row.tokens[-1] < 0:  # only the newest of a sequence can be unknown
+            sources[len(token_ids) - 1] = -1 - row.tokens[-1]
         positions.extend(range(start, end))
         for into, table in zip(slots, row.block_tables, strict=True):
             place = start
@@ -96,8 +106,8 @@ def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
     return whole
 
 
-def view(buffer: Tensor, shape: Shape) -> Batch:
-    """The batch of ``shape`` that lies in ``buffer``."""
-    parts = [buffer[start : start + length] for start, length in zip(shape.starts, shape.parts, strict=False)]
-    token_ids, positions, *slots, query_starts, kv_lengths, order, longest = parts
-    return Batch(shape, token_ids, positions, tuple(slots), query_starts, kv_lengths, order, longest)
+def view(ints: Tensor, shape: Shape) -> Batch:
+    """The batch of ``shape`` that lies in ``ints``."""
+    parts = [ints[start : start + length] for start, length in zip(shape.starts, shape.parts, strict=False)]
+    _, sources, positions, *slots, query_starts, kv_lengths, order, longest = parts
+    return Batch(shape, ints, sources, positions, tuple(slots), query_starts, kv_lengths, order, longest)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmq.memory import blocks_for
 from llmq.plan import PlanRow, StepOutput, StepPlan, TokenLogprobs
-from llmq.runtime.batch import Batch, batch_shape, fill, view
+from llmq.runtime.batch import ALIGNMENT, Batch, batch_shape, fill, view
 from llmq.runtime.block_tables import BlockTables
 from llmq.runtime.decoder import Attention, Decoder
 from llmq.runtime.device import on_device
@@ -49,17 +49,18 @@ class Runner:
         max_tokens: int,
         enforce_eager: bool = False,
     ) -> None:
-        """``max_sequences`` in a step, of ``max_tokens`` each. CUDA graphs on a GPU, unless ``enforce_eager``, or the
-        model has experts: the host waits for their router."""
+        """``max_sequences`` in a step, of ``max_tokens`` each. CUDA graphs on a GPU, unless ``enforce_eager``."""
         self.decoder = decoder
         self.cache = cache
         self.device = device
         rows, columns = max(ROWS_PER_SEQUENCE * max_sequences, MAX_ROWS), blocks_for(max_tokens, cache.block_size)
+        rows += -rows % ALIGNMENT
         self._tables = [BlockTables(rows, columns, device) for _ in cache.groups]
-        self._drawn = torch.zeros(rows, dtype=torch.int32, device=device)
         # Of experts the host must know how many tokens each has: no graph can wait for that.
         graphed = device != "cpu" and not enforce_eager and decoder.config.experts is None
-        self._graphs = DecodeGraphs(self._forward, len(cache.groups), device) if graphed else None
+        self._graphs = DecodeGraphs(self._forward, rows, len(cache.groups), device) if graphed else None
+        none_drawn = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._drawn = none_drawn if self._graphs is None else self._graphs.drawn
         table = [0]
         self._padding = PlanRow(NOBODY, 0, (0,), tuple(table for _ in cache.groups), None)
 
@@ -90,9 +91,9 @@ class Runner:
             self._update_tables(rows)
             return self._graphs.run(rows, block_size)
         self._update_tables(rows)
-        shape = batch_shape(rows)
-        buffer = on_device(fill(rows, shape, block_size), torch.int32, self.device)
-        return self._forward(view(buffer, shape))
+        shape = batch_shape(rows, len(self._drawn))
+        ints = on_device(fill(rows, shape, block_size), torch.int32, self.device)
+        return self._forward(view(torch.cat((self._drawn, ints)), shape))
 
     def _update_tables(self, rows: Sequence[PlanRow]) -> None:
         for group, tables in enumerate(self._tables):
@@ -121,9 +122,7 @@ class Runner:
                 softcap=attention.softcap,
             )
 
-        drawn_before = self._drawn[(-1 - batch.token_ids).clamp(min=0)]
-        token_ids = torch.where(batch.token_ids < 0, drawn_before, batch.token_ids)
-        return self.decoder(token_ids, batch.positions, attend)  # type: ignore[no-any-return]
+        return self.decoder(batch.ints[batch.sources], batch.positions, attend)  # type: ignore[no-any-return]
 
     def _last(self, rows: Sequence[PlanRow], hidden: Tensor) -> Tensor:
         """Of ``hidden``, the last of each row that draws."""
