@@ -266,10 +266,13 @@ def test_numbers_that_a_format_does_not_have_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_scales_of_a_kv_cache_are_not_lost(tmp_path: Path, tiny: Path) -> None:
-    source = quantized(tiny, tmp_path / "source", Scheme(4, 32), format="compressed-tensors")
-    edit_tensors(source, "model.layers.0.self_attn", k_scale=torch.tensor([0.5]), v_scale=torch.tensor([0.25]))
-    edit_config(source, kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "tensor"})
+def test_the_scales_of_a_kv_cache_are_not_lost(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / "llmcompressor" / "fp8-kv", source)
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    shutil.copyfile(FIXTURES / "llmcompressor" / "w4" / "model.safetensors", source / "model.safetensors")
+    edit_config(source, format="pack-quantized", config_groups={"group_0": {"targets": ["Linear"], "weights": weights}})
+    edit_tensors(source, "model.layers.0.self_attn", k_scale=torch.ones(1), v_scale=torch.ones(1))
     assert llmq("inspect", source).code == 0
     result = llmq("convert", source, "-o", tmp_path / "out", "--format", "gptq")
     assert_refused(result, "scales a KV cache of 8 bits, for which the GPTQ format has no place")

@@ -35,6 +35,7 @@ from llmq.errors import USAGE, LlmqError
 from llmq.scheme import ACTIVATION_BITS, BITS, E4M3, FP4, INT, NF4, WHOLE, WHOLE_TENSOR, Scheme
 
 NAME = "model.layers.0.mlp.up_proj"
+FIXTURES = Path(__file__).parent / "fixtures"
 NF = Scheme(4, 64, number=NF4)
 SCATTERED = torch.randperm(64, generator=torch.Generator().manual_seed(0)) // 32
 
@@ -268,6 +269,15 @@ def test_compressed_tensors_targets_are_matched_as_the_library_does() -> None:
     assert form.caveat is not None
 
 
+def test_the_scales_of_a_kv_cache_are_announced_as_llm_compressor_does() -> None:
+    form = replace(CompressedTensors.for_schemes({NAME: Scheme(4, 32)}), kv_scales=True)
+    fields = form.config_dict(quantized=[NAME], ignored=[], writer="llmq:0")
+    written = json.loads((FIXTURES / "llmcompressor" / "fp8-kv" / "config.json").read_text())
+    assert fields["kv_cache_scheme"].items() <= written["quantization_config"]["kv_cache_scheme"].items()
+    assert CompressedTensors.read(fields).kv_scales
+    assert not CompressedTensors.read(fields | {"kv_cache_scheme": None}).kv_scales
+
+
 def test_autoawq_s_own_names_are_read() -> None:
     form = Awq.read({"w_bit": 4, "q_group_size": 64, "version": "GEMM", "modules_to_not_convert": ["self_attn"]})
     assert form == Awq(Scheme(4, 64, False), ("self_attn",))
@@ -281,6 +291,7 @@ def test_autoawq_s_own_names_are_read() -> None:
         ({"quant_method": "bitsandbytes"}, "4 bits: False, 8 bits: False"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "type: 'int4'"),
         ({"quant_method": "gptq", "bits": 4, "format": "gptq_v2", "checkpoint_format": "gptq"}, "states two formats"),
+        ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"}, "packed in int16"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": 3}}, "quantization_config"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": {"bits": 5}}}, "and these have 5"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv'"),
@@ -303,6 +314,8 @@ def test_autoawq_s_own_names_are_read() -> None:
         (ct({"weights": None}), "no usable config_groups"),
         (ct({"weights": weights(), "targets": ["re:("]}), "not a regular expression"),
         (ct(), "names no layers"),
+        (ct({"weights": weights()}, transform_config={"config_groups": {"v": {}}}), "rotated or sparse"),
+        (ct({"weights": weights()}, sparsity_config={"format": "sparse-24-bitmask"}), "rotated or sparse"),
         (ct({"weights": weights()}, kv_cache_scheme={"num_bits": 8}), "a KV cache quantized otherwise"),
     ],
     ids=str,

@@ -54,6 +54,10 @@ def both_logits(folder: Path, peer: object) -> tuple[object, object]:
         return ours.logits(ours(ids, torch.arange(len(ids)), CausalAttention(len(ids)))), theirs.float()
 
 
+def label(value: object) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 W8A8 = Scheme(8, -1, activation_bits=8)
 FP8 = Scheme(8, -1, number=E4M3, activation_bits=8)
 
@@ -93,7 +97,7 @@ def assert_same_weights(folder: Path, layers: dict[str, object]) -> None:
         ("llama", [Scheme(4, 32), Scheme(8, -1), Scheme(3, 64)]),
         ("qwen2", [Scheme(4, 32), W8A8, FP8, Scheme(8, 0, number=E4M3)]),
     ],
-    ids=str,
+    ids=label,
 )
 def test_transformers_reads_compressed_tensors(tmp_path: Path, architecture: str, schemes: list[Scheme]) -> None:
     """The first scheme is that of most layers; one is left as it is; a head of its own is packed too."""
@@ -236,7 +240,7 @@ def test_transformers_reads_gptq_of_few_bits(tmp_path: Path, scheme: Scheme) -> 
 @pytest.mark.parametrize(
     "schemes",
     [[Scheme(4, 32), Scheme(8, -1), Scheme(3, 64)], [Scheme(4, 32), Scheme(8, 128, False)]],
-    ids=str,
+    ids=label,
 )
 def test_gptqmodel_reads_gptq_of_several_schemes(tmp_path: Path, schemes: list[Scheme]) -> None:
     """The first scheme is that of most layers, the last that of a packed head; one layer is left as it is."""

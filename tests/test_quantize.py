@@ -29,10 +29,12 @@ from llmq.quant.options import Calibration
 from llmq.quant.report import QuantizationReport
 from llmq.quant.schemes import AUTOROUND, AWQ, GPTQ, RTN, SMOOTHQUANT
 from llmq.runtime.decoder import CausalAttention, DecoderLayer
+from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.loader import load_decoder, load_layer, open_source
 from llmq.scheme import Scheme
 
 W4, W8, W8A8 = Scheme(4, 32), Scheme(8, 32), Scheme(8, -1, activation_bits=8)
+FP8 = Scheme(8, -1, number="e4m3", activation_bits=8)
 LINEARS = 7 * 2
 
 
@@ -121,6 +123,23 @@ def test_gptq_keeps_the_outputs_closer_than_rtn(tmp_path: Path, tiny: Path, text
     assert losses[GPTQ] < 0.7 * losses[RTN]
 
 
+@pytest.mark.parametrize("act_order", ["static", "dynamic", "off"])
+def test_every_column_order_is_written_as_its_readers_expect_it(
+    tmp_path: Path, tiny: Path, calibration: Calibration, act_order: str
+) -> None:
+    out = tmp_path / "out"
+    report = quantize(str(tiny), out, scheme=W8, act_order=act_order, calibration=calibration, device="cpu")
+    assert all(layer.method == GPTQ and layer.error < layer.rtn_error for layer in report.layers)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["desc_act"] == (act_order == "dynamic")
+    natural = torch.arange(128) // 32
+    in_place = [
+        torch.equal(value.long(), natural) for name, value in weights(out).items() if name.endswith("q_proj.g_idx")
+    ]
+    assert in_place == [act_order != "dynamic"] * 2
+    before, after = logits(tiny, torch.arange(40)[None]), logits(out, torch.arange(40)[None])
+    assert (after - before).square().mean() < 5e-3 * before.square().mean()
+
+
 def test_learned_rounding_goes_from_block_to_block(
     tmp_path: Path, tiny: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +222,34 @@ def test_what_is_not_quantized_is_copied_to_the_bit(tmp_path: Path, calibration:
     assert (output / "NOTICE.txt").read_text() == "keep me"
     assert not (output / "modeling.py").exists()
     assert (output / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "phi3-partial"])
+def test_scales_of_the_kv_cache_reach_what_the_model_caches(
+    tmp_path: Path, calibration: Calibration, variant: str
+) -> None:
+    source, out = save_variant(tmp_path / "model", variant), tmp_path / "out"
+    quantize(str(source), out, scheme=FP8, kv_cache="fp8", calibration=calibration, device="cpu")
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (quantization["kv_cache_scheme"]["num_bits"], quantization["kv_cache_scheme"]["dynamic"]) == (8, False)
+    windows = draw_windows(source, read_config(source), calibration)
+    largest: dict[str, float] = {}
+
+    class Watch(CausalAttention):
+        def __call__(self, attention: Any, query: Any, key: Any, value: Any, rotation: Any) -> torch.Tensor:
+            _, rotated = norm_and_rotate(query, key, rotation, attention.norms, attention.eps)
+            largest[f"model.layers.{attention.layer}.self_attn.k_scale"] = float(rotated.abs().max())
+            largest[f"model.layers.{attention.layer}.self_attn.v_scale"] = float(value.abs().max())
+            return super().__call__(attention, query, key, value, rotation)
+
+    count, length = windows.shape
+    model = load_decoder(open_source(out, "cpu", torch.float32, length))
+    model(windows.flatten(), torch.arange(length).repeat(count), Watch(length))
+    written = weights(out)
+    assert largest
+    for name, most in largest.items():
+        assert written[name].shape == (1,)
+        assert float(written[name]) == pytest.approx(most / 448, rel=0.02)
 
 
 def test_configs_say_how_it_was_quantized_and_no_file_says_where(

@@ -125,6 +125,8 @@ def refused(result: Result, message: str, hint: str, code: int = 2) -> None:
         (("--method", "rtn", "--act-order", "off"), "--act-order is a setting of gptq", "--method gptq"),
         (("--act-order", "sideways"), "no order 'sideways'", "static, dynamic, off"),
         (("--act-order", "dynamic", "--format", "compressed-tensors"), "dynamic order", "--format gptq"),
+        (("--kv-cache-scheme", "fp8"), "no place for scales of the KV cache", "--format compressed-tensors"),
+        (("--scheme", "fp8", "--kv-cache-scheme", "int4"), "KV cache of 'int4'", "--kv-cache-scheme fp8"),
         (("--clip",), "--clip is a setting of rtn", "--method rtn"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",

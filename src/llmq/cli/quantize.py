@@ -13,7 +13,7 @@ from llmq import memory
 from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
-from llmq.quant.options import ACT_ORDERS, DEFAULTS, Calibration, Rule
+from llmq.quant.options import ACT_ORDERS, DEFAULTS, FP8, Calibration, Rule
 from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, Choice, choose
 from llmq.scheme import BITS, GROUP_SIZES, INT
 
@@ -54,6 +54,9 @@ def quantize(
     alpha: Annotated[
         str | None, typer.Option(help="smoothquant: 0 to 1, or auto.", show_default="by the model's family")
     ] = None,
+    kv_cache_scheme: Annotated[
+        str | None, typer.Option(help=f"{FP8}: measure scales for a KV cache of 8 bits.", show_default=False)
+    ] = DEFAULTS.kv_cache,
     calib_data: Annotated[
         str | None,
         typer.Option(metavar="FILE", help='A .txt, or a .jsonl with "text".', show_default="a text shipped with llmq"),
@@ -102,6 +105,7 @@ def quantize(
             clip=clip,
             act_order=act_order,
             alpha=_alpha(alpha),
+            kv_cache=kv_cache_scheme,
             device=device,
             revision=revision,
             overwrite=overwrite,
@@ -142,7 +146,7 @@ def _print_plan(model: str, revision: str | None, choice: Choice, calibration: C
 def _print_report(report: QuantizationReport) -> None:
     from llmq.quant.report import errors_by_kind
 
-    measured = "of the outputs" if report.method in CALIBRATED else "of the weights"
+    measured = "of the outputs" if report.calibration_samples else "of the weights"
     grid = table("layer", "number", f"error {measured}", "worst", "if rounded", title="relative squared error")
     for kind, layers in errors_by_kind(report.layers).items():
         errors = [layer.error for layer in layers]

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from llmq.errors import LlmqError
 from llmq.memory import MICRO_BATCH_TOKENS
-from llmq.runtime.decoder import CausalAttention, DecoderLayer, embed
+from llmq.runtime.decoder import Attend, Attention, CausalAttention, DecoderLayer, embed
 from llmq.runtime.kernels.norm import add_rms_norm
+from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.loader import EMBEDDING, FINAL_NORM, HEAD, Source
-from llmq.runtime.rotary import rotary_angles
+from llmq.runtime.rotary import Rotation, rotary_angles
 
 GPU_SHARE = 4
 """Hidden states stay on a GPU when they take no more than one part in this many of its free memory."""
@@ -46,7 +47,7 @@ class HiddenStates:
         batch_windows = max(1, min(count, MICRO_BATCH_TOKENS // length))
         self.tokens = windows.numel()
         self.device = source.device
-        self.attend = CausalAttention(length)
+        self.attend: Attend = CausalAttention(length)
         self.rotations = rotary_angles(config, torch.arange(length, device=self.device).repeat(batch_windows))
         width = config.hidden_size + config.num_heads * config.head_dim
         self.home = self._home(self.tokens * width * source.dtype.itemsize)
@@ -103,6 +104,23 @@ class HiddenStates:
         for x in self.inputs:
             total += moment(add_rms_norm(x.to(self.device), None, weight, source.config.rms_norm_eps))
         return _mean_moment(total, self.tokens, HEAD)
+
+    def kv_ranges(self, block: DecoderLayer) -> tuple[Tensor, Tensor]:
+        """The largest |key| and |value| that ``block`` would write into a KV cache: keys are normed and rotated."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
+            _, rotated = norm_and_rotate(query, key, rotation, attention.norms, attention.eps)
+            keys.append(rotated.float().abs().amax())
+            values.append(value.float().abs().amax())
+            return query  # nobody looks at what is made of them
+
+        watching = copy.copy(self)
+        watching.attend = attend
+        for number in range(len(self.inputs)):
+            watching._mix(block, number)
+        return torch.stack(keys).amax(), torch.stack(values).amax()
 
     def outputs(self, block: DecoderLayer) -> Iterator[Tensor]:
         """What ``block`` adds to the residual stream by attention, or past ``mix`` by the MLP: [tokens, hidden], batch

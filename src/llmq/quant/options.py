@@ -10,7 +10,7 @@ from llmq.quant.schemes import GPTQ, PRESETS, RTN, SMOOTHQUANT, Choice, choose
 from llmq.scheme import Scheme
 
 ACT_ORDERS = STATIC, DYNAMIC, OFF = "static", "dynamic", "off"
-AUTO = "auto"
+AUTO, FP8 = "auto", "fp8"
 KEPT = ("none", "16")
 """How ``--override`` says that a layer stays as it is."""
 
@@ -89,6 +89,7 @@ class QuantizeOptions:
     act_order  of ``gptq``: ``static``, ``dynamic`` or ``off``; see ``methods.gptq``
     alpha      of ``smoothquant``: how much of the activations' range moves to the weights, from 0 to 1; ``auto``:
                searched for, block by block; None: what has served the model's family best
+    kv_cache   ``fp8``: measure scales for a KV cache in e4m3, one for the keys and one for the values of each layer
     device     ``cpu``, ``cuda``, or ``auto``: CUDA where there is one
     """
 
@@ -98,6 +99,7 @@ class QuantizeOptions:
     clip: bool = False
     act_order: str = STATIC
     alpha: float | str | None = None
+    kv_cache: str | None = None
     device: str = AUTO
 
     def __post_init__(self) -> None:
@@ -119,6 +121,18 @@ class QuantizeOptions:
             isinstance(self.alpha, float) and not 0 <= self.alpha <= 1
         ):
             raise LlmqError(f"--alpha is {self.alpha}", "choose auto, or a number from 0 to 1", exit_code=USAGE)
+        if self.kv_cache not in (None, FP8):
+            raise LlmqError(
+                f"there are no scales for a KV cache of {self.kv_cache!r}",
+                f"choose --kv-cache-scheme {FP8}",
+                exit_code=USAGE,
+            )
+        if self.kv_cache is not None and self.choice.format != "compressed-tensors":
+            raise LlmqError(
+                f"the format {self.choice.format} has no place for scales of the KV cache",
+                "choose --format compressed-tensors",
+                exit_code=USAGE,
+            )
         for rule in self.rules:
             if rule.scheme is not None:
                 choose(rule.scheme, method)

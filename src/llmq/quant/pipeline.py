@@ -20,16 +20,17 @@ from torch import Tensor
 from llmq.checkpoint import folder as folders
 from llmq.checkpoint.config import LinearStage, read_config
 from llmq.checkpoint.formats import FORMATS, WRITER, Format, format_for, packed_bytes, write_configs
+from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import USAGE, LlmqError
 from llmq.quant.activations import HiddenStates, NotFinite
-from llmq.quant.affine import MAX_WEIGHT, energy, group_blocks
+from llmq.quant.affine import MAX_E4M3, MAX_WEIGHT, energy, group_blocks
 from llmq.quant.calibration import draw_windows
 from llmq.quant.check import check_generates
 from llmq.quant.folding import linear, round_inputs
 from llmq.quant.methods import autoround, awq, bnb, gptq, rtn, smoothquant
-from llmq.quant.options import DEFAULTS, Calibration, QuantizeOptions, Rule
+from llmq.quant.options import DEFAULTS, DYNAMIC, Calibration, QuantizeOptions, Rule
 from llmq.quant.report import LayerReport, QuantizationReport, model_card
 from llmq.quant.schemes import AUTOROUND, AWQ, BNB, CALIBRATED, GPTQ, RTN, SMOOTHQUANT, choose
 from llmq.runtime.decoder import DecoderLayer
@@ -56,6 +57,7 @@ def quantize(
     clip: bool = DEFAULTS.clip,
     act_order: str = DEFAULTS.act_order,
     alpha: float | str | None = DEFAULTS.alpha,
+    kv_cache: str | None = DEFAULTS.kv_cache,
     device: str = DEFAULTS.device,
     revision: str | None = None,
     overwrite: bool = False,
@@ -77,6 +79,7 @@ def quantize(
         clip,
         act_order,
         alpha,
+        kv_cache,
         device,
     )
     folders.check_output(output, overwrite=overwrite)
@@ -106,7 +109,8 @@ def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) 
                 progress(len(layers), len(job.schemes), layer.name)
         for name in job.kept_tensors:
             tensor = job.source.tensors.load(name)
-            writer.add(name, changed[name].to(tensor.dtype) if name in changed else tensor)
+            writer.add(name, changed.pop(name).to(tensor.dtype) if name in changed else tensor)
+        writer.add_all(changed.items())
         writer.close()
         folders.copy_side_files(job.folder, partial)
         quantization = format.config_dict(
@@ -114,6 +118,7 @@ def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) 
             ignored=job.left_out,
             writer=WRITER,
             damp_percent=gptq.DAMP_PERCENT if job.options.choice.method == GPTQ else None,
+            act_order=job.options.act_order == DYNAMIC,
         )
         write_configs(job.folder, partial, format, quantization)
         check_generates(partial, job.source.device, job.source.dtype)
@@ -145,7 +150,10 @@ class Job:
 
     @property
     def format(self) -> Format:
-        return format_for(self.options.choice.format, self.schemes)
+        format = format_for(self.options.choice.format, self.schemes)
+        if self.options.kv_cache is not None and isinstance(format, CompressedTensors):
+            return replace(format, kv_scales=True)
+        return format
 
     @property
     def kept_tensors(self) -> list[str]:
@@ -166,7 +174,8 @@ class Job:
         return self.packed_bytes + sum(infos[name].num_bytes for name in self.kept_tensors)
 
     def quantized_layers(self, changed: dict[str, Tensor]) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Do the work, layer by layer. Tensors that are kept, but not as they were, come into ``changed``."""
+        """Do the work, layer by layer. Tensors beside the layers that are new, or not as they were, come into
+        ``changed``."""
         if self.windows is None:
             for name in self.schemes:
                 yield from self._round({name: self._weight(name)}, None)
@@ -189,6 +198,9 @@ class Job:
                 changed[f"{prefix}.{name}"] = tensor
             for stage in config.linear_stages:
                 if stage.half == "finish" and not states.mixed:
+                    if self.options.kv_cache is not None:
+                        for letter, largest in zip("kv", states.kv_ranges(block), strict=True):
+                            changed[f"{prefix}.self_attn.{letter}_scale"] = _e4m3_scale(largest)
                     states.mix(block)
                 yield from self._quantize_stage(prefix, block, stage, states, learned)
             if number + 1 < config.num_layers or HEAD in self.schemes:
@@ -289,6 +301,11 @@ class Job:
         return None
 
 
+def _e4m3_scale(largest: Tensor) -> Tensor:
+    """fp32 [1], by which numbers up to ``largest`` fill the range of e4m3."""
+    return (largest / MAX_E4M3).clamp(min=torch.finfo(torch.float32).tiny).view(1)
+
+
 # Checks
 
 
@@ -316,7 +333,8 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
     if not fitting:
         raise LlmqError("every linear layer is ignored: nothing is left to quantize", "ignore fewer by --ignore")
     format_for(options.choice.format, fitting)
-    windows = draw_windows(folder, config, options.calibration) if options.choice.method in CALIBRATED else None
+    learns = options.choice.method in CALIBRATED or options.kv_cache is not None
+    windows = draw_windows(folder, config, options.calibration) if learns else None
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
     return Job(

@@ -14,7 +14,7 @@ from llmq.checkpoint.formats import FORMATS
 from llmq.checkpoint.formats.packed import HEAD
 from llmq.memory import format_bytes
 from llmq.quant.options import DEFAULTS, QuantizeOptions
-from llmq.quant.schemes import CALIBRATED, PRESETS, formats_for
+from llmq.quant.schemes import PRESETS, formats_for
 from llmq.scheme import INT, Scheme
 
 
@@ -84,7 +84,7 @@ def model_card(
     scheme = options.choice.scheme
     front |= {"library_name": "transformers", "tags": ["llmq", report.method, report.format, f"{scheme.bits}-bit"]}
     front["tags"] = list(dict.fromkeys(front["tags"]))
-    calibrated = report.method in CALIBRATED
+    calibrated = report.calibration_samples > 0
     windows = f"{report.calibration_samples} windows of {report.calibration_seqlen} tokens"
     data = options.calibration.data
     text = "the text shipped with llmq" if data is None else Path(data).name
@@ -141,7 +141,9 @@ def _command(report: QuantizationReport, options: QuantizeOptions) -> str:
         words += ["--act-order", options.act_order]
     if options.alpha is not None:
         words += ["--alpha", str(options.alpha)]
-    if choice.method in CALIBRATED:
+    if options.kv_cache is not None:
+        words += ["--kv-cache-scheme", options.kv_cache]
+    if report.calibration_samples:
         if calibration.data is not None:
             words += ["--calib-data", Path(calibration.data).name]
         words += ["--calib-samples", str(calibration.samples), "--calib-seqlen", str(calibration.seqlen)]

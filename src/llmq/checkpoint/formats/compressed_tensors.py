@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKED, INTEGERS, FLOATS, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
-MIXED = "mixed-precision"
+MIXED, DENSE = "mixed-precision", "dense"
 NUMBERS = {"int": INT, "float": E4M3}
 """``type`` → number. Floats of other widths than 8 bits are refused."""
 ELEMENTS = {INT: "I8", E4M3: "F8_E4M3"}
@@ -128,18 +128,13 @@ class CompressedTensors:
     def read(cls, quantization: Mapping[str, Any]) -> CompressedTensors:
         """Read ``quantization_config``. LlmqError on what llmq does not read."""
         kind = quantization.get("format")
-        kv_cache = quantization.get("kv_cache_scheme")
         try:
             groups = list(quantization["config_groups"].values())
             ignore = tuple(str(pattern) for pattern in quantization.get("ignore") or ())
             targets = {str(target): _read_group(group, kind) for group in groups for target in group["targets"]}
-            kv_known = not kv_cache or KV_CACHE.items() <= ({"symmetric": True, "dynamic": False} | kv_cache).items()
+            kv_scales = _read_rest(quantization)
         except (KeyError, TypeError, AttributeError) as error:
             raise LlmqError(f"quantization_config has no usable config_groups: {error!r}", DAMAGED_CONFIG) from None
-        if not kv_known:
-            raise LlmqError(
-                "a KV cache quantized otherwise than to e4m3, by one static scale, is not supported", ORIGINAL
-            )
         if not targets:
             raise LlmqError("quantization_config names no layers", DAMAGED_CONFIG)
         for pattern in (*targets, *ignore):
@@ -147,7 +142,7 @@ class CompressedTensors:
                 check_regex(pattern.removeprefix("re:"))
         # The library's own order: names, regular expressions, classes, each from a to z.
         ordered = sorted(targets.items(), key=lambda item: (item[0] == CLASS, item[0].startswith("re:"), item[0]))
-        return cls(tuple(ordered), ignore, bool(kv_cache))
+        return cls(tuple(ordered), ignore, kv_scales)
 
     def scheme_of(self, name: str) -> Scheme | None:
         """What the config says of layer ``name``; None: it is not quantized."""
@@ -327,6 +322,17 @@ def _read_group(group: Mapping[str, Any], folder_kind: Any) -> Scheme:
     if kind not in (None, MIXED, _kind(scheme)) and (kind != NAIVE or _kind(scheme) == PACKED):
         raise LlmqError(f"compressed-tensors folders of {scheme} in the format {kind!r} are not supported", ORIGINAL)
     return scheme
+
+
+def _read_rest(quantization: Mapping[str, Any]) -> bool:
+    """Whether there are scales for a KV cache. LlmqError for what else may stand beside the groups and is not read."""
+    sparsity = quantization.get("sparsity_config") or {}
+    if quantization.get("transform_config") or sparsity.get("format", DENSE) != DENSE:
+        raise LlmqError("compressed-tensors folders of rotated or sparse weights are not supported", ORIGINAL)
+    kv_cache = quantization.get("kv_cache_scheme")
+    if kv_cache and not KV_CACHE.items() <= ({"symmetric": True, "dynamic": False} | kv_cache).items():
+        raise LlmqError("a KV cache quantized otherwise than to e4m3, by one static scale, is not supported", ORIGINAL)
+    return bool(kv_cache)
 
 
 def _packed_shape(name: str, tensors: Tensors, scheme: Scheme) -> tuple[int, int]:

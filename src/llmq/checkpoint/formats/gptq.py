@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 V1, V2 = "gptq", "gptq_v2"
+WORDS = "int32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,8 @@ class Gptq:
         checkpoint_format = said.pop()
         if checkpoint_format not in (V1, V2):
             raise LlmqError(f"GPTQ folders in the layout {checkpoint_format!r} are not supported", "convert to 'gptq'")
+        if quantization.get("pack_dtype", WORDS) != WORDS:
+            raise LlmqError(f"GPTQ folders packed in {quantization['pack_dtype']} are not supported", ORIGINAL)
         try:
             rules = tuple(
                 _read_rule(rule, fields, quantization) for rule, fields in (quantization.get("dynamic") or {}).items()
@@ -216,7 +219,7 @@ class Gptq:
             "desc_act": act_order,
             "lm_head": HEAD in quantized,
             "checkpoint_format": self.checkpoint_format,
-            "pack_dtype": "int32",
+            "pack_dtype": WORDS,
             "meta": {"quantizer": [writer]},
         }
         if damp_percent is not None:
