@@ -40,7 +40,11 @@ def open_model(model: str, revision: str | None = None) -> Model:
         folder = resolve(model, revision)
         return Model(read_architecture(folder / CONFIG), read_headers(folder), runnable_config(folder))
     folder = hub.fetch_config(model, revision)
-    return Model(read_architecture(folder / CONFIG), hub.fetch_headers(model, revision), runnable_config(folder))
+    try:
+        tensors = hub.fetch_headers(model, revision)
+    except LlmqError:  # config.json came from the cache: what else is there will have to do
+        tensors = read_headers(folder)
+    return Model(read_architecture(folder / CONFIG), tensors, runnable_config(folder))
 
 
 @lru_cache(maxsize=256)
