@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmq.memplan import describe, families, fields
+from llmq.memplan import blocks, describe, families, fields, parameters, widths
 
-SOURCES = [Path(module.__file__ or "") for module in (describe, families)]
+SOURCES = [Path(module.__file__ or "") for module in (blocks, describe, families, parameters, widths)]
 TARGET = Path(fields.__file__).with_name("defaults.json")
 
 

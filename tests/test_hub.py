@@ -100,6 +100,14 @@ def test_a_model_on_the_hub_is_planned_by_its_headers(endpoint: str, tmp_path: P
     assert Hub.sent["model.safetensors"] < WEIGHT_BYTES // 10
 
 
+def test_offline_a_config_in_the_cache_will_do(endpoint: str, tmp_path: Path) -> None:
+    memplan(endpoint, tmp_path, REPOSITORY)
+    done = memplan(endpoint, tmp_path, REPOSITORY, "--json", offline=True)
+    assert done.returncode == 0, done.stderr
+    weights = json.loads(done.stdout)["weights"]
+    assert (weights["on_disk"], weights["stored"]) == (2 * 494_032_768, False)
+
+
 def test_a_model_that_is_not_on_the_hub_is_refused(endpoint: str, tmp_path: Path) -> None:
     done = memplan(endpoint, tmp_path, "someone/else")
     assert done.returncode == 1

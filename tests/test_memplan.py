@@ -337,11 +337,16 @@ def test_codes_scales_and_the_rest_of_a_quantized_folder_are_told_apart() -> Non
         "b.weight_scale": tensor(dtype="BF16", num_bytes=8),
         "c.weight": tensor(dtype="U8", num_bytes=100),
         "c.weight.absmax": tensor(dtype="F32", num_bytes=4),
+        "experts.down_proj_blocks": tensor(dtype="U8", num_bytes=90),
+        "experts.down_proj_scales": tensor(dtype="U8", num_bytes=9),
+        "f.weight": tensor(dtype="F8_E4M3", num_bytes=10),
+        "f.weight_scale_inv": tensor(dtype="F32", num_bytes=4),
+        "router.per_expert_scale": tensor(num_bytes=2),
         "norm.weight": tensor(num_bytes=2),
         "c.bias": tensor(num_bytes=6),
     }
     weights = plan(Model(describe(LLAMA_31_8B | {"quantization_config": GPTQ}), tensors)).weights
-    assert (weights.quantized, weights.scales, weights.unquantized) == (700, 72, 8)
+    assert (weights.quantized, weights.scales, weights.unquantized) == (800, 85, 10)
     assert weights.parameters == 8_030_261_248
 
 
@@ -351,9 +356,17 @@ def test_without_files_the_size_is_computed_in_the_scheme_of_the_config() -> Non
     assert stored.on_disk / GIB == pytest.approx(5.33, abs=0.01)
 
 
-def test_without_files_a_format_without_a_formula_is_refused() -> None:
-    result = plan(Model(describe(LLAMA_31_8B | {"quantization_config": {"quant_method": "fp8"}})))
-    with pytest.raises(LlmqError, match="'fp8'"):
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        ({"quant_method": "fp8"}, "'fp8'"),
+        (GPTQ | {"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}, "not every layer has the same scheme"),
+    ],
+    ids=["no formula", "several schemes"],
+)
+def test_without_files_what_no_formula_covers_is_refused(quantization: dict[str, Any], reason: str) -> None:
+    result = plan(Model(describe(LLAMA_31_8B | {"quantization_config": quantization})))
+    with pytest.raises(LlmqError, match=reason):
         _ = result.weights
 
 
@@ -536,10 +549,26 @@ def test_a_table_says_how_many_fit_for_each_scheme_and_context(llama: Path) -> N
 
 
 def test_an_explanation_names_layers_engines_and_assumptions(llama: Path) -> None:
-    out = llmq("memplan", llama, "--explain", "--num-gpus", 2).out
+    out = llmq("memplan", llama, "--explain").out
     assert "32 layers with keys and values of 8 × 128" in out
     assert all(f"KV cache of {engine}" in out for engine in ENGINES)
-    assert "llmq's engine runs on one GPU today" in out
+    assert "CUDA graphs" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        (("--num-gpus", 2), "llmq's engine runs on one GPU today"),
+        (("--kv-cache-dtype", "fp8"), "not in fp8"),
+        (("--num-gpus", 2, "--kv-cache-dtype", "fp8", "--engine", "vllm"), ""),
+    ],
+    ids=str,
+)
+def test_what_llmqs_engine_does_not_do_yet_is_said(llama: Path, flags: tuple[object, ...], warning: str) -> None:
+    result = llmq("memplan", llama, *flags)
+    assert result.code == 0
+    assert warning in result.err
+    assert bool(result.err) is bool(warning)
 
 
 def test_the_phase_of_quantizing_is_planned_by_method(llama: Path) -> None:
@@ -583,7 +612,6 @@ def test_flags_that_make_no_sense_end_in_an_error_and_a_hint(llama: Path, flags:
 
 
 def test_a_plan_is_drawn(llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     assert llmq("memplan", llama, "--gpu", "h200", "--plot", tmp_path / "plan.png").code == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 

@@ -70,10 +70,15 @@ def verify(
         raise LlmqError(f"llmq does not run {plan.architecture.model_type}", "its plan can only be computed")
     device = resolve_device(device)
     dtype = resolve_dtype("auto", plan.model.config, device)
-    # The engine's keys and values have the type that it computes in.
-    plan = replace(plan, kv_dtype=str(dtype).removeprefix("torch."))
+    # The engine's keys and values have the type that it computes in, and no step is larger than the batch is.
+    plan = replace(
+        plan,
+        kv_dtype=str(dtype).removeprefix("torch."),
+        max_num_seqs=plan.batch_size,
+        max_num_batched_tokens=min(plan.max_num_batched_tokens, plan.batch_size * plan.max_model_len),
+    )
     options = EngineOptions(
-        max_num_seqs=max(plan.batch_size, plan.max_num_seqs),
+        max_num_seqs=plan.batch_size,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         block_size=plan.block_size,
         kv_cache_memory=plan.kv_cache + plan.reserved,
@@ -82,6 +87,8 @@ def verify(
         load_format=load_format,
     )
     llm = LLM(model, revision=revision, device=device, options=options)
+    if llm.device != "cpu":
+        torch.cuda.reset_peak_memory_stats(llm.device)
     _run_batch(llm, plan)
     weights, pool = resident_bytes(llm.decoder), llm.kv_cache_bytes
     if llm.device == "cpu":

@@ -163,8 +163,8 @@ def memplan(
             _print_table(*report.capacity_table(result, SCHEMES))
         if lines is not None:
             _print_table(["", "predicted", "measured", "off by"], [line.row() for line in lines])
-    if not known.architecture.known:
-        print(f"warning: {report.assumptions(result)[0]}", file=sys.stderr)
+    for warning in report.warnings(result):
+        print(f"warning: {warning}", file=sys.stderr)
     for change in changes_that_fit(result, SCHEMES):
         print(f"hint: {change.flag} makes it fit ({change.price}): {format_bytes(change.total)}", file=sys.stderr)
     failed = lines is not None and not all(line.holds for line in lines)

@@ -70,9 +70,9 @@ class Weight:
         return self.out_features * self.in_features
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
-    """A model as its config.json describes it.
+    """A model as its config.json describes it. One is not compared with another: what is counted once is kept.
 
     layers               what each decoder layer keeps
     weights              all there are; a tied head is none of them

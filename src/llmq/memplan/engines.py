@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from llmq import memory
 from llmq.memplan.architecture import Architecture, LayerCache
@@ -25,6 +26,7 @@ VLLM_GRAPHS = int(0.96 * GIB)
 CONTEXT = int(0.5 * GIB)
 """What the driver and PyTorch take of a GPU before the first tensor: 139.8 − 139.3 GiB on an H200."""
 GRAPHS = int(0.25 * GIB)
+"""Of llmq: a guess, which nothing has been measured for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ def sequence_tokens(engine: str, layer: LayerCache, tokens: int, block_size: int
     return blocks * block_size
 
 
+@lru_cache(maxsize=64)
 def cached_layers(engine: str, architecture: Architecture) -> Mapping[LayerCache, int]:
     """The kinds of layers, and as how many of each the engine counts them."""
     kinds = architecture.kinds
@@ -61,11 +64,11 @@ def cached_layers(engine: str, architecture: Architecture) -> Mapping[LayerCache
     return kinds | {layer: memory.blocks_for(count, size) * size for layer, count in by_token.items()}
 
 
-def reserved_tokens(engine: str, architecture: Architecture, block_size: int) -> float:
-    """Tokens' room in all layers that belongs to no sequence: the block of padding rows."""
+def reserved_bytes(engine: str, architecture: Architecture, block_bytes: int) -> int:
+    """The block that belongs to no sequence, in the layers of one group; ``block_bytes``: of one in all layers."""
     if engine == IDEAL:
         return 0
-    return memory.RESERVED_BLOCKS * block_size / len(layer_groups(architecture.windows))
+    return memory.RESERVED_BLOCKS * block_bytes // len(layer_groups(architecture.windows))
 
 
 def activations(

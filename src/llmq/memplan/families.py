@@ -38,6 +38,7 @@ class Family:
     norms         in a block, of ``norm_vectors`` each: weight, and perhaps bias
     qk_norm       of queries and keys: over a head, heads (for each head its own) or full (all heads at once);
                   qk_norm_if: only where this field is true
+    qkv_bias, o_bias, mlp_bias, router_bias, expert_bias, head_bias  there is one
     query_gate    queries are twice as wide, half of them a gate
     sinks         a number for each head that attention can go to instead of tokens
     gated         an MLP of three matrices; else of two; mlp: there is one at all
@@ -49,6 +50,7 @@ class Family:
     positions     rows of a table of positions beyond the context; None: there is no table
     global_dim    of heads of layers that attend to all, where nothing else is said (Gemma 4)
     altup         several streams of hidden states, and a second, narrow path through each block (Gemma 3n)
+    embedding_norm  the embedding is normed
     block_vector  further numbers in a block
     """
 

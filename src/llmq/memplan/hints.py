@@ -65,18 +65,18 @@ def _candidates(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> Iterator[tup
         if changed.fits and (name in DTYPE_BYTES or plan.engine != LLMQ):
             yield f"--kv-cache-dtype {name}", f"keys and values of {8 * KV_DTYPE_BYTES[name]} bits", changed
             break
-    gpus = plan.gpus_needed
-    if gpus is not None and plan.engine != LLMQ:
+    gpus = None if plan.engine == LLMQ else plan.gpus_needed
+    if gpus is not None:
         yield f"--num-gpus {gpus}", f"{gpus} GPUs instead of {plan.num_gpus}", replace(plan, num_gpus=gpus)
     yield from _larger_gpu(plan)
 
 
 def _larger_gpu(plan: MemoryPlan) -> Iterator[tuple[str, str, MemoryPlan]]:
     """The smallest in the table that is large enough, or else its size."""
+    total = plan.total
     for name, gib in sorted(USABLE_GIB.items(), key=lambda item: item[1]):
-        changed = replace(plan, gpu_memory=int(gib * GIB))
-        if changed.fits:
-            yield f"--gpu {name}", f"a GPU of {gib:.0f} GiB", changed
+        if total <= gib * GIB * plan.utilization:
+            yield f"--gpu {name}", f"a GPU of {gib:.0f} GiB", replace(plan, gpu_memory=int(gib * GIB))
             return
     size = plan.gpu_gib_needed
     yield f"--gpu-memory {size}GiB", "a GPU larger than there are", replace(plan, gpu_memory=size * GIB)

@@ -113,8 +113,7 @@ class MemoryPlan:
         tokens = engines.sequence_tokens(
             self.engine, layer, self.max_model_len, self.block_size, self.max_num_batched_tokens
         )
-        states = -(-self._state_bytes(layer) // self.num_gpus)
-        return tokens * self._token_bytes(layer) // max(layer.kv_heads, 1) * self._heads_here(layer) + states
+        return tokens * self._token_bytes_here(layer) + -(-self._state_bytes(layer) // self.num_gpus)
 
     @property
     def blocks(self) -> int:
@@ -128,12 +127,8 @@ class MemoryPlan:
     @property
     def reserved(self) -> int:
         """The part of the cache that belongs to no sequence."""
-        tokens = engines.reserved_tokens(self.engine, self.architecture, self.block_size)
-        here = (
-            count * self._token_bytes(layer) // max(layer.kv_heads, 1) * self._heads_here(layer)
-            for layer, count in self.architecture.kinds.items()
-        )
-        return int(tokens * sum(here))
+        a_token = sum(count * self._token_bytes_here(layer) for layer, count in self.architecture.kinds.items())
+        return engines.reserved_bytes(self.engine, self.architecture, self.block_size * a_token)
 
     @property
     def textbook_kv_cache(self) -> int:
@@ -146,8 +141,9 @@ class MemoryPlan:
 
     @property
     def textbook_ratio(self) -> float:
-        """Of the textbook's to what all GPUs keep."""
-        return self.textbook_kv_cache / (self.num_gpus * self.kv_cache) if self.kv_cache else float("inf")
+        """Of the textbook's to what is kept, not counting copies on several GPUs; 0 where nothing is."""
+        kept = replace(self, num_gpus=1).kv_cache
+        return self.textbook_kv_cache / kept if kept else 0.0
 
     @property
     def activations(self) -> Band:
@@ -188,7 +184,7 @@ class MemoryPlan:
     def max_context(self) -> int | None:
         """Tokens that each sequence of the batch may have, whole blocks of them, whatever the model was trained for,
         up to ``MOST``."""
-        blocks = self._largest(MOST // self.block_size, lambda number: self._with_blocks(number))
+        blocks = self._largest(MOST // self.block_size, self._with_blocks)
         return None if blocks is None else blocks * self.block_size
 
     @property
@@ -228,9 +224,12 @@ class MemoryPlan:
         state = own if self.architecture.state_dtype is None else DTYPE_BYTES[self.architecture.state_dtype]
         return layer.conv_elements * own + layer.state_elements * state
 
-    def _heads_here(self, layer: LayerCache) -> int:
-        """Key-value heads of one GPU; more GPUs than heads have copies. What is not by heads is on each."""
-        return -(-layer.kv_heads // self.num_gpus) if layer.kv_heads else 1
+    def _token_bytes_here(self, layer: LayerCache) -> int:
+        """Of one GPU: its part of the heads, of which more GPUs than heads have copies. What is not by heads is on
+        each."""
+        if not layer.kv_heads:
+            return self._token_bytes(layer)
+        return self._token_bytes(layer) // layer.kv_heads * -(-layer.kv_heads // self.num_gpus)
 
 
 def plan(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from llmq.checkpoint.config import DTYPE_BYTES
 from llmq.memory import KV_DTYPE_BYTES, format_bytes
 from llmq.memplan import engines
 from llmq.memplan.architecture import LayerCache
@@ -120,8 +121,6 @@ def textbook_reasons(plan: MemoryPlan) -> list[str]:
             reasons.append(f"{number} layers {text}")
     if plan.max_model_len % plan.block_size:
         reasons.append("whole blocks")
-    if plan.num_gpus > 1 and any(layer.token_elements and layer.kv_heads < plan.num_gpus for layer in kinds):
-        reasons.append("copies on several GPUs")
     return reasons
 
 
@@ -146,22 +145,30 @@ def explanation(plan: MemoryPlan) -> Iterator[str]:
     yield from assumptions(plan)
 
 
+def warnings(plan: MemoryPlan) -> list[str]:
+    """What whoever reads the plan should know before trusting it."""
+    found = [] if plan.architecture.known else [plan.architecture.assumptions[0]]
+    if plan.engine != LLMQ:
+        return found
+    if plan.model.config is None:
+        found.append(f"llmq does not run {plan.architecture.model_type}: this is what its engine would hold")
+    if plan.num_gpus > 1:
+        found.append("llmq's engine runs on one GPU today: this is what each would hold with tensor parallelism")
+    if plan.kv_dtype not in DTYPE_BYTES:
+        found.append(f"llmq's engine keeps keys and values in 16 or 32 bits today, not in {plan.kv_dtype}")
+    return found
+
+
 def assumptions(plan: MemoryPlan) -> list[str]:
-    """What is taken for granted, and what is no more than an estimate."""
-    found = list(plan.architecture.assumptions)
-    if plan.weights.scheme is not None or plan.scheme is not None:
+    """What is taken for granted, and what is no more than an estimate; the warnings among it."""
+    found = list(dict.fromkeys((*warnings(plan), *plan.architecture.assumptions)))
+    if plan.weights.scheme is not None:
         found.append("embeddings, head, norms and biases keep the model's type")
-    if plan.engine == LLMQ:
-        found.append(f"CUDA graphs, about {format_bytes(engines.GRAPHS)}, have their place beside the budget")
-        if plan.model.config is None:
-            found.append("llmq does not run this architecture: what its engine would keep")
-        if plan.num_gpus > 1:
-            found.append("llmq's engine runs on one GPU today: the plan is that of an engine with tensor parallelism")
-        if plan.kv_dtype in ("fp8", "int8"):
-            found.append(f"llmq's engine keeps keys and values in 16 or 32 bits today, not in {plan.kv_dtype}")
+    if plan.engine != IDEAL:
+        graphs = format_bytes(engines.graph_bytes(plan.engine))
+        found.append(f"CUDA graphs, about {graphs}, have their place beside the budget")
     if plan.engine == VLLM:
         found.append("activations and context as in vLLM 0.26's start-up log of Llama-3.1-8B on an H200")
-        found.append(f"CUDA graphs, about {format_bytes(engines.VLLM_GRAPHS)}, are not within its utilization")
         if any(layer.kind == "state" for layer in plan.architecture.kinds):
             found.append("vLLM pads the pages of states and of attention to one size, which is not counted")
     if plan.kv_dtype == "int8":

@@ -40,7 +40,11 @@ def open_model(model: str, revision: str | None = None) -> Model:
         folder = resolve(model, revision)
         return Model(read_architecture(folder / CONFIG), read_headers(folder), runnable_config(folder))
     folder = hub.fetch_config(model, revision)
-    return Model(read_architecture(folder / CONFIG), hub.fetch_headers(model, revision), runnable_config(folder))
+    try:
+        tensors = hub.fetch_headers(model, revision)
+    except LlmqError:  # config.json came from the cache: what else is there will have to do
+        tensors = read_headers(folder)
+    return Model(read_architecture(folder / CONFIG), tensors, runnable_config(folder))
 
 
 @lru_cache(maxsize=256)
@@ -57,8 +61,8 @@ def weights_of(model: Model, scheme: Scheme | None, engine: str, num_gpus: int) 
     own = stored_scheme(architecture.quantization)
     if architecture.quantization is not None and own is None:
         raise LlmqError(
-            "the model has no weights here, and llmq cannot compute their size in the format "
-            f"{architecture.quantization.get('quant_method')!r}",
+            "the model has no weights here, and llmq cannot compute their size: it does not run the format "
+            f"{architecture.quantization.get('quant_method')!r}, or not every layer has the same scheme",
             "point at the folder with its *.safetensors files, or plan a scheme of llmq's: --scheme w4a16",
         )
     return planned_weights(architecture, own, packed=packed, num_gpus=num_gpus)

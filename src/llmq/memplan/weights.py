@@ -17,8 +17,10 @@ from llmq.scheme import Scheme
 
 HEAD = "lm_head.weight"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-CODES = {"qweight", "weight_packed"}
-"""The last part of packed weights' names; others have the name of what they are packed from, and a type of 8 bits."""
+CODES = ("qweight", "weight_packed", "_blocks")
+BESIDE_CODES = ("scales", "qzeros", "g_idx", "weight_", "input_scale", "k_scale", "v_scale", "SCB")
+"""How the last part of a tensor's name ends, or begins, that is of a quantized weight. Codes may also have the plain
+name of the weight, and a type of 8 bits; bitsandbytes names all else ``weight.…``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +159,10 @@ def _format(quantization: Mapping[str, Any] | None) -> Format | None:
 
 def _part(name: str, info: TensorInfo) -> str:
     module, _, last = name.rpartition(".")
-    if last in CODES or (last == "weight" and info.dtype not in FLOATS):
+    if last.endswith(CODES) or (last == "weight" and info.dtype not in FLOATS):
         return "quantized"
-    aside = info.dtype not in FLOATS or last.startswith(("scales", "weight_", "SCB", "weight.")) or ".weight." in name
-    return "scales" if aside and module else "unquantized"
+    beside = last.startswith(BESIDE_CODES) or last.endswith("_scales") or module.endswith(".weight")
+    return "scales" if beside else "unquantized"
 
 
 def _resident(tensors: Mapping[str, TensorInfo], config: ModelConfig, format: Format | None) -> int:
