@@ -25,7 +25,7 @@ from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import DEMO, resolve
 from llmq.evals.divergence import predict, window_divergences
 from llmq.quant.calibration import draw_windows
-from llmq.quant.options import Calibration
+from llmq.quant.options import DEFAULTS, Calibration
 
 RESAMPLES = 10_000
 
@@ -43,11 +43,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, metavar="OURS THEIRS")
     parser.add_argument("--write-tokens", type=Path, metavar="FILE", help="the windows that llmq calibrates on")
+    parser.add_argument("--calib-samples", type=int, default=DEFAULTS.calibration.samples)
+    parser.add_argument("--calib-seqlen", type=int, default=DEFAULTS.calibration.seqlen)
     parser.add_argument("--windows", type=int, help="score fewer than all")
     arguments = parser.parse_args()
     demo = resolve(DEMO)
     if arguments.write_tokens:
-        arguments.write_tokens.write_text(json.dumps(draw_windows(demo, read_config(demo), Calibration()).tolist()))
+        calibration = Calibration(samples=arguments.calib_samples, seqlen=arguments.calib_seqlen)
+        tokens = draw_windows(demo, read_config(demo), calibration)
+        arguments.write_tokens.write_text(json.dumps(tokens.tolist()))
         return
     if len(arguments.folders) != 2:
         parser.error("two folders are to be compared")

@@ -25,12 +25,15 @@ def gptqmodel(model: str, windows: list[list[int]], output: str) -> None:
 
 def llmcompressor(model: str, windows: list[list[int]], output: str, *, awq: bool = False) -> None:
     """GPTQ by llm-compressor, symmetric; or AWQ, asymmetric. In compressed-tensors."""
+    import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.quantization import GPTQModifier
 
     if awq:
+        if not torch.accelerator.is_available():
+            torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment,method-assign,misc]  # it always does
         recipe = AWQModifier(targets="Linear", scheme="W4A16_ASYM", ignore=["lm_head"])
     else:
         recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])

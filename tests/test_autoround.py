@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outlier_twin import save_twin
 from tiny_models import VARIANTS, save_tiny, save_variant
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from llmq.quant import activations
 from llmq.quant.activations import HiddenStates
 from llmq.quant.affine import encode, fit_grid, per_channel
 from llmq.quant.calibration import draw_windows
-from llmq.quant.methods import gptq, rtn
+from llmq.quant.methods import awq, gptq, rtn
 from llmq.quant.methods.autoround import Rounding, quantize_block
 from llmq.quant.options import Calibration
 from llmq.runtime.decoder import DecoderLayer
@@ -34,6 +35,7 @@ class Example:
 
     def __init__(self, folder: Path, windows: Tensor, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         source = open_source(folder, device, dtype)
+        self.config = source.config
         self.linears = tuple(source.config.linears)
         self.block = load_layer(source, 0)
         self.states = HiddenStates(source, windows)
@@ -107,6 +109,17 @@ def test_every_architecture_s_block_learns(tmp_path: Path, variant: str) -> None
     begun, learned = (example.learn(Scheme(3, 32), steps=steps) for steps in (0, 15))
     assert all((learned[name].codes != begun[name].codes).any() for name in learned)
     assert example.error(learned) < 0.9 * example.error(begun)
+
+
+def test_awq_s_scales_spare_it_the_outliers_of_the_inputs(tmp_path: Path) -> None:
+    source, scheme = save_tiny(tmp_path / "model"), Scheme(4, 32)
+    plain = Example(source, random_windows())
+    twin = Example(save_twin(source, tmp_path / "twin"), random_windows())
+    alone = twin.error(twin.learn(scheme, steps=15))
+    awq.fold(twin.block, twin.config, twin.states, dict.fromkeys(twin.linears, scheme))
+    folded = twin.error(twin.learn(scheme, steps=15))
+    assert folded < 1.5 * plain.error(plain.learn(scheme, steps=15))
+    assert folded < 0.7 * alone
 
 
 # What it writes

@@ -186,14 +186,15 @@ class Job:
             prefix, block = block_name(number), load_layer(self.source, number)
             for name in self._local(prefix):
                 _check_weight(f"{prefix}.{name}", linear(block, name).weight)
-            learned: Mapping[str, QuantizedWeight] = {}
             if original is not None:
                 original.mix(block)
                 original.finish(block)
-                seed = self.options.calibration.seed
-                learned = autoround.quantize_block(block, self._local(prefix), states, original.inputs, seed=seed)
             for name, tensor in self._fold(prefix, block, states).items():
                 changed[f"{prefix}.{name}"] = tensor
+            learned: Mapping[str, QuantizedWeight] = {}
+            if original is not None:
+                seed = self.options.calibration.seed
+                learned = autoround.quantize_block(block, self._local(prefix), states, original.inputs, seed=seed)
             for stage in config.linear_stages:
                 if stage.half == "finish" and not states.mixed:
                     if self.options.kv_cache is not None:
@@ -220,7 +221,7 @@ class Job:
         """Scale channels of ``block`` as the method does. Returns what changed beside the linears to be quantized."""
         config, method, alpha = self.source.config, self.options.choice.method, self.options.alpha
         schemes = self._local(prefix)
-        if method == AWQ:
+        if method in (AWQ, AUTOROUND):  # without, learned rounding would not reach the channels of outliers
             return awq.fold(block, config, states, schemes)
         if method == SMOOTHQUANT:
             alpha = smoothquant.default_alpha(config.model_type) if alpha is None else alpha

@@ -9,6 +9,9 @@ All layers of a decoder block learn together, to bring its output back to what i
 Offsets and clips go against the sign of their gradients, all by the same length, which falls to 0 along the way.
 Gradients pass through a rounding as if it were not there (Bengio et al., 2013: the straight-through estimator). What
 the last step leaves is kept: each step sees another batch, and the step of the least error had the easiest one.
+
+A weight moves to a neighbouring code at most. Where outliers of the inputs meet weights that are smaller than a step,
+that is too far or not at all: let AWQ's scales (``awq.fold``) even them out before.
 """
 
 from __future__ import annotations
