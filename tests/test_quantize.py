@@ -106,6 +106,20 @@ def test_an_expert_that_no_token_is_sent_to_is_rounded_and_named(tmp_path: Path,
     assert all(".experts." in name and name in report.warnings[-1] for name in rounded)
 
 
+@pytest.mark.parametrize("method", [GPTQ, AWQ])
+def test_experts_are_quantized_alike_however_many_at_a_time(
+    tmp_path: Path, calibration: Calibration, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "model", "mixtral", num_local_experts=4, num_hidden_layers=1)
+    digests = []
+    for moments in (activations.MOMENT_BYTES, 1):
+        monkeypatch.setattr(activations, "MOMENT_BYTES", moments)
+        out = tmp_path / "out"
+        quantize(str(source), out, method=method, scheme=W4, calibration=calibration, device="cpu", overwrite=True)
+        digests.append(digest(out))
+    assert digests[0] == digests[1]
+
+
 def test_routers_stay_as_they_are(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model", "qwen3-moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
     quantize(str(source), tmp_path / "out", method=RTN, scheme=W4, device="cpu")

@@ -20,6 +20,8 @@ from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.loader import EMBEDDING, FINAL_NORM, HEAD, Source
 from llmq.runtime.rotary import Rotation, rotary_angles
 
+MOMENT_BYTES = 2 * 2**30
+"""What second moments may take at once; more of them, of many wide experts, take several passes."""
 GPU_SHARE = 4
 """Hidden states stay on a GPU when they take no more than one part in this many of its free memory."""
 
@@ -162,6 +164,11 @@ def squared_distance(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> fl
     """Σ (output − target)² over all batches."""
     pairs = zip(outputs, targets, strict=True)
     return float(torch.stack([(output - target).float().square().sum() for output, target in pairs]).sum())
+
+
+def moments_at_once(in_features: int) -> int:
+    """Layers with so many inputs whose second moments may be held together."""
+    return max(1, MOMENT_BYTES // (4 * in_features**2))
 
 
 def moment(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import USAGE, LlmqError
-from llmq.quant.activations import HiddenStates, NotFinite
+from llmq.quant.activations import HiddenStates, NotFinite, moments_at_once
 from llmq.quant.affine import MAX_E4M3, MAX_WEIGHT, energy, group_blocks
 from llmq.quant.backends import Backend, preferences
 from llmq.quant.backends.environment import python_of
@@ -43,8 +43,6 @@ from llmq.runtime.device import peak_memory_bytes, peak_memory_of_children, reso
 from llmq.runtime.loader import HEAD, Source, block_name, load_layer
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
-MOMENTS_AT_ONCE = 8
-"""Groups of layers whose second moments are taken in one pass: of wide experts, each has most of a gigabyte."""
 Progress = Callable[[int, int, str], None]
 """Called with (layers done, layers in all, name of the layer just done)."""
 
@@ -278,9 +276,11 @@ class Job:
         groups = [group for group in wanted if group]
         hessians: dict[str, Tensor] = {}
         for number, group in enumerate(groups):
-            if number % MOMENTS_AT_ONCE == 0:
-                some = groups[number : number + MOMENTS_AT_ONCE]
-                hessians = states.second_moments(block, [group[0] for group in some], prefix)
+            together = moments_at_once(linear(block, group[0]).in_features)
+            if number % together == 0:
+                hessians.clear()
+                some = [group[0] for group in groups[number : number + together]]
+                hessians = states.second_moments(block, some, prefix)
             modules = {f"{prefix}.{name}": linear(block, name) for name in group}
             weights = {name: module.weight.float() for name, module in modules.items()}
             made = {f"{prefix}.{name}": learned[name] for name in group if name in learned}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.config import ModelConfig
-from llmq.quant.activations import HiddenStates, squared_distance
+from llmq.quant.activations import HiddenStates, moments_at_once, squared_distance
 from llmq.quant.affine import energy
 from llmq.quant.folding import (
     Fold,
@@ -82,21 +82,29 @@ def _fold_linears(
     folds: Sequence[Fold], block: DecoderLayer, sample: HiddenStates, schemes: Mapping[str, Scheme]
 ) -> dict[str, Tensor]:
     folds = [fold for fold in folds if foldable(fold, block, schemes)]
-    names = [fold.readers[0] for fold in folds]
-    if not names:
+    if not folds:
         return {}
-    means, moments = _mean_inputs(block, sample, names), sample.second_moments(block, names, "")
+    means = _mean_inputs(block, sample, [fold.readers[0] for fold in folds])
     changed: dict[str, Tensor] = {}
-    for fold, name in zip(folds, names, strict=True):
-        if name not in means:  # an expert that no token was sent to
-            continue
+    moments: dict[str, Tensor] = {}
+    for number, fold in enumerate(folds):
+        (name,) = fold.readers
         weight = linear(block, name).weight.float()
-
-        def loss(scales: Tensor, name: str = name, weight: Tensor = weight) -> float:
-            return energy(scaled_rounding(weight, schemes[name], scales).sub_(weight), moments[name])
-
-        changed |= _fold(fold, block, schemes, means[name], loss)
+        together = moments_at_once(weight.shape[1])
+        if number % together == 0:
+            moments.clear()
+            some = [reader for one in folds[number : number + together] for reader in one.readers]
+            moments = sample.second_moments(block, some, "")
+        if name in moments:  # else it is an expert that no token was sent to
+            changed |= _fold(
+                fold, block, schemes, means[name], partial(_output_loss, weight, schemes[name], moments[name])
+            )
     return changed
+
+
+def _output_loss(weight: Tensor, scheme: Scheme, hessian: Tensor, scales: Tensor) -> float:
+    """What rounding costs the layer's own outputs."""
+    return energy(scaled_rounding(weight, scheme, scales).sub_(weight), hessian)
 
 
 def _fold(
