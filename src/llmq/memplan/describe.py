@@ -36,10 +36,11 @@ SAME_AS = {
 }
 """Text models under another name, or under that of the whole of which they are a part."""
 CROSS_ATTENTION = {
-    *("bart", "blenderbot", "encoder-decoder", "idefics", "led", "longt5", "m2m_100", "marian", "mbart", "mllama"),
-    *("mllama_text_model", "moonshine", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet"),
-    *("seamless_m4t", "speech_to_text", "switch_transformers", "t5", "t5gemma", "trocr", "udop", "umt5", "whisper"),
-}
+    "bart", "blenderbot", "encoder-decoder", "idefics", "led", "longt5", "m2m_100", "marian", "mbart", "mllama",
+    "mllama_text_model", "moonshine", "mt5", "mvp", "nllb-moe", "pegasus", "pegasus_x", "plbart", "prophetnet",
+    "seamless_m4t", "speech_to_text", "switch_transformers", "t5", "t5gemma", "trocr", "udop", "umt5", "whisper",
+}  # fmt: skip
+"""Architectures some of whose layers attend to what an encoder makes."""
 
 
 def read_architecture(path: Path) -> Architecture:
