@@ -28,7 +28,7 @@ from llmq.serve.middleware import WholeBody
 from llmq.serve.options import ServeOptions
 
 CONTEXT = 2**16
-SOME: dict[str, Any] = {"prompt": "x", "max_tokens": 800, "ignore_eos": True, "seed": 1}
+SOME: dict[str, Any] = {"prompt": "x", "max_tokens": 1200, "ignore_eos": True, "seed": 1}
 ENDLESS: dict[str, Any] = {**SOME, "max_tokens": CONTEXT - 2}
 """Ends long after any test does."""
 MAX_QUEUE = 4
@@ -58,6 +58,14 @@ def is_empty(server: Server) -> bool:
     return all(
         server.metric(name) == 0 for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     )
+
+
+def is_closed(server: Server) -> bool:
+    try:
+        httpx.get(f"{server.url}/health", timeout=PATIENCE)
+    except httpx.TransportError:
+        return True
+    return False
 
 
 # Bad input
@@ -171,7 +179,7 @@ def run_whole_body(chunks: list[bytes], *, ends: bool = True) -> int:
 
 def test_a_head_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow-loris: a connection that sends a header now and then, for a first request and for a second one."""
-    monkeypatch.setattr(http, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(http, "HEAD_SECONDS", 1.0)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
@@ -219,7 +227,8 @@ def test_a_client_that_leaves_a_stream_leaves_no_block_behind(server: Server) ->
     before = server.metric("request_success_total", finished_reason="abort")
     for path, body in ((COMPLETIONS, ENDLESS), (CHAT, {**ENDLESS, "messages": HELLO})):
         with server.http.stream("POST", path, json={**body, "stream": True}) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # where nobody holds it, httpx leaves
+            next(lines)
             assert eventually(lambda: server.metric("kv_cache_usage_perc") > 0)
         assert eventually(lambda: is_empty(server))
     assert server.metric("request_success_total", finished_reason="abort") == before + 2
@@ -275,8 +284,7 @@ def test_sigterm_finishes_what_runs_and_a_second_one_ends_at_once(tiny: Path) ->
             first = next(lines)
             server.process.send_signal(signal.SIGTERM)
             assert eventually(lambda: "ending: 1 requests" in server.log)
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{server.url}/health")
+            assert eventually(lambda: is_closed(server))
             events = [line.removeprefix("data: ") for line in (first, *lines) if line]
         assert events[-1] == "[DONE]"
         assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) == expected.text
@@ -314,8 +322,7 @@ def test_a_deadline_ends_a_request_and_a_dead_engine_the_server(tiny: Path, tmp_
             assert any('"error"' in line for line in lines)
         assert server.process.wait(PATIENCE) == 1
         assert "error: the engine's process ended (-9), and so does the server" in server.log
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{server.url}/health")
+        assert is_closed(server)
 
 
 def test_a_port_that_is_taken_is_found_before_the_model_is_loaded(tiny: Path) -> None:

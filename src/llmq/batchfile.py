@@ -12,9 +12,7 @@ fields of its input line, and
     score              of a beam, or of best_of
     error              where the prompt was refused; finish_reason is then "error"
 
-An OpenAI request, ``{"custom_id": …, "url": "/v1/chat/completions", "body": {…}}``, says itself how to sample, and has
-an answer of OpenAI's form: ``{"id": …, "custom_id": …, "response": {"status_code": …, "body": {…}}, "error": null}``.
-Format: https://platform.openai.com/docs/api-reference/batch
+An OpenAI request says itself how to sample, and has an answer of OpenAI's form: see ``serve.batch``.
 
 Lines are appended as prompts finish, each whole, so that a run that was killed goes on from there; when all are done
 the file is put in the order of the prompts.
@@ -30,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -38,10 +36,8 @@ from llmq.checkpoint.tokenizer import Tokenizer
 from llmq.engine.request import SamplingParams
 from llmq.errors import LlmqError
 from llmq.llm import Completion, Prompt, RequestOutput
-from llmq.serve.answers import Answer
+from llmq.serve import batch
 from llmq.serve.errors import ApiError
-from llmq.serve.protocol import ChatRequest, CompletionRequest
-from llmq.serve.replies import Echo, Envelope, Kind, chat_choice, completion_choice, usage
 
 STDIO = "-"
 _PROMPT_KEYS = ("prompt", "messages")
@@ -49,10 +45,6 @@ _LINE_HINT = (
     'a line is a JSON object with "prompt": a text, or "messages": [{"role": …, "content": …}], '
     'or a request of OpenAI: "custom_id", "url", "body"'
 )
-BODIES: dict[str, type[CompletionRequest] | type[ChatRequest]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatRequest,
-}
 
 
 class _Message(BaseModel):
@@ -76,15 +68,6 @@ class _Line(BaseModel):
         return self
 
 
-class _OpenAILine(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    custom_id: str = Field(min_length=1)
-    method: Literal["POST"] = "POST"
-    url: str
-    body: dict[str, Any]
-
-
 @dataclass(frozen=True, slots=True)
 class Job:
     """One prompt of the input. ``fields`` is its line, to be repeated in the output; ``body`` of an OpenAI request."""
@@ -92,7 +75,12 @@ class Job:
     index: int
     prompt: Prompt
     fields: Mapping[str, Any] = field(default_factory=dict)
-    body: CompletionRequest | ChatRequest | None = None
+    body: batch.Body | None = None
+
+    @property
+    def custom_id(self) -> str | None:
+        """Of an OpenAI request, its name."""
+        return None if self.body is None else str(self.fields["custom_id"])
 
     def params(self, common: SamplingParams) -> SamplingParams:
         """``common``, with the line's own priority; of an OpenAI request, its own."""
@@ -115,7 +103,9 @@ def read_jobs(path: str, *, chat: bool) -> list[Job]:
             jobs.append(_read_job(line, len(jobs), f"{path}, line {number}", is_json=is_json, chat=chat))
     if not jobs:
         raise LlmqError(f"{path} holds no prompts", 'write one a line, or {"prompt": "…"} a line in a .jsonl file')
-    repeated = [name for name, count in Counter(map(_custom_id, jobs)).items() if name is not None and count > 1]
+    repeated = [
+        name for name, count in Counter(job.custom_id for job in jobs).items() if name is not None and count > 1
+    ]
     if repeated:
         raise LlmqError(f"{path} has several requests with custom_id {repeated[0]!r}", "give each one of its own")
     return jobs
@@ -132,7 +122,7 @@ def output_lines(job: Job, output: RequestOutput, tokenizer: Tokenizer) -> list[
     """The lines of the output file for one prompt: one for each completion, or one that says why there is none; one
     for an OpenAI request."""
     if job.body is not None:
-        return [_openai_answer(job, job.body, output, tokenizer)]
+        return [batch.answer_line(job.fields["custom_id"], job.body, output, tokenizer)]
     start = {**job.fields, "index": job.index}
     prompt_tokens = len(output.prompt_token_ids)
     if output.error is not None:
@@ -213,8 +203,9 @@ def _read_job(line: str, index: int, where: str, *, is_json: bool, chat: bool) -
     try:
         if is_json:
             fields = json.loads(line)
-        if isinstance(fields, dict) and "body" in fields:
-            return _read_openai(fields, index)
+        if batch.is_request(fields):
+            prompt, body = batch.read_request(fields)
+            return Job(index, prompt, fields, body)
         _Line.model_validate(fields)
     except json.JSONDecodeError as error:
         raise LlmqError(f"{where} is not JSON: {error.msg} at column {error.colno}", _LINE_HINT) from None
@@ -227,65 +218,8 @@ def _read_job(line: str, index: int, where: str, *, is_json: bool, chat: bool) -
     return Job(index, to_prompt(fields, chat=chat), fields)
 
 
-def _read_openai(fields: Mapping[str, Any], index: int) -> Job:
-    """ValidationError, or ApiError, when the request is none that can be run as a line."""
-    line = _OpenAILine.model_validate(fields)
-    if line.url not in BODIES:
-        raise ApiError(404, f"there is no {line.url}, only {' and '.join(BODIES)}")
-    body = BODIES[line.url].model_validate(line.body)
-    body.params()
-    if body.stream:
-        raise ApiError(400, "a line cannot be streamed: leave stream out")
-    if isinstance(body, ChatRequest):
-        return Job(index, body.conversation, fields, body)
-    if len(body.prompts) > 1:
-        raise ApiError(400, "a line has one prompt: write a line for each")
-    return Job(index, body.prompts[0], fields, body)
-
-
-def _openai_answer(
-    job: Job, body: CompletionRequest | ChatRequest, output: RequestOutput, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    status, answer = 200, _openai_body(body, output, tokenizer)
-    if output.error is not None:
-        error = ApiError(400, output.error.message)
-        status, answer = error.status, error.body
-    response = {"status_code": status, "request_id": f"req-{job.index}", "body": answer}
-    return {"id": f"batch_req-{job.index}", "custom_id": _custom_id(job), "response": response, "error": None}
-
-
-def _openai_body(body: CompletionRequest | ChatRequest, output: RequestOutput, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What ``llmq serve`` answers to ``body``."""
-
-    def token_text(token_id: int) -> str:
-        return tokenizer.decode([token_id], skip_special_tokens=False)
-
-    answers = [
-        Answer(one.index, 0, one.text, one.token_ids, one.logprobs, one.finish_reason) for one in output.completions
-    ]
-    prompt_ids, params = output.prompt_token_ids, body.params()
-    if isinstance(body, ChatRequest):
-        kind: Kind = "chat.completion"
-        choices = [chat_choice(one, one.index, token_text, top=params.logprobs) for one in answers]
-    else:
-        kind = "text_completion"
-        echo = None
-        if body.echo:
-            text = tokenizer.decode(prompt_ids, skip_special_tokens=True)
-            echo = Echo(text, prompt_ids, [None, *output.prompt_logprobs])
-        choices = [completion_choice(one, one.index, token_text, top=params.logprobs, echo=echo) for one in answers]
-    counts = usage(len(prompt_ids), sum(len(one.token_ids) for one in answers))
-    return Envelope(kind, body.model or "").around(choices, usage=counts)
-
-
-def _custom_id(job: Job) -> str | None:
-    return None if job.body is None else str(job.fields["custom_id"])
-
-
 def _failed(line: Mapping[str, Any]) -> bool:
-    if "custom_id" in line and "response" in line:
-        return bool(line["response"]["status_code"] != 200)
-    return line.get("error") is not None
+    return batch.failed(line) if batch.is_answer(line) else line.get("error") is not None
 
 
 def _answer(completion: Completion, output: RequestOutput) -> dict[str, Any]:
@@ -307,11 +241,11 @@ def _answer(completion: Completion, output: RequestOutput) -> dict[str, Any]:
 def _read_done(path: Path, jobs: Sequence[Job], samples: int) -> dict[int, list[dict[str, Any]]]:
     """The prompts that ``path`` answers in full. A last line that was cut short, and errors, do not count."""
     found: dict[int, list[dict[str, Any]]] = {}
-    by_custom_id = {_custom_id(job): job.index for job in jobs}
+    by_custom_id = {job.custom_id: job.index for job in jobs}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             fields = json.loads(line)
-            is_openai = "response" in fields
+            is_openai = batch.is_answer(fields)
             index = by_custom_id.get(fields["custom_id"], -1) if is_openai else fields["index"]
             failed = _failed(fields)
         except (json.JSONDecodeError, KeyError, TypeError):
