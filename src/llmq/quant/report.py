@@ -27,8 +27,8 @@ class LayerReport:
     method     the method really used: a layer falls back to rtn where gptq does not do better
     error      of the layer's output on the calibration inputs, tr(E H Eᵀ) / tr(W H Wᵀ); without calibration, of its
                weights, ‖E‖² / ‖W‖²
-    rtn_error  the same of plain rounding to nearest, of the weights as the method has scaled them before; NaN, and error too, where a
-               third-party quantizer has scaled them: nothing says by how much
+    rtn_error  the same of plain rounding to nearest, of the weights as the method has scaled them before. Both are NaN
+               where a third-party quantizer has scaled them: nothing says by how much
     """
 
     name: str
