@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from outlier_twin import CHANNELS, FACTOR, save_twin
-from tiny_models import CONFIG_CLASSES, save_tiny
+from tiny_models import save_tiny
 from torch import Tensor
 
 from llmq.runtime.decoder import CausalAttention
@@ -26,7 +26,7 @@ def logits_and_normed(folder: Path) -> tuple[Tensor, list[Tensor]]:
     return model.logits(model(IDS, torch.arange(len(IDS)), CausalAttention(len(IDS)))), normed
 
 
-@pytest.mark.parametrize("architecture", CONFIG_CLASSES)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 def test_its_logits_are_the_original_s(tmp_path: Path, architecture: str) -> None:
     source = save_tiny(tmp_path / "model", architecture)
     before, _ = logits_and_normed(source)
