@@ -6,6 +6,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import pytest
 from simulated_model import (
@@ -24,7 +25,7 @@ from simulated_model import (
 from llmq.engine.request import Request
 from llmq.engine.scheduler import Scheduler
 from llmq.errors import LlmqError
-from llmq.plan import SampledToken, StepOutput
+from llmq.plan import SampledToken, StepOutput, StepPlan
 
 
 def ids(queue: list[Request]) -> list[object]:
@@ -746,3 +747,66 @@ def test_no_setting_and_no_pressure_changes_an_answer(world: dict[str, object], 
     drain(small, SimulatedModel(small))
     assert answers(found[::-1] if backwards else found) == answers(expected)
     assert small.stats.preemptions > 0
+
+
+# A step ahead
+
+
+def drawn(plan: StepPlan, *tokens: int) -> StepOutput:
+    rows = zip(plan.sampled_rows, tokens, strict=True)
+    return StepOutput([SampledToken(row.sequence_id, token, None) for row, token in rows])
+
+
+def test_a_step_is_planned_before_the_tokens_of_the_last_one_are_known() -> None:
+    scheduler = make_scheduler(20)
+    for number in range(3):
+        scheduler.add(make_request(number, 5 + number, 3))
+    first = scheduler.schedule()
+    scheduler.presume(first)
+    second = scheduler.schedule()
+    assert [(row.start, row.tokens) for row in second.rows] == [(5, (-1,)), (6, (-2,)), (7, (-3,))]
+    progress = scheduler.update(first, drawn(first, 11, 12, 13))
+    assert [sequence.output_ids for sequence in progress.extended] == [[11], [12], [13]]
+    scheduler.update(second, drawn(second, 21, 22, 23))
+    assert [request.live[0].output_ids for request in scheduler.running] == [[11, 21], [12, 22], [13, 23]]
+
+
+def test_what_ends_by_length_is_in_no_step_too_many_and_leaves_its_room_while_its_last_step_runs() -> None:
+    scheduler = make_scheduler(20, max_num_seqs=1)
+    scheduler.add(make_request(0, 5, 1))
+    scheduler.add(make_request(1, 5, 1))
+    first = scheduler.schedule()
+    scheduler.presume(first)
+    second = scheduler.schedule()
+    assert [row.tokens[0] > 0 for row in second.rows] == [True]  # the other request's prompt
+    scheduler.presume(second)
+    assert not scheduler.has_work
+    assert scheduler.blocks.used == 0
+    assert [len(scheduler.update(plan, drawn(plan, 9)).finished) for plan in (first, second)] == [1, 1]
+    assert scheduler.idle
+
+
+def test_what_a_stop_token_has_ended_draws_once_more_for_nobody() -> None:
+    scheduler = make_scheduler(20)
+    scheduler.add(make_request(0, 5, 9))
+    first = scheduler.schedule()
+    scheduler.presume(first)
+    second = scheduler.schedule()
+    (sequence,) = scheduler.update(first, drawn(first, EOS)).extended
+    assert scheduler.idle
+    assert scheduler.blocks.used == 0
+    assert scheduler.update(second, drawn(second, 7)).extended == []
+    assert (sequence.output_ids, sequence.finish_reason) == ([EOS], "stop")
+
+
+@pytest.mark.parametrize(
+    "kind", [{"n": 2}, {"beam_width": 1}, {"presence_penalty": 0.5}, {"prompt_logprobs": 0}], ids=str
+)
+def test_whose_next_step_hangs_on_its_tokens_makes_every_step_wait_while_it_is_there(kind: dict[str, Any]) -> None:
+    scheduler = make_scheduler(20)
+    scheduler.add(make_request(0, 5, 2))
+    assert scheduler.foresees
+    scheduler.add(make_request(1, 5, 2, **kind))
+    assert not scheduler.foresees
+    scheduler.abort(1)
+    assert scheduler.foresees
