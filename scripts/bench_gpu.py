@@ -150,6 +150,8 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def load(shape: str, scheme: str, **options: Any) -> LLM:
     """A model of dummy weights, and on stderr, how long it took."""
+    gc.collect()  # the model before, which holds most of the card
+    torch.cuda.empty_cache()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         fields = SHAPES[shape] | ({"quantization_config": SCHEMES[scheme]} if SCHEMES[scheme] else {})

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmq.checkpoint import folder as folders
 from llmq.checkpoint.config import LinearStage, read_config
-from llmq.checkpoint.formats import FORMATS, WRITER, Format, format_for, packed_bytes, write_configs
+from llmq.checkpoint.formats import FORMATS, WRITER, Format, format_for, kept_layers, packed_bytes, write_configs
 from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import ShardWriter, Tensors
@@ -144,7 +144,7 @@ class Job:
 
     model     as it was asked for
     schemes   of the layers to quantize, in order
-    left_out  the other linear layers of the decoder blocks
+    left_out  the other matrices of the decoder blocks, routers among them
     notes     what the user should know of the choice of layers
     windows   token ids [windows, tokens], for a method that learns from data
     """
@@ -381,7 +381,7 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         options,
         Source(config, None, tensors, device, resolve_dtype("auto", config, device)),
         fitting,
-        tuple(name for name in every if name not in fitting),
+        tuple(kept_layers(tensors, fitting)),
         tuple(_misfit_notes(misfits)),
         windows,
     )
