@@ -276,7 +276,7 @@ def test_transformers_reads_awq(
     import torch
     from transformers import AutoModelForCausalLM, AwqConfig
 
-    from llmq.runtime.loader import load_decoder, open_source
+    from llmq.runtime.loader import open_source
 
     folder = quantized(tmp_path, architecture, scheme, "awq", ignore, "float16")
     # Its plain kernel, which keeps the weights as they are in the folder.
@@ -288,10 +288,11 @@ def test_transformers_reads_awq(
     assert len(layers) == packed
     from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
-    ours = load_decoder(open_source(folder, "cpu", torch.float32))
+    source = open_source(folder, "cpu", torch.float32)
+    assert source.format is not None
     for name, layer in layers.items():
         weight = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, layer.group_size).t().float()
-        expected = ours.get_submodule(name.removeprefix("model.")).weight
+        expected = source.format.unpack(name, source.tensors).dequantize()
         torch.testing.assert_close(weight, expected, rtol=2**-10, atol=0)
     logits, theirs = both_logits(folder, peer)
     torch.testing.assert_close(logits, theirs, rtol=0, atol=0.1)  # it computes in fp16

@@ -59,11 +59,13 @@ def test_transformers_computes_the_same_logits(
     peer = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, device_map="cpu", quantization_config=plain
     )
-    ours = load_decoder(open_source(folder, "cpu", torch.float32))
+    opened = open_source(folder, "cpu", torch.float32)
+    assert opened.format is not None
+    ours = load_decoder(opened)
     layers = {name: module for name, module in peer.named_modules() if hasattr(module, "qweight")}
     assert len(layers) == packed
     for name, layer in layers.items():
-        weight = ours.get_submodule(name.removeprefix("model.")).weight
+        weight = opened.format.unpack(name, opened.tensors).dequantize()
         torch.testing.assert_close(layer.dequantize_weight().t().float(), weight, rtol=2**-10, atol=0)
 
     ids = torch.randint(0, 256, (48,), generator=torch.Generator().manual_seed(1))

@@ -86,7 +86,12 @@ def endpoint() -> Iterator[str]:
 def memplan(
     endpoint: str, home: Path, model: str, *flags: str, offline: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    variables = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    # Without what other tests' libraries say of proxies and caches.
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.lower().endswith("_proxy") and not name.startswith(("HF_", "HUGGINGFACE_"))
+    }
     variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
     command = [sys.executable, "-m", "llmq", "memplan", model, *flags]
     return subprocess.run(command, capture_output=True, text=True, env=variables)

@@ -34,5 +34,5 @@ def gelu_mul_kernel(gate, up, out, width, gate_stride, up_stride, BLOCK: tl.cons
     u = tl.load(up + token * up_stride + column, mask=inside, other=0.0)
     wide = g.to(tl.float32)
     # (1 + tanh(x)) / 2 = 1 / (1 + e^−2x)
-    gelu = (wide / (1.0 + tl.exp(-TWICE_ROOT * (wide + 0.044715 * wide * wide * wide)))).to(g.dtype)
+    gelu = (wide / (1.0 + tl.exp((wide + 0.044715 * wide * wide * wide) * -TWICE_ROOT))).to(g.dtype)
     tl.store(out + token * width + column, (gelu.to(tl.float32) * u.to(tl.float32)).to(g.dtype), mask=inside)
