@@ -192,3 +192,15 @@ def test_what_a_backend_cannot_do_is_refused_with_what_it_can(
     with pytest.raises(LlmqError) as caught:
         find_backend(name).check(Choice(scheme, method, format), "cpu")
     assert hint in str(caught.value.hint)
+
+
+def test_bitsandbytes_is_a_backend_that_shares_llmq_s_environment(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    done = llmq("quantize", "demo", "-o", tmp_path / "out", "--backend", "bitsandbytes", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "nf4 g64 by bnb" in done.out
+
+
+def test_a_backend_has_no_rules_for_single_layers(cache: Path, tmp_path: Path) -> None:
+    done = llmq("quantize", "demo", "-o", tmp_path / "out", "--backend", "gptqmodel", "--ignore", "o_proj")
+    assert (done.code, "backends treat all layers alike" in done.err) == (2, True)

@@ -27,7 +27,9 @@ _CALIBRATION = DEFAULTS.calibration
 def quantize(
     model: options.Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
-    scheme: Annotated[str, typer.Option(help=f"Bits and groups by name: {', '.join(PRESETS)}.")] = DEFAULT,
+    scheme: Annotated[
+        str | None, typer.Option(help=f"Bits and groups by name: {', '.join(PRESETS)}.", show_default=DEFAULT)
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(METHODS)} (rtn: round to nearest, without data).", show_default="by the scheme"),
@@ -76,8 +78,7 @@ def quantize(
 
     llmq quantize demo -o demo-w4 --scheme w4a16 --method gptq
     """
-    method, format = preferences(backend, method, format)
-    choice = choose(scheme, method, format, bits=bits, group_size=group_size, symmetric=sym)
+    choice = choose(*preferences(backend, scheme, method, format), bits=bits, group_size=group_size, symmetric=sym)
     calibration = Calibration(calib_data, calib_samples, calib_seqlen)
     rules = [Rule.parse(text) for text in override or ()]
 

@@ -51,7 +51,7 @@ def quantize(
     model: str,
     output: str | Path,
     *,
-    scheme: Scheme | str = DEFAULTS.choice.scheme,
+    scheme: Scheme | str | None = None,
     method: str | None = None,
     format: str | None = None,
     calibration: Calibration = DEFAULTS.calibration,
@@ -77,7 +77,7 @@ def quantize(
     output = Path(output)
     rules = [*(overrides or {}).items(), *((pattern, None) for pattern in ignore)]
     options = QuantizeOptions(
-        choose(scheme, *preferences(backend, method, format)),
+        choose(*preferences(backend, scheme, method, format)),
         calibration,
         tuple(Rule(pattern, exception) for pattern, exception in rules),
         clip,
@@ -355,8 +355,13 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         )
     if options.choice.method == BNB:
         bnb.check_installed()
-    if options.third_party is not None:
-        python_of(options.third_party)
+    notes: list[str] = []
+    backend = options.third_party
+    if backend is not None:
+        python_of(backend)
+        if device.partition(":")[0] not in backend.devices:
+            device = backend.devices[0]
+            notes.append(f"{backend.name} runs on {device} only, with the versions that llmq installs it in")
     every = [f"{block_name(layer)}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
     wanted = _wanted(every, options)
     if HEAD in wanted and config.tied_embeddings:
@@ -382,7 +387,7 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         Source(config, None, tensors, device, resolve_dtype("auto", config, device)),
         fitting,
         tuple(kept_layers(tensors, fitting)),
-        tuple(_misfit_notes(misfits)),
+        (*notes, *_misfit_notes(misfits)),
         windows,
     )
 

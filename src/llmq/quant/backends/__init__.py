@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmq.errors import USAGE, LlmqError
-from llmq.quant.schemes import BNB, Choice
-from llmq.scheme import INT, WHOLE_ROW
+from llmq.quant.schemes import BNB, DEFAULT, Choice
+from llmq.scheme import INT, NF4, WHOLE_ROW, Scheme
 
 NATIVE = "native"
 BITSANDBYTES = "bitsandbytes"
@@ -95,12 +95,15 @@ BACKENDS = {
 BACKEND_NAMES = (NATIVE, *BACKENDS, BITSANDBYTES)
 
 
-def preferences(backend: str, method: str | None, format: str | None) -> tuple[str | None, str | None]:
-    """Method and format as they are asked for, or else the backend's own."""
+def preferences(
+    backend: str, scheme: Scheme | str | None, method: str | None, format: str | None
+) -> tuple[Scheme | str, str | None, str | None]:
+    """Scheme, method and format as they are asked for, or else what the backend does first."""
     if backend == BITSANDBYTES:
-        return method or BNB, format
+        return scheme or NF4, method or BNB, format
     own = third_party(backend)
-    return (method, format) if own is None else (method or own.methods[0], format or own.formats[0])
+    scheme = scheme or DEFAULT
+    return (scheme, method, format) if own is None else (scheme, method or own.methods[0], format or own.formats[0])
 
 
 def third_party(name: str) -> Backend | None:
