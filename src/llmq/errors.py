@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 FAILED = 1
 USAGE = 2
 CHECK_FAILED = 3
@@ -16,3 +18,9 @@ class LlmqError(Exception):
         self.message = message
         self.hint = hint
         self.exit_code = exit_code
+
+
+def either(names: Iterable[object]) -> str:
+    """What there is to choose from, in a sentence: ``gptq, awq or rtn``. At least one."""
+    *others, last = map(str, names)
+    return f"{', '.join(others)} or {last}" if others else last

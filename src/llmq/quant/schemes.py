@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmq.checkpoint.formats import FORMATS
-from llmq.errors import USAGE, LlmqError
+from llmq.errors import USAGE, LlmqError, either
 from llmq.scheme import E4M3, FP4, NF4, WHOLE_ROW, WHOLE_TENSOR, Scheme
 
 METHODS = RTN, GPTQ, AWQ, SMOOTHQUANT, AUTOROUND, BNB = "rtn", "gptq", "awq", "smoothquant", "autoround", "bnb"
@@ -75,14 +75,14 @@ def choose(
     methods = methods_for(scheme)
     method = method or methods[0]
     if method not in methods:
-        raise LlmqError(f"{method} does not make {scheme}", f"choose --method {_either(methods)}", exit_code=USAGE)
+        raise LlmqError(f"{method} does not make {scheme}", f"choose --method {either(methods)}", exit_code=USAGE)
     formats = formats_for(scheme, method)
     format = format or formats[0]
     if named and symmetric is None and (method, format) == (AWQ, "awq"):
         scheme = replace(scheme, symmetric=False)
     if format not in formats:
         reason = FORMATS[format].why_not(scheme) or f"what {method} makes is not written in the format {format}"
-        raise LlmqError(reason, f"{scheme} by {method} fits --format {_either(formats)}", exit_code=USAGE)
+        raise LlmqError(reason, f"{scheme} by {method} fits --format {either(formats)}", exit_code=USAGE)
     return Choice(scheme, method, format)
 
 
@@ -100,7 +100,7 @@ def methods_for(scheme: Scheme) -> tuple[str, ...]:
     if scheme.group_size == WHOLE_TENSOR:  # learned rounding has a scale of its own for each group
         methods = [method for method in methods if method != AUTOROUND]
     if not methods:
-        raise LlmqError(f"no format holds {scheme}", f"choose --scheme {_either(PRESETS)}", exit_code=USAGE)
+        raise LlmqError(f"no format holds {scheme}", f"choose --scheme {either(PRESETS)}", exit_code=USAGE)
     return tuple(dict.fromkeys(methods))
 
 
@@ -122,9 +122,4 @@ def preset_table() -> str:
 
 def _check_name(kind: str, name: str | None, names: Iterable[str]) -> None:
     if name is not None and name not in names:
-        raise LlmqError(f"there is no {kind} {name!r}", f"choose --{kind} {_either(names)}", exit_code=USAGE)
-
-
-def _either(names: Iterable[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
+        raise LlmqError(f"there is no {kind} {name!r}", f"choose --{kind} {either(names)}", exit_code=USAGE)

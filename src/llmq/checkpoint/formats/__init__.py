@@ -19,7 +19,7 @@ from llmq.checkpoint.formats.gptq import Gptq
 from llmq.checkpoint.formats.packed import HEAD, Layout
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors, write_json
-from llmq.errors import USAGE, LlmqError
+from llmq.errors import USAGE, LlmqError, either
 from llmq.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def open_format(config: ModelConfig) -> Format | None:
     method = config.quantization.get("quant_method")
     if method not in FORMATS:
         raise LlmqError(
-            f"the folder is quantized by {method!r}, which is not supported", f"llmq reads {_listed(list(FORMATS))}"
+            f"the folder is quantized by {method!r}, which is not supported", f"llmq reads {either(FORMATS)}"
         )
     return FORMATS[method].read(config.quantization)
 
@@ -122,7 +122,7 @@ def format_for(name: str, schemes: Mapping[str, Scheme]) -> Format:
 def check_holds(name: str, *schemes: Scheme) -> None:
     """Raise LlmqError unless there is a format ``name``, and one folder of it can hold layers of all ``schemes``."""
     if name not in FORMATS:
-        raise LlmqError(f"there is no format {name!r}", f"choose --format {_listed(list(FORMATS))}", exit_code=USAGE)
+        raise LlmqError(f"there is no format {name!r}", f"choose --format {either(FORMATS)}", exit_code=USAGE)
     reason = FORMATS[name].why_not(*schemes)
     if reason is not None:
         fitting = [other for other, kind in FORMATS.items() if kind.why_not(*schemes) is None]
@@ -133,11 +133,7 @@ def _fitting(formats: Sequence[str], schemes: Collection[Scheme]) -> str:
     """The hint that names the formats that hold ``schemes``."""
     if not formats:
         return "no format holds them in one folder: choose fewer schemes"
-    return f"--format {_listed(formats)} can hold {' and '.join(sorted(map(str, schemes)))}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    return f"--format {either(formats)} can hold {' and '.join(sorted(map(str, schemes)))}"
 
 
 def is_packed(format: Format | None, name: str, tensors: Tensors) -> bool:

@@ -7,10 +7,9 @@ talks to that over a pipe (``driver``), and checks what it has written like any 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmq.errors import USAGE, LlmqError
+from llmq.errors import USAGE, LlmqError, either
 from llmq.quant.schemes import BNB, DEFAULT, Choice
 from llmq.scheme import INT, NF4, WHOLE_ROW, Scheme
 
@@ -31,6 +30,7 @@ class Backend:
     pythons     minor versions of Python 3 that its pinned versions run on
     isolated    whether pip may build it apart: not where its build asks the installed torch
     symmetric   True: symmetric weights only; False: asymmetric only; None: either
+    whole_rows  whether a whole row may share a scale
     note        what its user should know
     """
 
@@ -44,6 +44,7 @@ class Backend:
     pythons: tuple[int, ...] = (11, 12, 13)
     isolated: bool = True
     symmetric: bool | None = None
+    whole_rows: bool = True
     note: str = ""
 
     def check(self, choice: Choice, device: str) -> None:
@@ -58,14 +59,14 @@ class Backend:
         for value, offered, flag in asked:
             if value not in offered:
                 raise LlmqError(
-                    f"{self.name} has no {flag} {value}", f"choose {flag} {_listed(offered)}", exit_code=USAGE
+                    f"{self.name} has no {flag} {value}", f"choose {flag} {either(offered)}", exit_code=USAGE
                 )
         if scheme.number != INT or scheme.activation_bits != 16:
             raise LlmqError(f"{self.name} writes weight-only integers here", "leave --scheme out", exit_code=USAGE)
         if self.symmetric not in (None, scheme.symmetric):
             wanted = "--sym" if self.symmetric else "--asym"
             raise LlmqError(f"{self.name} writes no such zero points", f"pass {wanted}", exit_code=USAGE)
-        if scheme.group_size == WHOLE_ROW and self.name == "autoawq":
+        if scheme.group_size == WHOLE_ROW and not self.whole_rows:
             raise LlmqError(f"{self.name} wants groups", "choose --group-size 32, 64 or 128", exit_code=USAGE)
 
 
@@ -77,7 +78,8 @@ BACKENDS = {
             note="archived; runs with transformers 4.53 and older, here on a CPU only",
         ),
         Backend(
-            "autoawq", "autoawq", "awq", ("awq",), (4,), ("awq",), ("cpu", "cuda"), isolated=False, symmetric=False,
+            "autoawq", "autoawq", "awq", ("awq",), (4,), ("awq",), ("cpu", "cuda"),
+            isolated=False, symmetric=False, whole_rows=False,
             note="archived; llm-compressor and gptqmodel are its successors",
         ),
         Backend(
@@ -114,10 +116,5 @@ def third_party(name: str) -> Backend | None:
 def find_backend(name: str) -> Backend:
     """The backend ``name``, which has an environment of its own. LlmqError when there is none."""
     if name not in BACKENDS:
-        raise LlmqError(f"there is no backend {name!r}", f"there are {_listed(BACKEND_NAMES)}", exit_code=USAGE)
+        raise LlmqError(f"there is no backend {name!r}", f"there are {either(BACKEND_NAMES)}", exit_code=USAGE)
     return BACKENDS[name]
-
-
-def _listed(names: Sequence[object]) -> str:
-    *most, last = map(str, names)
-    return f"{', '.join(most)} or {last}" if most else last
