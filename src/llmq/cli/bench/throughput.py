@@ -1,4 +1,4 @@
-"""``llmq bench …``"""
+"""``llmq bench throughput``"""
 
 from __future__ import annotations
 
@@ -17,17 +17,10 @@ from llmq.memory import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from llmq.bench.throughput import ThroughputReport
 
-app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 _WORKLOAD = Workload()
 _ENGINE = EngineOptions()
 
 
-@app.callback()
-def bench() -> None:
-    """Measure speed."""
-
-
-@app.command()
 def throughput(
     model: options.Model,
     num_prompts: Annotated[int, typer.Option(help="Requests, all there at the start.")] = _WORKLOAD.num_prompts,
