@@ -357,9 +357,11 @@ def test_what_other_runtimes_merge_is_named_as_its_parts_are() -> None:
     """vLLM and SGLang ask about ``qkv_proj``, of which no folder has a tensor, and about a layer's class before that
     of its parts."""
     attention = [f"model.layers.0.self_attn.{letter}_proj" for letter in "qkv"]
-    schemes = dict.fromkeys(attention, Scheme(8, 128)) | {
-        f"model.layers.0.mlp.{name}": Scheme(4, 128) for name in ("gate_proj", "up_proj", "down_proj")
-    }
+    others = [
+        *(f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+        "model.layers.1.mlp.down_proj",
+    ]
+    schemes = dict.fromkeys(attention, Scheme(8, 128)) | dict.fromkeys(others, Scheme(4, 128))
     ignored = [f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj")]
 
     def config(name: str, schemes: dict[str, Scheme]) -> dict[str, Any]:
