@@ -82,10 +82,9 @@ class Journal:
             os.fsync(file.fileno())
         self.parts.append(part)
 
-    def start_over(self, dtype: str) -> None:
+    def forget(self) -> None:
         """Nothing is done any more."""
         self._path.unlink(missing_ok=True)
-        self.dtype = dtype
         self.parts = []
 
 

@@ -119,25 +119,37 @@ def quantize(
     if on_needs is not None:
         on_needs(needs)
     needs.check()
+    spill = output.absolute().parent if needs.spills else None
     tell = progress or (lambda step: None)
     try:
         with folders.write_folder(output, overwrite=overwrite, resume=resume) as partial:
             journal = Journal(folders.journal_of(output), job.settings, job.dtype)
-            spill = output.absolute().parent if needs.spills else None
             try:
-                job = job if journal.dtype == job.dtype else job.in_fp32()
-                return _run(job, output, partial, journal, spill, tell)
-            except NotFinite:
-                if job.source.dtype == torch.float32:
-                    raise
-                job = job.in_fp32()
-                journal.start_over(job.dtype)
-                return _run(job, output, partial, journal, spill, tell)
+                return _run_at_any_width(job, output, partial, journal, spill, tell)
+            except LlmqError:
+                journal.forget()  # whoever goes on with the same settings ends here again
+                raise
     except OSError as error:
         raise LlmqError(
             f"{error.filename or output}: {error.strerror}",
             "what is done is kept: once there is room, go on by --resume",
         ) from error
+
+
+def _run_at_any_width(
+    job: Job, output: Path, partial: Path, journal: Journal, spill: Path | None, tell: Progress
+) -> QuantizationReport:
+    """In the type that the job says, or in fp32 where activations, now or before, turned out not to fit."""
+    if job.dtype == journal.dtype:
+        try:
+            return _run(job, output, partial, journal, spill, tell)
+        except NotFinite:
+            if job.source.dtype == torch.float32:
+                raise
+            journal.forget()
+    job = job.in_fp32()
+    journal.dtype = job.dtype
+    return _run(job, output, partial, journal, spill, tell)
 
 
 def _run(
@@ -176,7 +188,8 @@ def _do_parts(job: Job, shards: Shards, journal: Journal, spill: Path | None, te
         tell(Step(len(journal.parts), len(parts), len(layers), len(job.schemes), what, layer))
 
     learns = job.windows is not None and job.options.third_party is None
-    walk = Walk(job, spill) if learns and (done < len(parts) - 1 or HEAD in job.schemes) else None
+    looks = {part for part in parts if part != REST or HEAD in job.schemes}  # at hidden states
+    walk = Walk(job, spill) if learns and looks & set(parts[done:]) else None
     for number, part in enumerate(parts):
         if number < done:
             if walk is not None:
