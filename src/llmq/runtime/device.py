@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from llmq.errors import LlmqError
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
 CPU_KV_CACHE_BYTES = 2**30
+LIBC = ctypes.CDLL(None)
 
 
 def resolve_device(device: str) -> str:
@@ -56,6 +59,21 @@ def host_memory_bytes() -> int:
     import os
 
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory_bytes() -> int:
+    """Main memory that can be had without taking it from another process; where that is not said, all there is."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return host_memory_bytes()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def free_memory() -> None:
+    """Give back what the allocators of the C library keep for later: between blocks, that can be as much as one."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def peak_memory_bytes(device: str) -> int:
