@@ -547,7 +547,16 @@ class Scheduler:
         else:
             targets, top = request.prompt_targets(start, end), request.params.prompt_logprobs or 0
             row = PlanRow(
-                sequence.sequence_id, start, chunk, tables, sampling, sequence.banned, sequence.history, targets, top
+                sequence.sequence_id,
+                start,
+                chunk,
+                tables,
+                sampling,
+                sequence.banned,
+                sequence.history,
+                targets,
+                top,
+                None if sampling is None else sequence.allowed,
             )
         draft.rows.append(row)
         draft.sequences.append(sequence)
@@ -594,7 +603,9 @@ class Scheduler:
             sequence.cumulative += logprobs.logprob
         progress.extended.append(sequence)
         request = sequence.request
-        if token_id in request.stop_ids:
+        if sequence.grammar is not None and not sequence.grammar.consume_token(token_id):
+            self._end(sequence, "error", progress)
+        elif token_id in request.stop_ids:
             self._end(sequence, "stop", progress)
         elif len(token_ids) >= request.max_total:
             self._end(sequence, "length", progress)
