@@ -93,4 +93,4 @@ class Grammars:
 
 
 def _refusal(reason: str) -> LlmqError:
-    return LlmqError(f"json_schema cannot be followed: {' '.join(reason.partition('<state>')[0].split())}")
+    return LlmqError(f"the JSON schema cannot be followed: {' '.join(reason.partition('<state>')[0].split())}")
