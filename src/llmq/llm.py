@@ -552,4 +552,7 @@ class LLM:
 
 def _token_delta(live: _Live, sequence: request.Sequence) -> TokenDelta:
     logprobs = None if live.request.params.logprobs is None else sequence.logprobs[-1]
-    return TokenDelta(live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason)
+    waited = live.request.queue_seconds if sequence.num_output == 1 else None
+    return TokenDelta(
+        live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason, waited
+    )

@@ -167,6 +167,8 @@ class Request:
     number: int = 0
     order: tuple[int, int] = (0, 0)
     arrival_time: float = 0.0
+    queue_seconds: float | None = None
+    """How long it waited to be let in, the first time."""
     sequences: list[Sequence] = field(default_factory=list)
     live: list[Sequence] = field(default_factory=list)
     """Of ``sequences``, those that are not finished."""
