@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -315,6 +317,24 @@ def test_metrics_split_a_request_into_its_phases_and_a_step_into_tokens(server: 
     # Of the answer, the last token is not computed any more.
     assert now["iteration_tokens_total"] == now["request_prompt_tokens"] + now["request_generation_tokens"] - 1
     assert (now["request_params_n"], now["request_params_max_tokens"]) == (1, 24)
+
+
+SERVER = "from llmq.serve.app import create_app; load_tokenizer(resolve('demo'))"
+ENGINE = "from llmq.serve import worker; from llmq import LLM; LLM('demo', device='cpu', text=False)"
+
+
+@pytest.mark.parametrize(
+    ("process", "spared"), [(SERVER, "torch transformers"), (ENGINE, "torch._dynamo transformers")]
+)
+def test_neither_process_imports_what_takes_seconds(process: str, spared: str) -> None:
+    code = f"""
+import sys
+from llmq.checkpoint.folder import resolve
+from llmq.checkpoint.tokenizer import load_tokenizer
+{process}
+print(sorted(set({spared.split()!r}) & sys.modules.keys()))"""
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert loaded.stdout == "[]\n"
 
 
 def test_the_log_has_a_json_line_a_request_and_no_prompt(server: Server, client: OpenAI) -> None:
