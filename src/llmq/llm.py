@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -24,6 +25,7 @@ from llmq.engine.admission import Limits, Rejected, format_cache_size
 from llmq.engine.baselines import BATCHINGS, BaselineScheduler, Batching
 from llmq.engine.blocks import BlockManager
 from llmq.engine.detokenizer import Detokenizer
+from llmq.engine.grammar import Grammars
 from llmq.engine.options import EngineOptions
 from llmq.engine.outputs import TokenDelta
 from llmq.engine.request import FinishReason, SamplingParams
@@ -346,6 +348,7 @@ class LLM:
                 secrets.randbits(62) if params.seed is None else params.seed,
                 self.limits.max_total(len(output.prompt_token_ids), params),
                 frozenset(self.config.eos_token_ids),
+                None if params.json_schema is None else self._grammars.matcher(params.json_schema),
             )
             self._scheduler.add(new)
         except LlmqError as error:
@@ -497,6 +500,10 @@ class LLM:
                     "check --stop-token-id",
                 )
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.folder, self.config.vocab_size, self.config.eos_token_ids)
+
     def _max_model_len(self) -> int:
         wanted = self.options.max_model_len
         if wanted is not None and wanted > self.config.context_length:
@@ -545,4 +552,7 @@ class LLM:
 
 def _token_delta(live: _Live, sequence: request.Sequence) -> TokenDelta:
     logprobs = None if live.request.params.logprobs is None else sequence.logprobs[-1]
-    return TokenDelta(live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason)
+    waited = live.request.queue_seconds if sequence.num_output == 1 else None
+    return TokenDelta(
+        live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason, waited
+    )

@@ -88,6 +88,7 @@ class PlanRow(NamedTuple):
     history         None unless the row is penalized
     prompt_targets  the tokens that follow ``tokens`` in the prompt, where their log-probabilities are asked for
     prompt_top      and for how many of the likeliest, beside them
+    allowed         a bit a token, in 32-bit words, the least first: what a grammar lets come next; None: all
     """
 
     sequence_id: int
@@ -99,6 +100,7 @@ class PlanRow(NamedTuple):
     history: History | None = None
     prompt_targets: tuple[int, ...] = ()
     prompt_top: int = 0
+    allowed: bytes | None = None
 
     @property
     def end(self) -> int:

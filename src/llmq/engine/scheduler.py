@@ -54,6 +54,7 @@ BARREN_STEPS = 2 * MAX_SEQUENCES
 class EngineStats:
     """Counts since the start, or since the last reset.
 
+    tokens           computed in these steps, of prompts and new ones
     preemptions      of those, ``swapped_out`` went to main memory and the rest are computed anew
     rejected         requests refused at submission; rejected_* those of them that are over a limit, by the limit
     waits_*          steps in which the first in line was not let in, by the first check that it failed
@@ -62,6 +63,7 @@ class EngineStats:
 
     total_blocks: int
     steps: int = 0
+    tokens: int = 0
     preemptions: int = 0
     peak_blocks: int = 0
     swapped_out: int = 0
@@ -491,6 +493,8 @@ class Scheduler:
             seats += request.seats
             del self.waiting[position]
             self.blocks.admit(request.live[0])
+            if request.queue_seconds is None:
+                request.queue_seconds = self._clock() - request.arrival_time
             _enqueue(self.running, request)
             draft.admitted.append(request)
             self._prefill(request, draft)
@@ -547,7 +551,16 @@ class Scheduler:
         else:
             targets, top = request.prompt_targets(start, end), request.params.prompt_logprobs or 0
             row = PlanRow(
-                sequence.sequence_id, start, chunk, tables, sampling, sequence.banned, sequence.history, targets, top
+                sequence.sequence_id,
+                start,
+                chunk,
+                tables,
+                sampling,
+                sequence.banned,
+                sequence.history,
+                targets,
+                top,
+                None if sampling is None else sequence.allowed,
             )
         draft.rows.append(row)
         draft.sequences.append(sequence)
@@ -572,6 +585,7 @@ class Scheduler:
         self._flights.append(Flight(draft.sequences, draft.preempted, draft.prefill_started))
         stats = self.stats
         stats.steps += 1
+        stats.tokens += self.options.max_num_batched_tokens - draft.tokens
         stats.copies += len(draft.copies)
         stats.peak_blocks = max(stats.peak_blocks, self.blocks.used)
         if self._trace is not None:
@@ -594,7 +608,9 @@ class Scheduler:
             sequence.cumulative += logprobs.logprob
         progress.extended.append(sequence)
         request = sequence.request
-        if token_id in request.stop_ids:
+        if sequence.grammar is not None and not sequence.grammar.consume_token(token_id):
+            self._end(sequence, "error", progress)
+        elif token_id in request.stop_ids:
             self._end(sequence, "stop", progress)
         elif len(token_ids) >= request.max_total:
             self._end(sequence, "length", progress)

@@ -29,8 +29,8 @@ class Samples:
 def sample(logits: Tensor, rows: Sequence[PlanRow]) -> Samples:
     """Draw one token, or as many as it has samples, for each of ``rows`` from its ``logits`` [rows, vocabulary].
 
-    In this order, as in transformers: penalties, banned tokens, temperature, top_k, top_p, min_p. Nothing waits for
-    the device.
+    In this order, as in transformers: penalties, banned tokens and grammars, temperature, top_k, top_p, min_p. Nothing
+    waits for the device.
     """
     raw, logits = logits, restrict(logits, rows)
     candidates = _beam_candidates(logits, rows)
@@ -56,7 +56,7 @@ def sample(logits: Tensor, rows: Sequence[PlanRow]) -> Samples:
 
 
 def restrict(logits: Tensor, rows: Sequence[PlanRow]) -> Tensor:
-    """``logits`` with the penalties of each row applied and its banned tokens at −inf.
+    """``logits`` with the penalties of each row applied, and at −inf its banned tokens and what its grammar excludes.
 
     A token that the row has seen, prompt included, is divided by repetition_penalty where positive and multiplied
     where negative (Keskar et al., 2019); one that it has generated loses presence_penalty, and frequency_penalty for
@@ -64,7 +64,8 @@ def restrict(logits: Tensor, rows: Sequence[PlanRow]) -> Tensor:
     """
     penalized = [index for index, row in enumerate(rows) if row.history is not None]
     banned = [(index, token) for index, row in enumerate(rows) for token in row.banned if token < logits.shape[1]]
-    if penalized or banned:
+    guided = [index for index, row in enumerate(rows) if row.allowed is not None]
+    if penalized or banned or guided:
         logits = logits.clone()
     if penalized:
         histories = [row.history for row in rows if row.history is not None]
@@ -81,6 +82,10 @@ def restrict(logits: Tensor, rows: Sequence[PlanRow]) -> Tensor:
     if banned:
         at = on_device(banned, torch.int64, logits.device)
         logits[at[:, 0], at[:, 1]] = -torch.inf
+    if guided:
+        allowed = _unpack([row.allowed for row in rows if row.allowed is not None], logits)
+        index = on_device(guided, torch.int64, logits.device)
+        logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
     return logits
 
 
@@ -180,6 +185,13 @@ def _count(lists: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
     tokens = on_device([token for ids in lists for token in ids], torch.int64, logits.device)
     counts = torch.zeros(len(lists), logits.shape[1], device=logits.device)
     return counts.index_put_((rows, tokens), torch.ones((), device=logits.device), accumulate=True)
+
+
+def _unpack(masks: Sequence[bytes], logits: Tensor) -> Tensor:
+    """Bitmasks of the vocabulary as booleans: [masks, vocabulary]."""
+    words = on_device(array("i", b"".join(masks)), torch.int32, logits.device).view(len(masks), -1, 1)
+    bits = words >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
+    return bits.bool().flatten(1)[:, : logits.shape[1]]
 
 
 def _column(values: Sequence[float], dtype: torch.dtype, like: Tensor) -> Tensor:

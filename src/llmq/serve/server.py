@@ -56,7 +56,7 @@ def serve(model: str, *, settings: dict[str, Any], options: EngineOptions, serve
 
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
         ready = client.wait()
-        service = Service(name, model, config, tokenizer, ready.limits, client, serve_options)
+        service = Service(name, model, folder, config, tokenizer, ready.limits, client, serve_options)
         if serve_options.reachable_by_others and not serve_options.api_keys:
             _say(f"warning: whoever reaches {serve_options.host} may use the model: there is no --api-key")
 

@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint.config import ModelConfig
 from llmq.checkpoint.tokenizer import Tokenizer, encode_chat
 from llmq.engine.admission import Limits, Rejected
+from llmq.engine.grammar import Grammars
 from llmq.engine.request import SamplingParams
 from llmq.errors import LlmqError
 from llmq.serve.answers import Generation
@@ -25,13 +27,14 @@ LONG_TEXT = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """``model``, as it was named to us, served under ``name``. ``created``: Unix seconds.
+    """``model``, as it was named to us, of ``folder``, served under ``name``. ``created``: Unix seconds.
 
     Without a tokenizer, prompts are token ids and answers have no text.
     """
 
     name: str
     model: str
+    folder: Path
     config: ModelConfig
     tokenizer: Tokenizer | None
     limits: Limits
@@ -82,6 +85,18 @@ class Service:
         if not all(0 <= token < self.config.vocab_size for token in token_ids):
             raise ApiError(400, f"a token id is outside the vocabulary of {self.config.vocab_size}", param=param)
 
+    async def check_schema(self, params: SamplingParams) -> None:
+        """ApiError when answers are to fit a JSON Schema that cannot be followed here."""
+        if params.json_schema is None:
+            return
+        if self.tokenizer is None:
+            raise ApiError(400, "the model has no tokenizer: answers have no form", param="response_format")
+        try:
+            # Large ones take a while.
+            await asyncio.to_thread(self._check_schema, params.json_schema)
+        except LlmqError as error:
+            raise ApiError(400, error.message, param="response_format") from None
+
     def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         """Hand ``prompts`` to the engine, all or none. ApiError when one can never run, or the queue is full."""
         self.check_token_ids(params.stop_token_ids, param="stop_token_ids")
@@ -98,6 +113,9 @@ class Service:
                 headers={"Retry-After": str(RETRY_SECONDS)},
             )
         return [Generation(self.client, self.decode, prompt_ids, params) for prompt_ids in prompts]
+
+    def _check_schema(self, schema: str) -> None:
+        Grammars(self.folder, self.config.vocab_size, self.config.eos_token_ids).check(schema)
 
     def _check_limits(self, prompt_tokens: int, params: SamplingParams) -> None:
         try:
