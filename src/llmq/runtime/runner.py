@@ -56,8 +56,7 @@ class Runner:
         rows, columns = max(ROWS_PER_SEQUENCE * max_sequences, MAX_ROWS), blocks_for(max_tokens, cache.block_size)
         rows += -rows % ALIGNMENT
         self._tables = [BlockTables(rows, columns, device) for _ in cache.groups]
-        # Of experts the host must know how many tokens each has: no graph can wait for that.
-        graphed = device != "cpu" and not enforce_eager and decoder.config.experts is None
+        graphed = device != "cpu" and not enforce_eager and not decoder.waits_for_host
         self._graphs = DecodeGraphs(self._forward, rows, len(cache.groups), device) if graphed else None
         none_drawn = torch.zeros(rows, dtype=torch.int32, device=device)
         self._drawn = none_drawn if self._graphs is None else self._graphs.drawn
