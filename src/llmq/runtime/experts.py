@@ -27,13 +27,18 @@ class GroupedExperts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """``x`` [tokens, hidden]; ``weights`` and ``chosen`` as ``choose`` gives them → [tokens, hidden]"""
         experts = self.down.out_features // x.shape[1]
-        routing = sort_by_expert(weights, chosen, experts, block_m_for(chosen.numel(), experts))
-        inner = _grouped(self.gate_up, x, routing, gated=True)
-        return combine(_grouped(self.down, inner, routing, gated=False), weights)
+        block_m = block_m_for(chosen.numel(), [_weight(self.gate_up), _weight(self.down)], experts)
+        routing = sort_by_expert(weights, chosen, experts, block_m)
+        inner = _multiply(self.gate_up, x, routing, gated=True)
+        return combine(_multiply(self.down, inner, routing, gated=False), weights)
 
 
-def _grouped(layer: Linear, x: Tensor, routing: Routing, *, gated: bool) -> Tensor:
+def _weight(layer: Linear) -> GroupedWeight:
+    return layer.weight if isinstance(layer, nn.Linear) else layer.packed
+
+
+def _multiply(layer: Linear, x: Tensor, routing: Routing, *, gated: bool) -> Tensor:
     number = input_number(layer)
-    weight: GroupedWeight = layer.weight if isinstance(layer, nn.Linear) else layer.packed
+    rows = x if number is None else quantize_rows(x, number)
     dtype = layer.dtype if isinstance(layer, W8A8Linear) else x.dtype
-    return grouped_matmul(x if number is None else quantize_rows(x, number), weight, routing, dtype, gated=gated)
+    return grouped_matmul(rows, _weight(layer), routing, dtype, gated=gated)

@@ -10,6 +10,7 @@ The row of an assignment is its token's, or its own where x has one for each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -26,11 +27,14 @@ from llmq.runtime.kernels.wna16 import PackedWeight, wna16_matmul_reference
 GroupedWeight = Tensor | Weight8 | PackedWeight
 BLOCKS_M = (16, 32, 64, 128)
 """Assignments in a tile, for all of which an expert's rows are read once."""
+LARGEST_PACKED = 64
+"""Of packed weights, whose unpacked planes and sums share the registers."""
 
 
-def block_m_for(assignments: int, experts: int) -> int:
-    """The tile that an expert's assignments about fill, if all have equally many."""
-    return next((block for block in BLOCKS_M if assignments <= block * experts), BLOCKS_M[-1])
+def block_m_for(assignments: int, weights: Sequence[GroupedWeight], experts: int) -> int:
+    """The tile that an expert's assignments about fill, if all have equally many, for products by ``weights``."""
+    largest = LARGEST_PACKED if any(isinstance(weight, PackedWeight) for weight in weights) else BLOCKS_M[-1]
+    return next(block for block in BLOCKS_M if block == largest or assignments <= block * experts)
 
 
 def out_features(weight: GroupedWeight) -> int:

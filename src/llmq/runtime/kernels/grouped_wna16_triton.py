@@ -36,11 +36,9 @@ LAUNCHES = {
     (True, 16): Launch(16, 64, 4, 3),
     (True, 32): Launch(32, 64, 4, 3),
     (True, 64): Launch(64, 64, 4, 3),
-    (True, 128): Launch(128, 64, 8, 3),
     (False, 16): Launch(16, 64, 4, 4),
     (False, 32): Launch(32, 128, 4, 4),
-    (False, 64): Launch(64, 128, 4, 4),
-    (False, 128): Launch(128, 128, 8, 3),
+    (False, 64): Launch(64, 64, 4, 4),
 }
 WIDE = Launch(16, 64, 4, 2)  # of fp32, without a matrix unit
 
