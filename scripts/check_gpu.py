@@ -362,8 +362,8 @@ class RoutingCase:
         weights, chosen = choose(logits, self.per_token, True)
         exact, expected = choose_reference(logits.cpu(), self.per_token, True)
         block_m = block_m_for(chosen.numel(), [], self.experts)
-        ours = sort_by_expert(weights, chosen, self.experts, block_m)
-        theirs = sort_by_expert_reference(exact, chosen.cpu(), self.experts, block_m)
+        ours = sort_by_expert(chosen, self.experts, block_m)
+        theirs = sort_by_expert_reference(chosen.cpu(), self.experts, block_m)
         wrong = int((chosen.cpu() != expected).sum())
         for part in ("order", "starts", "tile_experts", "tile_starts"):
             wrong += int((getattr(ours, part).cpu() != getattr(theirs, part)).sum())
@@ -390,7 +390,7 @@ class GroupedCase:
     def check(self) -> Outcome:
         logits = torch.randn(self.tokens, self.experts, device="cuda")
         logits[::2, 1] = 9.0
-        weights, chosen = choose(logits, self.per_token, True)
+        chosen = choose(logits, self.per_token, True)[1]
         shape = (self.experts * self.out_features, self.in_features)
         drawn = torch.randn(self.tokens if self.gated else chosen.numel(), self.in_features, device="cuda")
         plain = drawn.to(self.dtype)
@@ -408,7 +408,7 @@ class GroupedCase:
                 x, exact_x = rows, rows.codes.double() * rows.scales.double()
             else:
                 weight = pack_wna16(codes, self.dtype)
-        routing = sort_by_expert(weights, chosen, self.experts, block_m_for(chosen.numel(), [weight], self.experts))
+        routing = sort_by_expert(chosen, self.experts, block_m_for(chosen.numel(), [weight], self.experts))
         exact = grouped_matmul_reference(exact_x, exact_weight, routing, torch.float64, gated=self.gated)
         outcome = compare(lambda: grouped_matmul(x, weight, routing, self.dtype, gated=self.gated), exact)
         # Gate, up and silu are rounded on the way.

@@ -38,7 +38,7 @@ def test_tiles_cover_every_assignment_once_and_each_has_one_expert(
     chosen = torch.randint(0, experts, (tokens, min(per_token, experts))).int()
     if one_for_all:
         chosen.fill_(experts - 1)
-    routing = sort_by_expert(torch.ones(chosen.shape), chosen, experts, block_m)
+    routing = sort_by_expert(chosen, experts, block_m)
     assert len(routing.tile_experts) == most_tiles(chosen.numel(), experts, block_m)
     seen: list[int] = []
     for expert, start in zip(routing.tile_experts.tolist(), routing.tile_starts.tolist(), strict=True):

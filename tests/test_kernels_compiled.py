@@ -193,6 +193,7 @@ def grouped(capability: int, gated: bool, block_m: int, code: str) -> tuple[Any,
     types = dict.fromkeys(("order", "starts", "tile_experts", "tile_starts"), "*i32")
     types |= {"x": f"*{code}", "weight": f"*{code}", "x_scales": "*fp32", "weight_scales": "*fp32", "out": "*bf16"}
     scales: dict[str, Any] = {"x_scales": None, "weight_scales": None} if code == "bf16" else {}
+    scales["bias"] = None
     compiled = compile_for(
         capability, grouped_triton.grouped_kernel, types, launch.warps, 3, **scales, GATED=gated, WHOLE_STEPS=True,
         BLOCK_M=block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k // size, STAGES=launch.stages,
@@ -206,8 +207,9 @@ def grouped_wna16(capability: int, gated: bool, block_m: int, bits: int, per_gro
     types = dict.fromkeys(("order", "starts", "tile_experts", "tile_starts", "meta"), "*i32")
     types |= {"x": "*bf16", "words": "*i16", "out": "*bf16"}
     compiled = compile_for(
-        capability, grouped_wna16_triton.grouped_wna16_kernel, types, launch.warps, 3, table=None, GATED=gated,
-        WHOLE_STEPS=True, BITS=bits, NUMBER=INT, PER_GROUP=per_group, BF16_SCALE=False, ASM=True, BLOCK_M=block_m,
+        capability, grouped_wna16_triton.grouped_wna16_kernel, types, launch.warps, 3, table=None, bias=None,
+        GATED=gated, WHOLE_STEPS=True, BITS=bits, NUMBER=INT, PER_GROUP=per_group, BF16_SCALE=False, ASM=True,
+        BLOCK_M=block_m,
         BLOCK_N=launch.block_n, STAGES=launch.stages, PDL=capability >= 90,
     )  # fmt: skip
     return compiled, (1 + gated) * launch.block_n * wna16_triton.STEP / launch.warps / 32

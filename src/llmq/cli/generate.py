@@ -100,6 +100,7 @@ def generate(
     queue: options.Queue = _ENGINE.queue,
     load_format: options.LoadFormat = _ENGINE.load_format,
     enforce_eager: options.EnforceEager = _ENGINE.enforce_eager,
+    deterministic: options.Deterministic = _ENGINE.deterministic,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -156,6 +157,7 @@ def generate(
         queue=cast(QueueOrder, queue),
         load_format=cast(LoadFormat, load_format),
         enforce_eager=enforce_eager,
+        deterministic=deterministic,
     )
 
     from llmq.batchfile import STDIO, Job, open_output, read_jobs, to_prompt

@@ -45,3 +45,6 @@ LoadFormat = Annotated[
     str, typer.Option(help="auto, or dummy: random weights of config.json's shapes, to measure speed with.")
 ]
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Run without CUDA graphs.")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="The same tokens whatever else runs, on a GPU; slower.")
+]

@@ -50,6 +50,7 @@ def serve(
     queue: options.Queue = _ENGINE.queue,
     load_format: options.LoadFormat = _ENGINE.load_format,
     enforce_eager: options.EnforceEager = _ENGINE.enforce_eager,
+    deterministic: options.Deterministic = _ENGINE.deterministic,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -86,6 +87,7 @@ def serve(
         queue=cast(QueueOrder, queue),
         load_format=cast(LoadFormat, load_format),
         enforce_eager=enforce_eager,
+        deterministic=deterministic,
     )
 
     from llmq.serve.server import serve as run

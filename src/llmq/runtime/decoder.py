@@ -158,7 +158,7 @@ class MixtureOfExperts(nn.Module):
             None if len(names) > 1 else merge([expert.get_submodule(*names) for expert in experts])
             for names in (experts[0].gate_up, (experts[0].down,))
         )
-        if gate_up is not None and down is not None and gate_up.bias is None and not experts[0].gelu:
+        if gate_up is not None and down is not None and not experts[0].gelu:
             self.grouped = GroupedExperts(gate_up, down)
             del self.experts
 

@@ -28,7 +28,7 @@ class GroupedExperts(nn.Module):
         """``x`` [tokens, hidden]; ``weights`` and ``chosen`` as ``choose`` gives them → [tokens, hidden]"""
         experts = self.down.out_features // x.shape[1]
         block_m = block_m_for(chosen.numel(), [_weight(self.gate_up), _weight(self.down)], experts)
-        routing = sort_by_expert(weights, chosen, experts, block_m)
+        routing = sort_by_expert(chosen, experts, block_m)
         inner = _multiply(self.gate_up, x, routing, gated=True)
         return combine(_multiply(self.down, inner, routing, gated=False), weights)
 
@@ -41,4 +41,4 @@ def _multiply(layer: Linear, x: Tensor, routing: Routing, *, gated: bool) -> Ten
     number = input_number(layer)
     rows = x if number is None else quantize_rows(x, number)
     dtype = layer.dtype if isinstance(layer, W8A8Linear) else x.dtype
-    return grouped_matmul(rows, _weight(layer), routing, dtype, gated=gated)
+    return grouped_matmul(rows, _weight(layer), routing, dtype, bias=layer.bias, gated=gated)

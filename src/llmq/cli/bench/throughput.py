@@ -34,6 +34,7 @@ def throughput(
     gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
     load_format: options.LoadFormat = _ENGINE.load_format,
     enforce_eager: options.EnforceEager = _ENGINE.enforce_eager,
+    deterministic: options.Deterministic = _ENGINE.deterministic,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -52,6 +53,7 @@ def throughput(
         gpu_memory_utilization,
         load_format=cast(LoadFormat, load_format),
         enforce_eager=enforce_eager,
+        deterministic=deterministic,
     )
 
     from llmq.bench.throughput import bench_throughput

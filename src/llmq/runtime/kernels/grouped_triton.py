@@ -34,10 +34,11 @@ class Launch(NamedTuple):
     stages: int
 
 
-# (gated, block_m) → launch parameters; a gated program takes block_n rows of gate, and of up.
+# (gated, block_m) → launch parameters; a gated program takes block_n rows of gate, and of up. Tiles of 64 rows of the
+# weight and more go through one kind of matrix instruction, so that sums have the same bits in a tile of any size.
 LAUNCHES = {
-    (True, 16): Launch(32, 256, 4, 4),
-    (True, 32): Launch(32, 256, 4, 3),
+    (True, 16): Launch(64, 256, 4, 3),
+    (True, 32): Launch(64, 128, 4, 4),
     (True, 64): Launch(64, 128, 4, 4),
     (True, 128): Launch(64, 128, 8, 4),
     (False, 16): Launch(64, 256, 4, 4),
@@ -54,7 +55,13 @@ def launch_for(gated: bool, block_m: int, element_size: int) -> Launch:
 
 
 def grouped_matmul_triton(
-    x: Tensor | QuantizedRows, weight: Tensor | Weight8, routing: Routing, dtype: torch.dtype, *, gated: bool
+    x: Tensor | QuantizedRows,
+    weight: Tensor | Weight8,
+    routing: Routing,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    *,
+    gated: bool,
 ) -> Tensor:
     """``grouped_matmul`` through Triton."""
     rows, x_scales = x if isinstance(x, QuantizedRows) else (x, None)
@@ -68,7 +75,7 @@ def grouped_matmul_triton(
     block_k = launch.block_k // rows.element_size()
     out = torch.empty(assignments, features, dtype=dtype, device=rows.device)
     grouped_kernel[len(routing.tile_experts), triton.cdiv(features, launch.block_n)](
-        rows, x_scales, matrix, weight_scales, out, routing.order, routing.starts, routing.tile_experts,
+        rows, x_scales, matrix, weight_scales, bias, out, routing.order, routing.starts, routing.tile_experts,
         routing.tile_starts, size, features, in_features, rows.stride(0), assignments // max(len(rows), 1),
         GATED=gated, WHOLE_STEPS=in_features % block_k == 0, BLOCK_M=routing.block_m, BLOCK_N=launch.block_n,
         BLOCK_K=block_k, STAGES=launch.stages, num_warps=launch.warps, **pdl(out.device),
@@ -87,8 +94,8 @@ def tile_rows(order, starts, tile_experts, tile_starts, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["repeats"])
 def grouped_kernel(
-    x, x_scales, weight, weight_scales, out, order, starts, tile_experts, tile_starts, size, features, in_features,
-    x_stride, repeats,
+    x, x_scales, weight, weight_scales, bias, out, order, starts, tile_experts, tile_starts, size, features,
+    in_features, x_stride, repeats,
     GATED: tl.constexpr, WHOLE_STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -125,6 +132,11 @@ def grouped_kernel(
         result = result * tl.load(at_scales, mask=is_n, other=0.0)[:, None] * m_scales
         if GATED:
             raised = raised * tl.load(at_scales + features, mask=is_n, other=0.0)[:, None] * m_scales
+    if bias is not None:
+        at_bias = bias + expert * size + n
+        result += tl.load(at_bias, mask=is_n, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            raised += tl.load(at_bias + features, mask=is_n, other=0.0).to(tl.float32)[:, None]
     y = result.to(out.dtype.element_ty)
     if GATED:
         y = silu_product(y, raised.to(out.dtype.element_ty))

@@ -48,7 +48,9 @@ def launch_for(gated: bool, block_m: int, element_size: int) -> Launch:
     return LAUNCHES[gated, block_m] if element_size == 2 else WIDE._replace(block_m=block_m)
 
 
-def grouped_wna16_triton(x: Tensor, packed: PackedWeight, routing: Routing, *, gated: bool) -> Tensor:
+def grouped_wna16_triton(
+    x: Tensor, packed: PackedWeight, routing: Routing, bias: Tensor | None, *, gated: bool
+) -> Tensor:
     """``grouped_matmul`` through Triton; ``x`` is in packed order."""
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -57,7 +59,7 @@ def grouped_wna16_triton(x: Tensor, packed: PackedWeight, routing: Routing, *, g
     launch = launch_for(gated, routing.block_m, x.element_size())
     out = torch.empty(assignments, features, dtype=x.dtype, device=x.device)
     grouped_wna16_kernel[len(routing.tile_experts), triton.cdiv(features, launch.block_n)](
-        x, packed.words, packed.meta, table_of(packed.number, x.device), out, routing.order, routing.starts,
+        x, packed.words, packed.meta, table_of(packed.number, x.device), bias, out, routing.order, routing.starts,
         routing.tile_experts, routing.tile_starts, packed.out_features, size, features, packed.in_features,
         x.stride(0), assignments // max(len(x), 1), GATED=gated, WHOLE_STEPS=packed.in_features % STEP == 0,
         BITS=packed.bits, NUMBER=packed.number,
@@ -126,8 +128,8 @@ def add_step(
 
 @triton.jit(do_not_specialize=["repeats"])
 def grouped_wna16_kernel(
-    x, words, meta, table, out, order, starts, tile_experts, tile_starts, rows, size, features, in_features, x_stride,
-    repeats,
+    x, words, meta, table, bias, out, order, starts, tile_experts, tile_starts, rows, size, features, in_features,
+    x_stride, repeats,
     GATED: tl.constexpr, WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr, PER_GROUP: tl.constexpr,
     BF16_SCALE: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -158,6 +160,10 @@ def grouped_wna16_kernel(
             up = add_step(
                 up, planes, words, meta, table, n + features, is_n, step, rows, BITS, NUMBER, PER_GROUP, BF16_SCALE, ASM
             )  # fmt: skip
+    if bias is not None:
+        acc += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            up += tl.load(bias + n + features, mask=is_n, other=0.0).to(tl.float32)[:, None]
     y = acc.to(out.dtype.element_ty)
     if GATED:
         y = silu_product(y, up.to(out.dtype.element_ty))

@@ -23,15 +23,13 @@ from llmq.runtime.kernels import runs_triton
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """weights       fp32 [tokens, per_token]
-    order         int32 [assignments]
+    """order         int32 [assignments]
     starts        int32 [experts + 1]
     tile_experts  int32 [tiles]: whose the tile is; −1: there is no such tile, as the number is a bound
     tile_starts   int32 [tiles]: where in ``order`` it begins
     block_m       assignments in a tile
     """
 
-    weights: Tensor
     order: Tensor
     starts: Tensor
     tile_experts: Tensor
@@ -64,16 +62,16 @@ def choose_reference(logits: Tensor, per_token: int, renormalized: bool) -> tupl
     return weights / weights.sum(-1, keepdim=True) if renormalized else weights, chosen.int()
 
 
-def sort_by_expert(weights: Tensor, chosen: Tensor, experts: int, block_m: int) -> Routing:
-    """The assignments ``chosen`` int32 [tokens, per_token], of those ``weights``, in tiles of ``block_m``."""
-    if not runs_triton(weights):
-        return sort_by_expert_reference(weights, chosen, experts, block_m)
+def sort_by_expert(chosen: Tensor, experts: int, block_m: int) -> Routing:
+    """The assignments ``chosen`` int32 [tokens, per_token] in tiles of ``block_m``."""
+    if not runs_triton(chosen):
+        return sort_by_expert_reference(chosen, experts, block_m)
     from llmq.runtime.kernels.routing_triton import sort_by_expert_triton
 
-    return sort_by_expert_triton(weights, chosen, experts, block_m)
+    return sort_by_expert_triton(chosen, experts, block_m)
 
 
-def sort_by_expert_reference(weights: Tensor, chosen: Tensor, experts: int, block_m: int) -> Routing:
+def sort_by_expert_reference(chosen: Tensor, experts: int, block_m: int) -> Routing:
     """``sort_by_expert`` in plain PyTorch."""
     counts = chosen.flatten().bincount(minlength=experts)
     ends, tiles = counts.cumsum(0), (counts + block_m - 1) // block_m
@@ -83,7 +81,6 @@ def sort_by_expert_reference(weights: Tensor, chosen: Tensor, experts: int, bloc
     within = tile - (tiles.cumsum(0) - tiles)[known]
     starts = torch.cat((ends.new_zeros(1), ends))
     return Routing(
-        weights,
         chosen.flatten().argsort(stable=True).int(),
         starts.int(),
         torch.where(owner < experts, owner, -1).int(),

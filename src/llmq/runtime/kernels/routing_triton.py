@@ -28,7 +28,7 @@ def choose_triton(logits: Tensor, per_token: int, renormalized: bool) -> tuple[T
     return weights, chosen
 
 
-def sort_by_expert_triton(weights: Tensor, chosen: Tensor, experts: int, block_m: int) -> Routing:
+def sort_by_expert_triton(chosen: Tensor, experts: int, block_m: int) -> Routing:
     """``sort_by_expert`` through Triton: one program an expert, which looks at all assignments."""
     assignments = chosen.numel()
     tiles = most_tiles(assignments, experts, block_m)
@@ -40,7 +40,7 @@ def sort_by_expert_triton(weights: Tensor, chosen: Tensor, experts: int, block_m
         BINS=triton.next_power_of_2(experts + 1), CHUNK=min(CHUNK, max(128, triton.next_power_of_2(assignments))),
         num_warps=4, **pdl(chosen.device),
     )  # fmt: skip
-    return Routing(weights, order, starts, tile_experts, tile_starts, block_m)
+    return Routing(order, starts, tile_experts, tile_starts, block_m)
 
 
 def combine_triton(answers: Tensor, weights: Tensor) -> Tensor:
