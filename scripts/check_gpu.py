@@ -41,11 +41,13 @@ from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention
 from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
+from llmq.runtime.kernels.grouped import GroupedWeight, block_m_for, grouped_matmul, grouped_matmul_reference
 from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
 from llmq.runtime.kernels.kv_write import write_kv
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows, quantize_rows_reference
 from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
+from llmq.runtime.kernels.routing import choose, choose_reference, combine, sort_by_expert, sort_by_expert_reference
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
 from llmq.runtime.kernels.w8a8 import Weight8, pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
@@ -346,6 +348,76 @@ class DrawCase:
         return Outcome((first != expected).float().mean().item(), 0.01, torch.equal(first, second))
 
 
+@dataclass
+class RoutingCase:
+    """Experts, order and tiles are those of a CPU; the weights and the sum of the answers nearly."""
+
+    tokens: int
+    experts: int
+    per_token: int
+    dtype: torch.dtype
+
+    def check(self) -> Outcome:
+        logits = torch.randn(self.tokens, self.experts, device="cuda")
+        weights, chosen = choose(logits, self.per_token, True)
+        exact, expected = choose_reference(logits.cpu(), self.per_token, True)
+        block_m = block_m_for(chosen.numel(), [], self.experts)
+        ours = sort_by_expert(chosen, self.experts, block_m)
+        theirs = sort_by_expert_reference(chosen.cpu(), self.experts, block_m)
+        wrong = int((chosen.cpu() != expected).sum())
+        for part in ("order", "starts", "tile_experts", "tile_starts"):
+            wrong += int((getattr(ours, part).cpu() != getattr(theirs, part)).sum())
+        wrong += int((weights.cpu() - exact).abs().max() > 1e-6)
+        answers = torch.randn(chosen.numel(), 2048, device="cuda").to(self.dtype)
+        mixed = torch.einsum("tkw,tk->tw", answers.double().view(self.tokens, self.per_token, -1), weights.double())
+        outcome = compare(lambda: combine(answers, weights), mixed)
+        return outcome if wrong == 0 else Outcome(math.inf, 0.0, True)
+
+
+@dataclass
+class GroupedCase:
+    """The products of all experts; one of them, with half of all tokens, the rest shared out by chance."""
+
+    tokens: int
+    experts: int
+    per_token: int
+    out_features: int
+    in_features: int
+    scheme: Scheme | None
+    dtype: torch.dtype
+    gated: bool
+
+    def check(self) -> Outcome:
+        logits = torch.randn(self.tokens, self.experts, device="cuda")
+        logits[::2, 1] = 9.0
+        chosen = choose(logits, self.per_token, True)[1]
+        shape = (self.experts * self.out_features, self.in_features)
+        drawn = torch.randn(self.tokens if self.gated else chosen.numel(), self.in_features, device="cuda")
+        plain = drawn.to(self.dtype)
+        x: Tensor | QuantizedRows = plain
+        exact_x = plain.double()
+        weight: GroupedWeight
+        if self.scheme is None:
+            weight = torch.randn(shape, device="cuda").to(self.dtype)
+            exact_weight = weight.double()
+        else:
+            codes = draw_weight(*shape, self.scheme)
+            exact_weight = codes.dequantize().double()
+            if self.scheme.activation_bits == 8:
+                weight, rows = pack_w8a8(codes), quantize_rows(plain, self.scheme.number)
+                x, exact_x = rows, rows.codes.double() * rows.scales.double()
+            else:
+                weight = pack_wna16(codes, self.dtype)
+        routing = sort_by_expert(chosen, self.experts, block_m_for(chosen.numel(), [weight], self.experts))
+        exact = grouped_matmul_reference(exact_x, exact_weight, routing, torch.float64, gated=self.gated)
+        outcome = compare(lambda: grouped_matmul(x, weight, routing, self.dtype, gated=self.gated), exact)
+        # Gate, up and silu are rounded on the way.
+        outcome.tolerance *= 2 if self.gated else 1
+        if self.scheme is not None and self.scheme.number == E4M3:
+            outcome.tolerance = max(outcome.tolerance, FP8_TOLERANCE)
+        return outcome
+
+
 def w8a8_scheme(number: str) -> Scheme:
     return Scheme(8, -1, number=number, activation_bits=8)
 
@@ -608,6 +680,20 @@ def all_cases() -> list[Case]:
         for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
             for batch in (1, 16, 32, 64, 128, 256, 1000):
                 cases.append(RoundedCase(batch, out_features, in_features, number, BF16))
+    for tokens in (1, 7, 130, 3000):
+        for experts, per_token in ((8, 2), (128, 8), (60, 4)):
+            cases.append(RoutingCase(tokens, experts, per_token, BF16))
+    for tokens in (1, 30, 200, 1000, 3000):
+        for dtype in (BF16, FP16, FP32):
+            for kind in (None, Scheme(4), Scheme(4, 32, False), Scheme(8, -1), Scheme(4, 64, number=NF4),
+                         w8a8_scheme(INT), w8a8_scheme(E4M3)):  # fmt: skip
+                for gated in (True, False):
+                    cases.append(GroupedCase(tokens, 16, 4, 200, 512, kind, dtype, gated))
+    for tokens in (1, 32, 128, 1000):
+        cases.append(GroupedCase(tokens, 128, 8, 1536, 2048, None, BF16, True))
+        cases.append(GroupedCase(tokens, 128, 8, 2048, 768, Scheme(4), BF16, False))
+    for kind in (None, Scheme(8, -1), w8a8_scheme(INT)):
+        cases.append(GroupedCase(5, 3, 2, 90, 300, kind, BF16, True))
     for rows in (decode, edges, chunks, [(1, 1088)] * 128, [(1, 30_000), *[(1, 70)] * 40]):
         for window in (None, 100):
             cases.append(AttentionCase(rows, 32, 8, 128, 64, BF16, window, loose=True))

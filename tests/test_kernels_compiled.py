@@ -15,9 +15,12 @@ compiler = pytest.importorskip("triton.backends.compiler")
 from llmq.runtime.kernels import (  # noqa: E402
     attention_triton,
     dense_triton,
+    grouped_triton,
+    grouped_wna16_triton,
     gumbel_triton,
     norm_triton,
     rope_triton,
+    routing_triton,
     silu_triton,
     w8a8_triton,
     wna16_triton,
@@ -183,6 +186,66 @@ def test_w8a8_on_hopper(rows: int, number: str, tmp_path: Path) -> None:
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= 2.2 * products
 
 
+def grouped(capability: int, gated: bool, block_m: int, code: str) -> tuple[Any, float]:
+    """The kernel of dense weights, or of 8 bits; and the instructions of its loop for each product of a weight."""
+    size = 2 if code == "bf16" else 1
+    launch = grouped_triton.launch_for(gated, block_m, size)
+    types = dict.fromkeys(("order", "starts", "tile_experts", "tile_starts"), "*i32")
+    types |= {"x": f"*{code}", "weight": f"*{code}", "x_scales": "*fp32", "weight_scales": "*fp32", "out": "*bf16"}
+    scales: dict[str, Any] = {"x_scales": None, "weight_scales": None} if code == "bf16" else {}
+    scales["bias"] = None
+    compiled = compile_for(
+        capability, grouped_triton.grouped_kernel, types, launch.warps, 3, **scales, GATED=gated, WHOLE_STEPS=True,
+        BLOCK_M=block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k // size, STAGES=launch.stages,
+        PDL=capability >= 90,
+    )  # fmt: skip
+    return compiled, (1 + gated) * launch.block_n * launch.block_k / size / launch.warps / 32
+
+
+def grouped_wna16(capability: int, gated: bool, block_m: int, bits: int, per_group: int) -> tuple[Any, float]:
+    launch = grouped_wna16_triton.launch_for(gated, block_m, 2)
+    types = dict.fromkeys(("order", "starts", "tile_experts", "tile_starts", "meta"), "*i32")
+    types |= {"x": "*bf16", "words": "*i16", "out": "*bf16"}
+    compiled = compile_for(
+        capability, grouped_wna16_triton.grouped_wna16_kernel, types, launch.warps, 3, table=None, bias=None,
+        GATED=gated, WHOLE_STEPS=True, BITS=bits, NUMBER=INT, PER_GROUP=per_group, BF16_SCALE=False, ASM=True,
+        BLOCK_M=block_m,
+        BLOCK_N=launch.block_n, STAGES=launch.stages, PDL=capability >= 90,
+    )  # fmt: skip
+    return compiled, (1 + gated) * launch.block_n * wna16_triton.STEP / launch.warps / 32
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("block_m", "code"), [(16, "bf16"), (64, "bf16"), (128, "bf16"), (16, "i8"), (64, "fp8e4nv")])
+def test_products_of_all_experts_on_hopper(gated: bool, block_m: int, code: str, tmp_path: Path) -> None:
+    compiled, weights = grouped(90, gated, block_m, code)
+    assert (MATRIX[90] if block_m >= 64 else "mma") in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
+    assert loop_instructions(compiled, tmp_path) <= 3 * weights * max(1, block_m // 64)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    ("block_m", "bits", "per_group", "most"), [(16, 4, 4, 4), (16, 4, 1, 5.5), (64, 4, 4, 4.5), (64, 8, 0, 5.5)]
+)
+def test_packed_products_of_all_experts_on_hopper(
+    gated: bool, block_m: int, bits: int, per_group: int, most: float, tmp_path: Path
+) -> None:
+    compiled, weights = grouped_wna16(90, gated, block_m, bits, per_group)
+    assert MATRIX[90] in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
+    assert loop_instructions(compiled, tmp_path) <= most * weights
+
+
+def test_sorting_by_expert_stays_out_of_memory(tmp_path: Path) -> None:
+    types = dict.fromkeys(("chosen", "order", "starts", "tile_experts", "tile_starts"), "*i32")
+    constants = {"BLOCK_M": 16, "BINS": 256, "CHUNK": routing_triton.CHUNK, "PDL": True}
+    assert spilled_bytes(compile_for(90, routing_triton.sort_kernel, types, 4, 3, **constants), tmp_path) == 0
+    types = {"logits": "*bf16", "weights": "*fp32", "chosen": "*i32"}
+    constants = {"PER_TOKEN": 8, "RENORMALIZED": True, "SLOTS": 8, "BLOCK": 128, "PDL": True}
+    assert spilled_bytes(compile_for(90, routing_triton.choose_kernel, types, 1, 3, **constants), tmp_path) == 0
+
+
 @pytest.mark.parametrize("launch", [dense_triton.WIDE, dense_triton.NARROW])
 @pytest.mark.parametrize("block_m", [16, 32])
 def test_a_dense_product_is_read_ahead_and_stays_out_of_memory(
@@ -215,6 +278,9 @@ def test_other_gpus(capability: int) -> None:
     assert "mma.sync" in attention(capability, 128, 64, 4, True, False).asm["ptx"]
     assert "mma" in wna16(capability, 4, 16, 4, "bf16").asm["ptx"]
     assert "mma" in wna16(capability, 8, 16, 4, "bf16", E4M3).asm["ptx"]
+    for block_m in (16, 64):
+        assert "mma" in grouped(capability, True, block_m, "bf16")[0].asm["ptx"]
+        assert "mma" in grouped_wna16(capability, True, block_m, 4, 4)[0].asm["ptx"]
     for rows in (16, 64, 1000):
         assert "mma" in w8a8(capability, *w8a8_triton.kernel_for(rows, INT), INT).asm["ptx"]
 

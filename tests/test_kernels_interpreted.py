@@ -30,11 +30,20 @@ else:
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
     from llmq.runtime.kernels.dense import CHANNELS, dense_matmul
     from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
+    from llmq.runtime.kernels.grouped import GroupedWeight, grouped_matmul, grouped_matmul_reference
     from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
     from llmq.runtime.kernels.kv_write import write_kv, write_kv_reference
     from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
     from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows, quantize_rows, quantize_rows_reference
     from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
+    from llmq.runtime.kernels.routing import (
+        choose,
+        choose_reference,
+        combine,
+        combine_reference,
+        sort_by_expert,
+        sort_by_expert_reference,
+    )
     from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
     from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference
     from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference
@@ -169,6 +178,70 @@ else:
         x, bias = quantize_rows(draw_rows(batch, shape[1], number, torch.float32), number), torch.randn(shape[0])
         exact = w8a8_matmul_reference(x, weight, bias, torch.float64)
         assert (w8a8_matmul(x, weight, bias, torch.float32) - exact).norm() <= 1e-6 * exact.norm()
+
+    @pytest.mark.parametrize(("experts", "per_token"), [(6, 3), (33, 8)])
+    def test_choosing_experts_and_combining_their_answers(experts: int, per_token: int) -> None:
+        torch.manual_seed(0)
+        logits, answers = torch.randn(5, experts), torch.randn(5 * per_token, 70)
+        for renormalized in (True, False):
+            (weights, chosen), (exact, expected) = (
+                each(logits, per_token, renormalized) for each in (choose, choose_reference)
+            )
+            assert chosen.equal(expected)
+            torch.testing.assert_close(weights, exact)
+            torch.testing.assert_close(combine(answers, weights), combine_reference(answers, weights))
+
+    @pytest.mark.parametrize(("tokens", "experts", "per_token", "block_m"), [(1, 8, 2, 16), (700, 5, 3, 64)])
+    def test_sorting_by_expert(tokens: int, experts: int, per_token: int, block_m: int) -> None:
+        torch.manual_seed(0)
+        chosen = torch.randint(0, experts, (tokens, per_token)).int()
+        ours, theirs = (each(chosen, experts, block_m) for each in (sort_by_expert, sort_by_expert_reference))
+        for part in ("order", "starts", "tile_experts", "tile_starts"):
+            assert getattr(ours, part).equal(getattr(theirs, part))
+
+    @pytest.mark.parametrize("gated", [True, False])
+    @pytest.mark.parametrize(
+        ("scheme", "shape", "block_m", "dtype"),
+        [
+            (None, (48, 200), 16, torch.float16),
+            (None, (70, 256), 64, torch.float16),
+            (None, (40, 256), 16, torch.float32),
+            (Scheme(4, 128), (40, 256), 16, torch.float32),
+            (Scheme(4, 128), (70, 256), 64, torch.float16),
+            (Scheme(4, 32, False), (48, 160), 16, torch.float16),
+            (Scheme(4, 64, number=NF4), (48, 192), 16, torch.float16),
+            (Scheme(8, -1, False), (48, 200), 64, torch.float16),
+            (Scheme(8, 128, number=E4M3), (48, 256), 16, torch.float16),
+        ],
+        ids=str,
+    )
+    def test_grouped(
+        scheme: Scheme | None, shape: tuple[int, int], block_m: int, dtype: torch.dtype, gated: bool
+    ) -> None:
+        torch.manual_seed(0)
+        tokens, experts, per_token = 20, 3, 2
+        routing = sort_by_expert(choose(torch.randn(tokens, experts), per_token, True)[1], experts, block_m)
+        x = torch.randn(tokens if gated else tokens * per_token, 2 * shape[1]).to(dtype)[:, : shape[1]]
+        stacked = (experts * shape[0], shape[1])
+        wide = torch.randn(stacked).to(dtype)
+        weight: GroupedWeight = wide
+        exact_weight: GroupedWeight = wide.double()
+        if scheme is not None:
+            weight = exact_weight = pack_wna16(draw_weight(stacked, scheme), dtype)
+        exact = grouped_matmul_reference(x.double(), exact_weight, routing, torch.float64, gated=gated)
+        out = grouped_matmul(x, weight, routing, dtype, gated=gated)
+        assert (out - exact).norm() <= (2 if gated else 1) * TOLERANCE[dtype] * exact.norm()
+
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    @pytest.mark.parametrize("gated", [True, False])
+    def test_grouped_products_of_8_bits(number: str, gated: bool) -> None:
+        torch.manual_seed(0)
+        routing = sort_by_expert(choose(torch.randn(20, 5), 2, True)[1], 5, 16)
+        weight = pack_w8a8(draw_weight((5 * 70, 300), Scheme(8, -1, number=number, activation_bits=8)))
+        x = quantize_rows(draw_rows(20 if gated else 40, 300, number, torch.float32), number)
+        exact = grouped_matmul_reference(x, weight, routing, torch.float64, gated=gated)
+        out = grouped_matmul(x, weight, routing, torch.float32, gated=gated)
+        assert (out - exact).norm() <= 1e-6 * exact.norm()
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("kind", ["narrow", "fp32"])

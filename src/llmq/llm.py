@@ -33,7 +33,13 @@ from llmq.engine.scheduler import EngineStats, Scheduler
 from llmq.engine.trace import open_trace
 from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.plan import StepPlan, TokenLogprobs, layer_groups
-from llmq.runtime.device import free_kv_cache_bytes, host_memory_bytes, resolve_device, resolve_dtype
+from llmq.runtime.device import (
+    check_deterministic,
+    free_kv_cache_bytes,
+    host_memory_bytes,
+    resolve_device,
+    resolve_dtype,
+)
 from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.kv_cache import KVCache
 from llmq.runtime.loader import load_decoder, open_source
@@ -134,6 +140,8 @@ class LLM:
         """``text=False``: load no tokenizer. Prompts are token ids then, and answers have no text."""
         self.options = options or EngineOptions()
         self.device = resolve_device(device)
+        if self.options.deterministic:
+            check_deterministic(self.device)
         self.folder = resolve(model, revision)
         self.config = read_config(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.device)
@@ -173,6 +181,7 @@ class LLM:
             max_sequences=options.max_num_seqs,
             max_tokens=self.max_model_len,
             enforce_eager=options.enforce_eager,
+            deterministic=options.deterministic,
         )
         self._flights: deque[tuple[StepPlan, Result]] = deque()
         """Steps that the device was given, and whose results have not been taken in: at most one between two steps."""

@@ -61,6 +61,9 @@ ENGINE_FLAGS: dict[str, Any] = {
     "queue": Annotated[str, typer.Option(help="fcfs: by arrival; priority: by a prompt's priority, then by arrival.")],
     "load_format": LoadFormat,
     "enforce_eager": Annotated[bool, typer.Option("--enforce-eager", help="Run without CUDA graphs.")],
+    "deterministic": Annotated[
+        bool, typer.Option("--deterministic", help="The same tokens whatever else runs, on a GPU; slower.")
+    ],
 }
 """The fields of EngineOptions that are flags, in the order of ``--help``."""
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmq.checkpoint.config import ModelConfig
+from llmq.runtime.experts import GroupedExperts
 from llmq.runtime.kernels.attention import dot_product_attention
 from llmq.runtime.kernels.gelu import gelu_mul
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
+from llmq.runtime.kernels.routing import choose, combine
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.linear import DenseLinear, input_number, merge
 from llmq.runtime.rotary import Rotation, rotary_angles
@@ -133,7 +135,7 @@ class MLP(nn.Module):
 class MixtureOfExperts(nn.Module):
     """For each token the few MLPs that a router finds likeliest, weighed by their probabilities (Shazeer et al., 2017).
 
-    On a GPU the host waits for the router, to know how many tokens each expert has.
+    ``experts`` are the checkpoint's, one by one, to quantize; ``merge`` makes one product of them.
     """
 
     input_number = None
@@ -143,29 +145,36 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         assert config.experts is not None
         self.per_token, self.renormalized = config.experts.per_token, config.experts.renormalized
-        self.gate = nn.Linear(config.hidden_size, config.experts.count, bias=False)
+        self.gate = DenseLinear(config.hidden_size, config.experts.count, bias=False)
         self.experts = nn.ModuleList(MLP(config, config.experts.intermediate_size) for _ in range(config.experts.count))
+        self.grouped: GroupedExperts | None = None
 
     def merge(self) -> None:
-        """Merge each expert's layers."""
-        for expert in self.experts:
-            assert isinstance(expert, MLP)
+        """Make one product of all experts' layers where these allow it, or else merge each expert's."""
+        experts = [expert for expert in self.experts if isinstance(expert, MLP)]
+        for expert in experts:
             expert.merge()
+        gate_up, down = (
+            None if len(names) > 1 else merge([expert.get_submodule(*names) for expert in experts])
+            for names in (experts[0].gate_up, (experts[0].down,))
+        )
+        if gate_up is not None and down is not None and not experts[0].gelu:
+            self.grouped = GroupedExperts(gate_up, down)
+            del self.experts
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.gate(x).float().softmax(-1).topk(self.per_token)
-        if self.renormalized:
-            weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = choose(self.gate(x), self.per_token, self.renormalized)
+        if self.grouped is not None:
+            mixed: Tensor = self.grouped(x, weights, chosen)
+            return mixed
         # The assignments of tokens to experts, [tokens · per_token], by expert: one product for all tokens of each.
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         out = x.new_empty(len(order), x.shape[1])
-        for expert, assignments in zip(self.experts, order.split(counts), strict=True):
+        for expert, assignments in zip(self.experts, torch.split(order, counts), strict=True):
             if len(assignments):
                 out[assignments] = expert(x[assignments // self.per_token]).to(x.dtype)  # autocast's is narrower
-        # By token again, and summed in one order whatever the batch.
-        mixed: Tensor = (out.view(*chosen.shape, -1) * weights[..., None]).sum(1)
-        return mixed.to(x.dtype)
+        return combine(out, weights)
 
 
 # Several projections of one input: a layer for each, or one that they are stacked in, on disk or by merging.
@@ -260,6 +269,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether a step needs to know how many tokens each expert has, which no CUDA graph can wait for."""
+        return any(isinstance(module, MixtureOfExperts) and module.grouped is None for module in self.modules())
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [tokens, hidden] of ``token_ids`` [tokens] at ``positions`` [tokens], after the last norm."""

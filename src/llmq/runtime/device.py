@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.config import DTYPE_BYTES, ModelConfig
-from llmq.errors import LlmqError
+from llmq.errors import USAGE, LlmqError
+from llmq.runtime.kernels import triton_runs_on
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
 CPU_KV_CACHE_BYTES = 2**30
@@ -31,6 +32,16 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def check_deterministic(device: str) -> None:
+    """LlmqError where products are the library's, which choose their order of summation by the size of the batch."""
+    if not triton_runs_on(torch.device(device).type):
+        raise LlmqError(
+            "--deterministic needs a GPU: on a CPU the last bits of a product depend on the batch",
+            "drop --deterministic, or run where llmq env shows a GPU",
+            exit_code=USAGE,
+        )
 
 
 def resolve_dtype(dtype: str, config: ModelConfig, device: str) -> torch.dtype:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.dense import dense_matmul
+from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
 from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
@@ -19,12 +20,18 @@ from llmq.scheme import INT
 class DenseLinear(nn.Linear):
     """Weights as wide as the activations."""
 
+    batch_invariant = False
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.batch_invariant:
+            return invariant_matmul(x, self.weight, self.bias, x.dtype)
         return dense_matmul(x, self.weight, self.bias)
 
 
 class WeightOnlyLinear(nn.Module):
     """Weights of few bits that stay packed in memory and are widened in the registers of the product."""
+
+    batch_invariant = False
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
@@ -33,6 +40,8 @@ class WeightOnlyLinear(nn.Module):
         self.in_features, self.out_features = packed.in_features, packed.out_features
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.batch_invariant:
+            return invariant_matmul(x, self.packed, self.bias, x.dtype)
         return wna16_matmul(x, self.packed, self.bias)
 
 
@@ -41,6 +50,8 @@ class W8A8Linear(nn.Module):
 
     Takes activations as they come, or in 8 bits already, from a kernel that has rounded what it computed.
     """
+
+    batch_invariant = False
 
     def __init__(self, packed: Weight8, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,6 +62,8 @@ class W8A8Linear(nn.Module):
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         rows = quantize_rows(x, self.packed.number) if isinstance(x, Tensor) else x
+        if self.batch_invariant:
+            return invariant_matmul(rows, self.packed, self.bias, self.dtype)
         return w8a8_matmul(rows, self.packed, self.bias, self.dtype)
 
 
@@ -105,7 +118,7 @@ def merge(layers: Sequence[nn.Module]) -> Linear | None:
     return None
 
 
-def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _dense(weight: Tensor, bias: Tensor | None) -> DenseLinear:
     out_features, in_features = weight.shape
     with torch.device("meta"):
         layer = DenseLinear(in_features, out_features, bias=bias is not None)
@@ -113,6 +126,17 @@ def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
+
+
+def make_batch_invariant(model: nn.Module) -> None:
+    """Let no product of ``model`` depend on the rows that are multiplied with one: see ``invariant_matmul``."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, DenseLinear | WeightOnlyLinear | W8A8Linear):
+            layer.batch_invariant = True
+        elif isinstance(layer, nn.Linear):
+            made = _dense(layer.weight, layer.bias)
+            made.weight, made.batch_invariant = layer.weight, True
+            model.set_submodule(name, made)
 
 
 def resident_bytes(model: nn.Module) -> int:

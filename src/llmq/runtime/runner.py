@@ -22,6 +22,7 @@ from llmq.runtime.graphs import MAX_ROWS, DecodeGraphs, padded_rows
 from llmq.runtime.kernels.attention import paged_attention
 from llmq.runtime.kernels.rope import rope_and_write
 from llmq.runtime.kv_cache import KVCache
+from llmq.runtime.linear import make_batch_invariant
 from llmq.runtime.rotary import Rotation
 from llmq.runtime.sampler import sample, score
 
@@ -48,16 +49,22 @@ class Runner:
         max_sequences: int,
         max_tokens: int,
         enforce_eager: bool = False,
+        deterministic: bool = False,
     ) -> None:
-        """``max_sequences`` in a step, of ``max_tokens`` each. CUDA graphs on a GPU, unless ``enforce_eager``."""
+        """``max_sequences`` in a step, of ``max_tokens`` each. CUDA graphs on a GPU, unless ``enforce_eager``.
+
+        ``deterministic``: a sequence's tokens do not depend on what else is in a step, nor on how it is cut into steps.
+        """
         self.decoder = decoder
         self.cache = cache
         self.device = device
+        self._deterministic = deterministic
+        if deterministic:
+            make_batch_invariant(decoder)
         rows, columns = max(ROWS_PER_SEQUENCE * max_sequences, MAX_ROWS), blocks_for(max_tokens, cache.block_size)
         rows += -rows % ALIGNMENT
         self._tables = [BlockTables(rows, columns, device) for _ in cache.groups]
-        # Of experts the host must know how many tokens each has: no graph can wait for that.
-        graphed = device != "cpu" and not enforce_eager and decoder.config.experts is None
+        graphed = device != "cpu" and not enforce_eager and not decoder.waits_for_host
         self._graphs = DecodeGraphs(self._forward, rows, len(cache.groups), device) if graphed else None
         none_drawn = torch.zeros(rows, dtype=torch.int32, device=device)
         self._drawn = none_drawn if self._graphs is None else self._graphs.drawn
@@ -120,6 +127,7 @@ class Runner:
                 order=batch.order,
                 scale=attention.scale,
                 softcap=attention.softcap,
+                batch_invariant=self._deterministic,
             )
 
         return self.decoder(batch.ints[batch.sources], batch.positions, attend)  # type: ignore[no-any-return]
