@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llmq import memory
 from llmq.cli import options
 from llmq.cli.console import err, print_json
-from llmq.engine.options import EngineOptions, LoadFormat, Preemption, QueueOrder, SchedulerPolicy
+from llmq.engine.options import EngineOptions, KVCacheDtype, LoadFormat, Preemption, QueueOrder, SchedulerPolicy
 from llmq.engine.request import EarlyStopping, SamplingParams, Truncation
 from llmq.errors import USAGE, LlmqError
 
@@ -88,6 +88,7 @@ def generate(
     max_num_batched_tokens: options.MaxNumBatchedTokens = _ENGINE.max_num_batched_tokens,
     block_size: options.BlockSize = _ENGINE.block_size,
     kv_cache_memory: options.KVCacheMemory = None,
+    kv_cache_dtype: options.KVCacheDtype = _ENGINE.kv_cache_dtype,
     gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
     max_model_len: options.MaxModelLen = _ENGINE.max_model_len,
     prefix_caching: options.PrefixCaching = _ENGINE.prefix_caching,
@@ -144,6 +145,7 @@ def generate(
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
         kv_cache_memory=None if kv_cache_memory is None else memory.parse_bytes(kv_cache_memory),
+        kv_cache_dtype=cast(KVCacheDtype, kv_cache_dtype),
         gpu_memory_utilization=gpu_memory_utilization,
         max_model_len=max_model_len,
         prefix_caching=prefix_caching,
@@ -200,9 +202,12 @@ def _print_plan(llm: LLM) -> None:
     from llmq.memplan.plan import Load, plan
     from llmq.memplan.source import open_model
 
-    load = Load(max_model_len=llm.max_model_len, kv_cache_dtype=str(llm.dtype).removeprefix("torch."))
+    load = Load(max_model_len=llm.max_model_len, kv_cache_dtype=llm.kv_dtype)
     planned = plan(open_model(str(llm.folder)), load=load, options=llm.options)
-    err.print(report.start_line(planned, llm.kv_cache_bytes, on_cpu=llm.device == "cpu"), style="dim")
+    err.print(
+        report.start_line(planned, llm.kv_cache_bytes, widened_to=llm.dtype.itemsize if llm.device == "cpu" else None),
+        style="dim",
+    )
 
 
 def _as_completed(llm: LLM, jobs: Sequence[Job], params: SamplingParams) -> Iterable[tuple[Job, RequestOutput]]:

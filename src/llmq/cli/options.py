@@ -17,6 +17,9 @@ BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the KV cache.
 KVCacheMemory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="KV cache, e.g. 512MiB. [default: what is free]", show_default=False)
 ]
+KVCacheDtype = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="Keys and values: auto (the type computed in), fp8 or int8.")
+]
 GpuMemoryUtilization = Annotated[float, typer.Option(help="Share of the GPU's whole memory to use.")]
 MaxModelLen = Annotated[
     int | None,

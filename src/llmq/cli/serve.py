@@ -8,7 +8,7 @@ import typer
 
 from llmq import memory
 from llmq.cli import options
-from llmq.engine.options import EngineOptions, LoadFormat, Preemption, QueueOrder, SchedulerPolicy
+from llmq.engine.options import EngineOptions, KVCacheDtype, LoadFormat, Preemption, QueueOrder, SchedulerPolicy
 from llmq.serve.options import ServeOptions
 
 _ENGINE = EngineOptions()
@@ -38,6 +38,7 @@ def serve(
     max_num_batched_tokens: options.MaxNumBatchedTokens = _ENGINE.max_num_batched_tokens,
     block_size: options.BlockSize = _ENGINE.block_size,
     kv_cache_memory: options.KVCacheMemory = None,
+    kv_cache_dtype: options.KVCacheDtype = _ENGINE.kv_cache_dtype,
     gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
     max_model_len: options.MaxModelLen = _ENGINE.max_model_len,
     prefix_caching: options.PrefixCaching = _ENGINE.prefix_caching,
@@ -74,6 +75,7 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
         kv_cache_memory=None if kv_cache_memory is None else memory.parse_bytes(kv_cache_memory),
+        kv_cache_dtype=cast(KVCacheDtype, kv_cache_dtype),
         gpu_memory_utilization=gpu_memory_utilization,
         max_model_len=max_model_len,
         prefix_caching=prefix_caching,

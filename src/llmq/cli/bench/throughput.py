@@ -10,7 +10,7 @@ from llmq.bench.metrics import PERCENTILES
 from llmq.bench.workload import Workload
 from llmq.cli import options
 from llmq.cli.console import out, print_json, table
-from llmq.engine.options import EngineOptions, LoadFormat
+from llmq.engine.options import EngineOptions, KVCacheDtype, LoadFormat
 from llmq.errors import LlmqError
 from llmq.memory import format_bytes, parse_bytes
 
@@ -31,6 +31,7 @@ def throughput(
     max_num_batched_tokens: options.MaxNumBatchedTokens = _ENGINE.max_num_batched_tokens,
     block_size: options.BlockSize = _ENGINE.block_size,
     kv_cache_memory: options.KVCacheMemory = None,
+    kv_cache_dtype: options.KVCacheDtype = _ENGINE.kv_cache_dtype,
     gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
     load_format: options.LoadFormat = _ENGINE.load_format,
     enforce_eager: options.EnforceEager = _ENGINE.enforce_eager,
@@ -50,6 +51,7 @@ def throughput(
         block_size,
         None if kv_cache_memory is None else parse_bytes(kv_cache_memory),
         gpu_memory_utilization,
+        kv_cache_dtype=cast(KVCacheDtype, kv_cache_dtype),
         load_format=cast(LoadFormat, load_format),
         enforce_eager=enforce_eager,
     )
