@@ -252,7 +252,7 @@ class RoundedWriteCase:
         query, key, value = wide.chunk(3, dim=1)
         turn = torch.ones(self.tokens, 1, self.head_dim // 2, device="cuda")
         slots = torch.randperm(16 * blocks, device="cuda")[: self.tokens]
-        kept = []
+        kept: list[tuple[Tensor, ...]] = []
         for device in ("cuda", "cuda", "cpu"):
             codes, scales = empty_cache(self.number, blocks, 16, self.kv_heads, self.head_dim)
             codes, scales = codes.to(device), (scales[0].to(device), scales[1].to(device))

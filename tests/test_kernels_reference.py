@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_attention_is_the_softmax_over_the_positions_seen(
 ) -> None:
     torch.manual_seed(0)
     arguments = draw_paged(rows, *heads, 8, block_size)
-    bounds = {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
+    bounds: dict[str, Any] = {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
     out = paged_attention_reference(*arguments, window=window, scale=scale, softcap=softcap, **bounds)
     assert close(out, attention_by_loops(arguments, window, scale, softcap))
 
@@ -115,7 +116,7 @@ def test_attention_over_8_bits_is_that_over_the_numbers_they_stand_for(number: s
     rows = [(1, 9), (3, 7), (5, 5)]
     query, keys, values, *tables = draw_paged(rows, 4, 2, 8, 4)
     codes, scales, numbers = rounded_caches((keys, values), number)
-    bounds = {"max_query_length": 5, "max_kv_length": 9}
+    bounds: dict[str, Any] = {"max_query_length": 5, "max_kv_length": 9}
     out = paged_attention_reference(query, *codes, *tables, window=None, scales=scales, **bounds)
     assert close(out, attention_by_loops((query, *numbers, *tables), None))
 
@@ -165,7 +166,8 @@ def test_a_rounded_key_is_off_by_half_a_step_at_most(number: str, most: float) -
 
 def test_numbers_beyond_the_range_of_e4m3_become_its_largest() -> None:
     cache, scales = empty_cache(E4M3, 1, 4, 1, 2)
-    write_kv_reference(torch.tensor([[[7.0, -1e9]]]), torch.zeros(1, 1, 2), *cache, torch.tensor([2]), scales)
+    key, value = torch.tensor([[[7.0, -1e9]]]), torch.zeros(1, 1, 2)
+    write_kv_reference(key, value, cache[0], cache[1], torch.tensor([2]), scales)
     assert cache[0, 0, 2, 0].float().tolist() == [448.0, -448.0]
 
 

@@ -19,9 +19,6 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that may run at once.")]
-KVCacheDtype = Annotated[
-    str, typer.Option("--kv-cache-dtype", help="Keys and values: auto (the type computed in), fp8 or int8.")
-]
 GpuMemoryUtilization = Annotated[float, typer.Option(help="Share of the GPU's whole memory to use.")]
 MaxModelLen = Annotated[
     int | None,
@@ -41,7 +38,9 @@ ENGINE_FLAGS: dict[str, Any] = {
         str | None,
         typer.Option(metavar="SIZE", help="KV cache, e.g. 512MiB. [default: what is free]", show_default=False),
     ],
-    "kv_cache_dtype": KVCacheDtype,
+    "kv_cache_dtype": Annotated[
+        str, typer.Option(help="Of keys and values: auto (the type that is computed in), fp8 or int8.")
+    ],
     "gpu_memory_utilization": GpuMemoryUtilization,
     "max_model_len": MaxModelLen,
     "prefix_caching": Annotated[
