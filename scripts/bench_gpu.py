@@ -120,7 +120,7 @@ class Roofline:
         multiplied."""
         config = llm.config
         itemsize = llm.dtype.itemsize
-        read = resident_bytes(llm.decoder) + batch * tokens * kv_bytes_per_token(config, itemsize)
+        read = resident_bytes(llm.decoder) + batch * tokens * kv_bytes_per_token(config, llm.kv_dtype)
         if not config.tied_embeddings:
             read -= config.vocab_size * config.hidden_size * itemsize  # of the embedding only a row each is read
         return float(batch / max(read / self.bandwidth, batch * self._operations(config) / self.rates[16]))

@@ -77,18 +77,29 @@ def loop_instructions(compiled: Any, folder: Path) -> int:
 
 
 def attention(
-    capability: int, head_dim: int, block_size: int, group: int, decode: bool, windowed: bool, *, capped: bool = False
+    capability: int,
+    head_dim: int,
+    block_size: int,
+    group: int,
+    decode: bool,
+    windowed: bool,
+    *,
+    capped: bool = False,
+    cache: str = "bf16",
 ) -> Any:
     launch = (attention_triton.decode_launch if decode else attention_triton.prefill_launch)(group, head_dim, 2)
-    pointers = dict.fromkeys(("query", "key_cache", "value_cache", "out"), "*bf16")
-    pointers |= dict.fromkeys(("block_tables", "query_starts", "kv_lengths", "longest", "order"), "*i32")
+    pointers = {"query": "*bf16", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": "*bf16"}
+    scales = dict.fromkeys(("key_scales", "value_scales"))
+    pointers |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(
+        ("block_tables", "query_starts", "kv_lengths", "longest", "order"), "*i32"
+    )
     pointers |= dict.fromkeys(("means", "logsums"), "*fp32")
     return compile_for(
         capability, attention_triton.attention_kernel, pointers | {"scale": "fp32", "cap_scale": "fp32"},
         launch.warps, launch.stages,
         GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
         WINDOWED=windowed, CAPPED=capped, DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
-        PDL=capability >= 90,
+        PDL=capability >= 90, **(scales if cache == "bf16" else {}),
     )  # fmt: skip
 
 
@@ -145,6 +156,18 @@ def test_attention_on_hopper(
     # A decode tile has 16 rows, too few for the warpgroup's instruction.
     assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize(("cache", "most"), [("fp8e4nv", 5), ("i8", 7.7)])
+@pytest.mark.parametrize("decode", [True, False])
+def test_attention_over_8_bits_on_hopper(decode: bool, cache: str, most: float, tmp_path: Path) -> None:
+    compiled = attention(90, 128, 64, 4, decode, False, cache=cache)
+    assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
+    launch = attention_triton.decode_launch(4, 128, 2)
+    if decode:
+        # What reading a number of 8 bits at full bandwidth leaves time for: 7.8 instructions.
+        assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * 2 * launch.tile * 128
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -275,7 +298,8 @@ def test_joining_splits_stays_out_of_memory(chunk: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", [80, 100])
 def test_other_gpus(capability: int) -> None:
     assert MATRIX[capability] in attention(capability, 128, 64, 4, False, False).asm["ptx"]
-    assert "mma.sync" in attention(capability, 128, 64, 4, True, False).asm["ptx"]
+    for cache in ("bf16", "i8", *(["fp8e4nv"] if capability > 80 else [])):
+        assert "mma.sync" in attention(capability, 128, 64, 4, True, False, cache=cache).asm["ptx"]
     assert "mma" in wna16(capability, 4, 16, 4, "bf16").asm["ptx"]
     assert "mma" in wna16(capability, 8, 16, 4, "bf16", E4M3).asm["ptx"]
     for block_m in (16, 64):
@@ -306,11 +330,14 @@ def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
         ("query", "key", "value", "query_norm", "key_norm", "out", "key_cache", "value_cache"), "*bf16"
     )
     pointers |= {"cos": "*fp32", "sin": "*fp32", "slots": "*i64", "eps": "fp32"}
-    compiled = compile_for(
-        90, rope_triton.rope_and_write_kernel, pointers, 2, 3,
-        NORM=True, HALF=64, HALF_PADDED=64, REST=0, REST_PADDED=1, BLOCK_SIZE=64, BLOCK=8, PDL=True,
-    )  # fmt: skip
+    constants = {"NORM": True, "HALF": 64, "HALF_PADDED": 64, "REST": 0, "REST_PADDED": 1, "BLOCK_SIZE": 64, "BLOCK": 8}
+    scales = dict.fromkeys(("key_scales", "value_scales"))
+    compiled = compile_for(90, rope_triton.rope_and_write_kernel, pointers, 2, 3, **constants, **scales, PDL=True)
     assert "st.global.v4" in compiled.asm["ptx"]
+    for cache in ("i8", "fp8e4nv"):
+        pointers |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(("key_cache", "value_cache"), f"*{cache}")
+        compiled = compile_for(90, rope_triton.rope_and_write_kernel, pointers, 2, 3, **constants, PDL=True)
+        assert "st.global.v2" in compiled.asm["ptx"]
 
 
 def test_drawing_takes_few_registers_and_stays_out_of_memory(tmp_path: Path) -> None:

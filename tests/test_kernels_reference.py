@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from torch import Tensor
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention_reference
 from llmq.runtime.kernels.gelu import gelu_mul
-from llmq.runtime.kernels.kv_write import write_kv_reference
+from llmq.runtime.kernels.kv_write import Scales, read_pages, write_kv_reference
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
-from llmq.runtime.kernels.quantize_rows import LARGEST, quantize_rows
+from llmq.runtime.kernels.quantize_rows import CODES, LARGEST, quantize_rows
 from llmq.runtime.kernels.rope import rope_and_write
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul_reference
@@ -40,6 +42,22 @@ def draw_paged(rows: Rows, heads: int, kv_heads: int, head_dim: int, block_size:
     starts = torch.tensor([0] + [queries for queries, _ in rows]).cumsum(0).int()
     query = torch.randn(int(starts[-1]), heads, head_dim, dtype=torch.float64)
     return query, caches[0], caches[1], tables, starts, torch.tensor([kv for _, kv in rows], dtype=torch.int32)
+
+
+def rounded_caches(caches: Sequence[Tensor], number: str) -> tuple[list[Tensor], Scales, list[Tensor]]:
+    """Keys and values in 8 bits of ``number``, their scales, and what these stand for; NaN stays NaN."""
+    codes, scales, numbers = [], [], []
+    for cache in caches:
+        if number == INT:
+            scale = (cache.abs().amax(-1) / 127).float()
+            codes.append((cache / scale[..., None]).round().nan_to_num(77).to(torch.int8))
+            scales.append(scale.transpose(1, 2).contiguous())
+            numbers.append(codes[-1] * scale[..., None].double())
+        else:
+            scales.append(torch.tensor([0.013 * (1 + len(scales))], device=cache.device))
+            codes.append((cache / scales[-1]).to(torch.float8_e4m3fn))
+            numbers.append(codes[-1].double() * scales[-1])
+    return codes, (scales[0], scales[1]), numbers
 
 
 def attention_by_loops(
@@ -87,9 +105,20 @@ def test_attention_is_the_softmax_over_the_positions_seen(
 ) -> None:
     torch.manual_seed(0)
     arguments = draw_paged(rows, *heads, 8, block_size)
-    bounds = {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
+    bounds: dict[str, Any] = {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
     out = paged_attention_reference(*arguments, window=window, scale=scale, softcap=softcap, **bounds)
     assert close(out, attention_by_loops(arguments, window, scale, softcap))
+
+
+@pytest.mark.parametrize("number", [INT, E4M3])
+def test_attention_over_8_bits_is_that_over_the_numbers_they_stand_for(number: str) -> None:
+    torch.manual_seed(0)
+    rows = [(1, 9), (3, 7), (5, 5)]
+    query, keys, values, *tables = draw_paged(rows, 4, 2, 8, 4)
+    codes, scales, numbers = rounded_caches((keys, values), number)
+    bounds: dict[str, Any] = {"max_query_length": 5, "max_kv_length": 9}
+    out = paged_attention_reference(query, *codes, *tables, window=None, scales=scales, **bounds)
+    assert close(out, attention_by_loops((query, *numbers, *tables), None))
 
 
 def test_a_row_of_length_zero_is_padding_and_its_output_zero() -> None:
@@ -110,6 +139,36 @@ def test_keys_and_values_land_in_their_slots_and_nowhere_else(interleaved: bool)
         assert key_cache[slot // 4, slot % 4].equal(key[token])
         assert value_cache[slot // 4, slot % 4].equal(value[token])
     assert key_cache.count_nonzero() == key.count_nonzero()
+
+
+def empty_cache(number: str, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Scales]:
+    """Keys and values of 0, stacked, with scales of 0, but for those of a layer."""
+    codes = torch.zeros(2, blocks, block_size, kv_heads, head_dim).to(CODES[number])
+    if number == E4M3:
+        return codes, (torch.tensor([1 / 128]), torch.tensor([1 / 256]))
+    scales = torch.zeros(2, blocks, kv_heads, block_size)
+    return codes, (scales[0], scales[1])
+
+
+@pytest.mark.parametrize(("number", "most"), [(INT, 1 / 254), (E4M3, 1 / 16)])
+def test_a_rounded_key_is_off_by_half_a_step_at_most(number: str, most: float) -> None:
+    """Of a head of a token: a step of int8 is a 127th of its largest, one of e4m3 an eighth of the number itself."""
+    cache, scales = empty_cache(number, 3, 4, 2, 8)
+    key, value = torch.randn(2, 5, 2, 8) * torch.logspace(-2, 0, 5)[:, None, None]
+    slots = torch.tensor([11, 4, 5, 6, 7])
+    write_kv_reference(key, value, cache[0], cache[1], slots, scales)
+    for x, codes, scale in zip((key, value), cache, scales, strict=True):
+        kept = read_pages(codes, scale, torch.arange(3), torch.float32)
+        of = x.abs().amax(-1, keepdim=True) if number == INT else x.abs().clamp_min(2**-6 * float(scale))
+        assert ((kept.flatten(0, 1)[slots] - x).abs() <= most * 1.001 * of).all()
+        assert kept.count_nonzero() <= x.numel()
+
+
+def test_numbers_beyond_the_range_of_e4m3_become_its_largest() -> None:
+    cache, scales = empty_cache(E4M3, 1, 4, 1, 2)
+    key, value = torch.tensor([[[7.0, -1e9]]]), torch.zeros(1, 1, 2)
+    write_kv_reference(key, value, cache[0], cache[1], torch.tensor([2]), scales)
+    assert cache[0, 0, 2, 0].float().tolist() == [448.0, -448.0]
 
 
 def draw_weight(shape: tuple[int, int], scheme: Scheme, *, act_order: bool = False) -> QuantizedWeight:

@@ -559,7 +559,7 @@ def test_an_explanation_names_layers_engines_and_assumptions(llama: Path) -> Non
     ("flags", "warning"),
     [
         (("--num-gpus", 2), "llmq's engine runs on one GPU today"),
-        (("--kv-cache-dtype", "fp8"), "not in fp8"),
+        (("--kv-cache-dtype", "fp8"), ""),
         (("--num-gpus", 2, "--kv-cache-dtype", "fp8", "--engine", "vllm"), ""),
     ],
     ids=str,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import warnings
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,15 +35,17 @@ from llmq.engine.trace import open_trace
 from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.plan import StepPlan, TokenLogprobs, layer_groups
 from llmq.runtime.device import (
+    KV_DTYPES,
     check_deterministic,
     free_kv_cache_bytes,
     host_memory_bytes,
     resolve_device,
     resolve_dtype,
+    resolve_kv_dtype,
 )
 from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.kv_cache import KVCache
-from llmq.runtime.loader import load_decoder, open_source
+from llmq.runtime.loader import load_decoder, load_kv_scales, open_source
 from llmq.runtime.runner import Result, Runner
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -145,18 +148,28 @@ class LLM:
         self.folder = resolve(model, revision)
         self.config = read_config(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.device)
+        self.kv_dtype = resolve_kv_dtype(self.options.kv_cache_dtype, self.dtype, self.device)
         dummy = self.options.load_format == "dummy"
         without = not text or (dummy and not has_tokenizer(self.folder))
         self._tokenizer = None if without else load_tokenizer(self.folder)
         self.max_model_len = self._max_model_len()
+        kv_scales = None
         if dummy:
             self.decoder = dummy_decoder(self.config.for_context(self.max_model_len), self.device, self.dtype)
         else:
-            self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype, self.max_model_len))
+            source = open_source(self.folder, self.device, self.dtype, self.max_model_len)
+            self.decoder = load_decoder(source)
+            if self.kv_dtype == "fp8":
+                kv_scales = load_kv_scales(source)
+                if kv_scales is None:
+                    warnings.warn(f"{model} has no scales for an fp8 KV cache: they are taken for 1", stacklevel=2)
         cpu_blocks = self._cpu_blocks()
         num_blocks = self._num_blocks()
         options = self.options
-        self._cache = KVCache(self.config, num_blocks, options.block_size, self.dtype, self.device, cpu_blocks)
+        kept_as = KV_DTYPES[self.kv_dtype]
+        self._cache = KVCache(
+            self.config, num_blocks, options.block_size, kept_as, self.device, cpu_blocks, layer_scales=kv_scales
+        )
         self._blocks = BlockManager(
             num_blocks,
             options.block_size,
@@ -204,8 +217,8 @@ class LLM:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Of the pool on the device, the reserved block among them."""
-        return self._cache.pool.nbytes
+        """Of the pool on the device, scales and the reserved block among them."""
+        return self._cache.num_bytes
 
     def reset_stats(self) -> None:
         self._scheduler.reset_stats()
@@ -525,7 +538,7 @@ class LLM:
 
     @property
     def _block_bytes(self) -> int:
-        return memory.pool_block_bytes(self.config, self.options.block_size, self.dtype.itemsize)
+        return memory.pool_block_bytes(self.config, self.options.block_size, self.kv_dtype)
 
     def _cpu_blocks(self) -> int:
         """Blocks in main memory. LlmqError when there is not that much of it."""
@@ -536,18 +549,18 @@ class LLM:
                 "lower --swap-space",
                 exit_code=CHECK_FAILED,
             )
-        return memory.pool_blocks(swap, self.config, self.options.block_size, self.dtype.itemsize)
+        return memory.pool_blocks(swap, self.config, self.options.block_size, self.kv_dtype)
 
     def _num_blocks(self) -> int:
         """Blocks of the pool: what there is memory for, up to what max_num_seqs full contexts can use."""
-        options, itemsize = self.options, self.dtype.itemsize
+        options = self.options
         budget = options.kv_cache_memory
         if budget is None:
             reserve = memory.activation_bytes(
-                self.config, options.max_num_batched_tokens, options.max_num_seqs, itemsize
+                self.config, options.max_num_batched_tokens, options.max_num_seqs, self.dtype.itemsize
             )
             budget = free_kv_cache_bytes(self.device, options.gpu_memory_utilization, reserve)
-        affordable = memory.pool_blocks(budget, self.config, options.block_size, itemsize)
+        affordable = memory.pool_blocks(budget, self.config, options.block_size, self.kv_dtype)
         groups = len(layer_groups(self.config.windows))
         useful = options.max_num_seqs * groups * memory.blocks_for(self.max_model_len, options.block_size)
         if affordable < groups + memory.RESERVED_BLOCKS:

@@ -18,6 +18,8 @@ from llmq.errors import USAGE, LlmqError
 from llmq.runtime.kernels import triton_runs_on
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
+KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+FP8_CAPABILITY = (8, 9)
 CPU_KV_CACHE_BYTES = 2**30
 LIBC = ctypes.CDLL(None)
 
@@ -51,6 +53,23 @@ def resolve_dtype(dtype: str, config: ModelConfig, device: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise LlmqError(f"there is no dtype {dtype!r}", f"choose --dtype auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def resolve_kv_dtype(kv_cache_dtype: str, dtype: torch.dtype, device: str) -> str:
+    """The name, of ``KV_DTYPES``, of what keys and values are kept in; ``auto`` is the ``dtype`` that is computed in.
+
+    LlmqError for fp8 on a GPU that cannot convert it.
+    """
+    if kv_cache_dtype == "auto":
+        return str(dtype).removeprefix("torch.")
+    if kv_cache_dtype == "fp8" and device != "cpu":
+        capability = torch.cuda.get_device_capability(torch.device(device))
+        if capability < FP8_CAPABILITY:
+            raise LlmqError(
+                f"{torch.cuda.get_device_name(torch.device(device))} has no instructions for fp8",
+                "pass --kv-cache-dtype int8, which takes as little memory",
+            )
+    return kv_cache_dtype
 
 
 def free_kv_cache_bytes(device: str, utilization: float, reserve: int) -> int:

@@ -108,10 +108,19 @@ class Runner:
 
     def _forward(self, batch: Batch) -> Tensor:
         def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
-            keys, values = self.cache.layer(attention.layer)
+            keys, values, scales = self.cache.layer(attention.layer)
             group = self.cache.group_of(attention.layer)
             query = rope_and_write(
-                query, key, value, rotation, keys, values, batch.slots[group], norms=attention.norms, eps=attention.eps
+                query,
+                key,
+                value,
+                rotation,
+                keys,
+                values,
+                batch.slots[group],
+                norms=attention.norms,
+                eps=attention.eps,
+                scales=scales,
             )
             return paged_attention(
                 query,
@@ -128,6 +137,7 @@ class Runner:
                 scale=attention.scale,
                 softcap=attention.softcap,
                 batch_invariant=self._deterministic,
+                scales=scales,
             )
 
         return self.decoder(batch.ints[batch.sources], batch.positions, attend)  # type: ignore[no-any-return]

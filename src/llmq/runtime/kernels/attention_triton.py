@@ -30,12 +30,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels.kv_write import Scales
+from llmq.runtime.kernels.kv_write_triton import scale_strides
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 
 SHORTEST_SPLIT = 64  # positions; a multiple of every tile
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
+VALUE_SCALE = tl.constexpr(1024.0)
+"""What int8 values are taken times, so that a weight times a value's scale is a normal number of fp16 for values whose
+largest is anywhere from 1e-3 to 8,000."""
 
 
 class Launch(NamedTuple):
@@ -87,6 +92,7 @@ def paged_attention_triton(
     order: Tensor | None = None,
     split: int | None = None,
     batch_invariant: bool = False,
+    scales: Scales | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
     tokens, heads, head_dim = query.shape
@@ -113,8 +119,9 @@ def paged_attention_triton(
 
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
-            query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, order, out, means, logsums,
-            *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
+            query, key_cache, value_cache, *(scales or (None, None)), block_tables, query_starts, kv_lengths, longest,
+            order, out, means, logsums,
+            *query.stride()[:2], *key_cache.stride()[:3], *scale_strides(scales), block_tables.stride(0), out.stride(0),
             heads, rows, few_queries, splits, shared, span, split or 0, window or 0,
             LOG2_E * (softcap or scale), cap_scale,
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
@@ -161,9 +168,11 @@ def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "few_queries", "splits", "shared", "span", "split", "window"])
 def attention_kernel(
-    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, order, out, means, logsums,
+    query, key_cache, value_cache, key_scales, value_scales, block_tables, query_starts, kv_lengths, longest, order,
+    out, means, logsums,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
-    table_stride, out_token_stride, heads, rows, few_queries, splits, shared, span, split, window, scale, cap_scale,
+    scale_block_stride, scale_head_stride, table_stride, out_token_stride, heads, rows, few_queries, splits, shared,
+    span, split, window, scale, cap_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
     PDL: tl.constexpr,
@@ -215,6 +224,19 @@ def attention_kernel(
         mask=stored, other=0.0,
     )  # fmt: skip
 
+    if key_scales is not None:
+        if q.dtype == tl.bfloat16:
+            q = q.to(tl.float16)  # what codes of 8 bits become in the fewest instructions
+        if key_cache.dtype.element_ty == tl.int8:
+            key_scales += kv_head * scale_head_stride
+            value_scales += kv_head * scale_head_stride
+        else:
+            layer_scale = tl.load(key_scales)
+            if CAPPED:
+                cap_scale *= layer_scale
+            else:
+                scale *= layer_scale
+
     # Keys [first, last) are seen by some query of the tile; [first_full, last_full) by all of them.
     last_query = tl.minimum(first_query + BLOCK_Q, queries) - 1
     last = tl.minimum(kv_length - queries + last_query + 1, kv_length)
@@ -240,24 +262,29 @@ def attention_kernel(
             seen_by_last = tl.maximum(kv_length - queries + last_query - window + 1, 0)
             first_full = tl.minimum(tl.cdiv(seen_by_last, TILE) * TILE, tl.cdiv(last, TILE) * TILE)
             acc, best, total = attend(
-                acc, best, total, q, first, tl.minimum(first_full, last), keys, values, table, position, window,
-                scale, cap_scale, cache_block_stride, cache_token_stride,
+                acc, best, total, q, first, tl.minimum(first_full, last), keys, values, key_scales, value_scales,
+                table, position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
                 HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
         acc, best, total = attend(
-            acc, best, total, q, first_full, last_full, keys, values, table, position, window, scale, cap_scale,
-            cache_block_stride, cache_token_stride,
+            acc, best, total, q, first_full, last_full, keys, values, key_scales, value_scales, table, position, window,
+            scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
             HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, False,
         )  # fmt: skip
         first = last_full
     acc, best, total = attend(
-        acc, best, total, q, first, last, keys, values, table, position, window, scale, cap_scale,
-        cache_block_stride, cache_token_stride,
+        acc, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
+        scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
         HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
     )  # fmt: skip
 
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if key_scales is not None:
+        if key_cache.dtype.element_ty == tl.int8:
+            acc /= VALUE_SCALE
+        else:
+            acc *= tl.load(value_scales)
     if DECODE:
         if row_splits > 1:
             at = ((row * few_queries + query_index).to(tl.int64) * heads + head) * splits
@@ -271,8 +298,8 @@ def attention_kernel(
 
 @triton.jit
 def attend(
-    acc, best, total, q, first, last, keys, values, table, position, window, scale, cap_scale,
-    cache_block_stride, cache_token_stride,
+    acc, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
+    scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
     HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -295,6 +322,11 @@ def attend(
         else:
             base = pages.to(tl.int64) * cache_block_stride + key_position % BLOCK_SIZE * cache_token_stride
             at = base[:, None] + dim
+        if key_scales is not None:
+            if keys.dtype.element_ty == tl.int8:
+                scale_at = pages.to(tl.int64) * scale_block_stride + key_position % BLOCK_SIZE
+                key_scale = tl.load(key_scales + scale_at, mask=key_position < last, other=0.0)[None, :]
+                value_scale = tl.load(value_scales + scale_at, mask=key_position < last, other=0.0)[None, :]
         # One tile ahead, so that no load of keys waits for the load of its address.
         pages = load_pages(table, start + TILE, last, BLOCK_SIZE, TILE)
         # Past the row's end a page holds anything, NaN too, which a weight of zero would not remove from the sum.
@@ -312,7 +344,10 @@ def attend(
             else:
                 k = tl.load(keys + at, mask=dim < HEAD_DIM, other=0.0)
                 v = tl.load(values + at, mask=dim < HEAD_DIM, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(widened(k, q.dtype)), input_precision="ieee")
+        if key_scales is not None:
+            if keys.dtype.element_ty == tl.int8:
+                scores *= key_scale
         if CAPPED:
             scores = 1 - 2 / (1 + tl.exp2(scores * cap_scale))  # tanh(x) = 1 − 2 / (1 + e^2x)
         if MASKED:
@@ -326,9 +361,23 @@ def attend(
         weights = tl.exp2(scores * scale - shift[:, None])
         fade = tl.exp2(best - shift)
         total = total * fade + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        if key_scales is not None:
+            if keys.dtype.element_ty == tl.int8:
+                weights *= VALUE_SCALE * value_scale
+        acc = tl.dot(weights.to(q.dtype), widened(v, q.dtype), acc * fade[:, None], input_precision="ieee")
         best = new_best
     return acc, best, total
+
+
+@triton.jit
+def widened(codes, dtype: tl.constexpr):
+    """``codes`` of the cache as numbers of ``dtype``."""
+    if codes.dtype == tl.int8 and dtype == tl.float16:
+        # 0x6480 is 1152 in fp16, where a step is 1: fewer instructions than a conversion takes.
+        numbers = (codes.to(tl.int16) + 0x6480).to(tl.float16, bitcast=True) - 1152.0
+    else:
+        numbers = codes.to(dtype)
+    return numbers
 
 
 @triton.jit
