@@ -13,7 +13,8 @@ from tiny_models import VARIANTS, save_tiny, save_variant
 from llmq.checkpoint.folder import demo_folder
 from llmq.errors import FAILED, USAGE, LlmqError
 from llmq.evals import perplexity
-from llmq.evals.perplexity import DEMO_TEXT, cut, evaluate_perplexity
+from llmq.evals.held_out import DEMO_TEXT
+from llmq.evals.perplexity import cut, evaluate_perplexity
 
 TEXT = "".join(chr(32 + number * 37 % 90) for number in range(400))
 
