@@ -17,6 +17,7 @@ from typing import Any
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import SamplingParams
 from llmq.errors import USAGE, LlmqError
+from llmq.evals.bootstrap import RESAMPLES
 from llmq.llm import LLM, Prompt, RequestOutput
 
 try:
@@ -57,7 +58,7 @@ def evaluate_tasks(
 ) -> list[TaskResult]:
     """Run ``tasks`` by their names: lm-eval's own, or those of the YAML files in ``folder``; of each, the first
     ``limit`` examples. LlmqError when there is no such task, or its dataset cannot be had."""
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    manager = _task_manager(tasks, folder)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise LlmqError(
@@ -65,7 +66,14 @@ def evaluate_tasks(
         )
     engine = EngineLM(LLM(model, revision=revision, dtype=dtype, device=device, options=EngineOptions()))
     try:
-        found = simple_evaluate(engine, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
+        found = simple_evaluate(
+            engine,
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=RESAMPLES,
+        )
     except (OSError, ValueError) as error:  # what datasets raises without a network, or for a file that is not there
         reason = str(error).strip().splitlines()[0]
         raise LlmqError(f"the tasks cannot be run: {reason}", "their datasets come from the hub, or --task-folder") from None
@@ -74,6 +82,15 @@ def evaluate_tasks(
         for task, figures in found["results"].items()
         if task in found["n-samples"]
     ]
+
+
+def _task_manager(tasks: Sequence[str], folder: Path | None) -> Any:
+    """lm-eval's own tasks, which take seconds to find, are only looked through where ``folder`` does not have them."""
+    if folder is not None:
+        own = TaskManager(include_path=str(folder), include_defaults=False)
+        if all(own.match_tasks([task]) for task in tasks):
+            return own
+    return TaskManager(include_path=None if folder is None else str(folder))
 
 
 def _metrics(figures: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
@@ -142,11 +159,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return scored
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """ln p of each text."""
+        """ln p of each text: all that the tokenizer makes of it, a BOS too, as in lm-eval's adapter of transformers."""
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            ids = self.tok_encode(request.args[0])
             for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(number)
