@@ -76,7 +76,9 @@ def evaluate_tasks(
         )
     except (OSError, ValueError) as error:  # what datasets raises without a network, or for a file that is not there
         reason = str(error).strip().splitlines()[0]
-        raise LlmqError(f"the tasks cannot be run: {reason}", "their datasets come from the hub, or --task-folder") from None
+        raise LlmqError(
+            f"the tasks cannot be run: {reason}", "their datasets come from the hub, or --task-folder"
+        ) from None
     return [
         TaskResult(task, found["n-samples"][task]["effective"], _metrics(figures))
         for task, figures in found["results"].items()
