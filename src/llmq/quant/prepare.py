@@ -109,8 +109,8 @@ def _merge_notes(names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterato
     split = [whole for whole, parts in merged_layers(names) if len({schemes.get(part) for part in parts}) > 1]
     if split:
         yield (
-            f"vLLM and SGLang cannot load this folder: the parts of {split[0]}, which they compute as one layer, differ "
-            f"in scheme, as do those of {len(split)} layers in all"
+            f"vLLM and SGLang cannot load this folder: the parts of {split[0]}, which they compute as one layer, "
+            f"differ in scheme, as do those of {len(split)} layers in all"
         )
 
 
