@@ -172,11 +172,11 @@ class Subject:
         load = memplan.Load(
             batch_size=min(len(items), llm.options.seats),
             max_model_len=max(len(item.prompt) + item.output_len for item in items),
-            kv_cache_dtype=str(llm.dtype).removeprefix("torch."),
+            kv_cache_dtype=llm.kv_dtype,
         )
         plan = memplan.plan(open_model(str(llm.folder)), load=load, options=llm.options)
         weights = resident_bytes(llm.decoder)
-        peak = run.stats.peak_blocks * pool_block_bytes(llm.config, llm.options.block_size, itemsize)
+        peak = run.stats.peak_blocks * pool_block_bytes(llm.config, llm.options.block_size, llm.kv_dtype)
         if llm.device == "cpu":  # where weights are widened, and activations cannot be told from all else
             dense = dense_bytes(plan.architecture, plan.weights.scheme, itemsize)
             return [Line("weights", dense, weights, exact=True), Line("KV cache", plan.kv_cache, peak, exact=False)]
