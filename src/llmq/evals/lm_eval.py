@@ -102,8 +102,8 @@ def _metrics(figures: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
         name, _, kind = key.partition(",")
         if kind and not name.endswith("_stderr"):
             error = figures.get(f"{name}_stderr,{kind}")
-            error = error if isinstance(error, float) else None
-            metrics[name if kind == "none" else f"{name} ({kind})"] = (float(value), error)
+            title = name if kind == "none" else f"{name} ({kind})"
+            metrics[title] = (float(value), error if isinstance(error, float) else None)
     return metrics
 
 
@@ -153,7 +153,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         """(ln p, whether greedy) of each continuation; a context too long loses its beginning."""
         prompts = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         scored: list[tuple[float, bool]] = []
-        for output, (_, _, continuation) in zip(self._generate(prompts, [SCORE] * len(prompts)), requests, strict=True):
+        outputs = self._generate(prompts, [SCORE] * len(prompts))
+        for output, (_, _, continuation) in zip(outputs, requests, strict=True):
             ids = output.prompt_token_ids[1:][-len(continuation) :]
             logprobs = output.prompt_logprobs[-len(continuation) :]
             greedy = all(one.top[0][0] == token for token, one in zip(ids, logprobs, strict=True))

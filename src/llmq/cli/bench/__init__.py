@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from llmq.cli.bench.compare import compare
 from llmq.cli.bench.latency import latency
 from llmq.cli.bench.serve import serve
 from llmq.cli.bench.sweep import sweep
@@ -14,6 +15,7 @@ app.command()(latency)
 app.command()(throughput)
 app.command()(serve)
 app.command()(sweep)
+app.command()(compare)
 
 
 @app.callback()
