@@ -4,8 +4,8 @@ Batches, in process: sequences that run together are added until they hardly mak
 up to which each added sequence brought at least GAIN of the tokens/s that the first batch has a sequence.
 
 Rates, at a server: requests come faster until it cannot follow. The knee is the last rate up to which it completes
-KEPT of each, with no failure. What it completes a second is counted between the first end and the last, so that neither the
-first request's nor the last one's latency is taken for slowness.
+KEPT of each, with no failure. What it completes a second is counted between the first end and the last, so that
+neither the first request's nor the last one's latency is taken for slowness.
 """
 
 from __future__ import annotations

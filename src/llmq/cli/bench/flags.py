@@ -14,7 +14,7 @@ from llmq.bench.metrics import PERCENTILES, Metrics
 from llmq.bench.workload import DATASETS, Workload
 from llmq.cli.console import out, table
 from llmq.cli.options import with_flags
-from llmq.errors import LlmqError
+from llmq.errors import USAGE, LlmqError
 
 Output = Annotated[
     Path | None,
@@ -93,8 +93,16 @@ def _with_load_flags(command: Callable[..., None], flags: dict[str, Any]) -> Cal
 def is_chat(endpoint: str) -> bool:
     """LlmqError when it is neither."""
     if endpoint not in ("completions", "chat"):
-        raise LlmqError(f"there is no endpoint {endpoint!r}", "choose completions or chat", exit_code=2)
+        raise LlmqError(f"there is no endpoint {endpoint!r}", "choose completions or chat", exit_code=USAGE)
     return endpoint == "chat"
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    """``1,2,4`` as numbers. LlmqError, naming ``flag``, when it is none."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise LlmqError(f"{text!r} is no list of numbers", f"write {flag} 1,2,4,8", exit_code=USAGE) from None
 
 
 def print_latencies(metrics: Metrics) -> None:
