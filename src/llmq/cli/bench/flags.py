@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,6 +127,7 @@ def print_comparison(peer: Any) -> None:
     out.print(grid)
 
 
-def raise_if_failed(failed: int, total: int, errors: tuple[str, ...] | list[str]) -> None:
+def raise_if_failed(failed: int, total: int, errors: Sequence[str]) -> None:
+    """LlmqError, with the reasons, when not all requests of a run succeeded."""
     if failed:
         raise LlmqError(f"{failed} of {total} requests failed: {'; '.join(errors)}")
