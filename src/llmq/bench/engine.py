@@ -175,7 +175,7 @@ class Subject:
         )
 
     def memory(self, items: Sequence[Item], run: Run) -> list[Line]:
-        """What the planner says of a run of ``items``, beside what it took."""
+        """What the planner says of a run of ``items``, all at once and as long as the longest, beside what it took."""
         llm, itemsize = self.llm, self.llm.dtype.itemsize
         load = memplan.Load(
             batch_size=min(len(items), llm.options.seats),
@@ -187,11 +187,14 @@ class Subject:
         peak = run.stats.peak_blocks * pool_block_bytes(llm.config, llm.options.block_size, llm.kv_dtype)
         if llm.device == "cpu":  # where weights are widened, and activations cannot be told from all else
             dense = dense_bytes(plan.architecture, plan.weights.scheme, itemsize)
-            return [Line("weights", dense, weights, exact=True), Line("KV cache", plan.kv_cache, peak, exact=False)]
+            return [
+                Line("weights", dense, weights, exact=True),
+                Line("KV cache, at most", plan.kv_cache, peak, exact=False),
+            ]
         activations = torch.cuda.max_memory_allocated(llm.device) - weights - llm.kv_cache_bytes
         return [
             Line("weights", plan.weights.resident, weights, exact=True),
-            Line("KV cache", plan.kv_cache, peak, exact=False),
+            Line("KV cache, at most", plan.kv_cache, peak, exact=False),
             Line("activations", plan.activations.likely, activations, exact=False),
         ]
 

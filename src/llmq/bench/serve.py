@@ -14,9 +14,7 @@ from llmq.bench.load import Load, Outcome, Progress, run_load
 from llmq.bench.metrics import DEFINITIONS, Goodput, Metrics
 from llmq.bench.nvml import open_card
 from llmq.bench.workload import Item, Vocabulary, Workload, check_context, prompt_len, warm_up
-
-WARM_UPS = 32
-"""Requests before the measured ones, at most."""
+from llmq.memplan.gpu import detect_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +65,9 @@ class Client:
         return items
 
     async def warm_up(self, items: Sequence[Item], load: Load) -> None:
-        """Other prompts of the same shapes under the same load."""
-        some = [replace(item, due=None) for item in items[:WARM_UPS]]
-        await self._run(warm_up(some, self.vocabulary, self.workload.seed), load, None)
+        """Other prompts of the same shapes, as many, under the same load: what a server compiles or allocates when it
+        first meets a shape is not measured."""
+        await self._run(warm_up(items, self.vocabulary, self.workload.seed), load, None)
 
     async def measure(
         self, items: Sequence[Item], load: Load, goodput: Goodput | None, progress: Progress | None
@@ -95,7 +93,7 @@ class Client:
             "base_url": self.endpoint.url,
             "model_id": self.endpoint.model,
             "endpoint": "chat" if self.endpoint.chat else "completions",
-            **setting(cpu_name(), card),
+            **setting(detect_gpus()[0].name if card else cpu_name(), card),
             **self.workload.as_json(),
             "temperature": 0.0,
             "ignore_eos": self.endpoint.ignore_eos,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from llmq.cli.bench.compare import compare
+from llmq.cli.bench.diff import diff
+from llmq.cli.bench.kernels import kernels
 from llmq.cli.bench.latency import latency
 from llmq.cli.bench.serve import serve
 from llmq.cli.bench.sweep import sweep
@@ -16,6 +18,8 @@ app.command()(throughput)
 app.command()(serve)
 app.command()(sweep)
 app.command()(compare)
+app.command()(kernels)
+app.command()(diff)
 
 
 @app.callback()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from llmq.bench.metrics import PERCENTILES, Metrics
 from llmq.bench.workload import DATASETS, Workload
 from llmq.cli.console import out, table
 from llmq.cli.options import with_flags
-from llmq.errors import LlmqError
+from llmq.errors import USAGE, LlmqError
 
 Output = Annotated[
     Path | None,
@@ -93,8 +93,16 @@ def _with_load_flags(command: Callable[..., None], flags: dict[str, Any]) -> Cal
 def is_chat(endpoint: str) -> bool:
     """LlmqError when it is neither."""
     if endpoint not in ("completions", "chat"):
-        raise LlmqError(f"there is no endpoint {endpoint!r}", "choose completions or chat", exit_code=2)
+        raise LlmqError(f"there is no endpoint {endpoint!r}", "choose completions or chat", exit_code=USAGE)
     return endpoint == "chat"
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    """``1,2,4`` as numbers. LlmqError, naming ``flag``, when it is none."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise LlmqError(f"{text!r} is no list of numbers", f"write {flag} 1,2,4,8", exit_code=USAGE) from None
 
 
 def print_latencies(metrics: Metrics) -> None:
@@ -119,6 +127,7 @@ def print_comparison(peer: Any) -> None:
     out.print(grid)
 
 
-def raise_if_failed(failed: int, total: int, errors: tuple[str, ...] | list[str]) -> None:
+def raise_if_failed(failed: int, total: int, errors: Sequence[str]) -> None:
+    """LlmqError, with the reasons, when not all requests of a run succeeded."""
     if failed:
         raise LlmqError(f"{failed} of {total} requests failed: {'; '.join(errors)}")

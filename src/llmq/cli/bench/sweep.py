@@ -16,7 +16,6 @@ from llmq.cli import options
 from llmq.cli.bench import flags
 from llmq.cli.console import out, print_report, progress, table
 from llmq.engine.options import EngineOptions
-from llmq.errors import USAGE, LlmqError
 
 if TYPE_CHECKING:
     from llmq.bench.sweep import Cell, SweepReport
@@ -73,7 +72,7 @@ def sweep(
                 subject,
                 workload,
                 load,
-                _numbers(request_rates, "--request-rates"),
+                flags.numbers(request_rates, "--request-rates"),
                 model=model,
                 tokenizer=tokenizer,
                 api_key=api_key,
@@ -86,28 +85,21 @@ def sweep(
             report = sweep_batches(
                 subject,
                 workload,
-                _numbers(batch_sizes, "--batch-sizes"),
+                flags.numbers(batch_sizes, "--batch-sizes"),
                 revision=revision,
                 dtype=dtype,
                 device=device,
                 options=engine,
                 progress=bar,
             )
+    print_report("llmq.bench.sweep/1", report.as_json(), show=partial(_print, report), json=json, file=output)
     if plot is not None:
         from llmq.bench.plot import draw_sweep
 
         draw_sweep(report, plot)
-    print_report("llmq.bench.sweep/1", report.as_json(), show=partial(_print, report), json=json, file=output)
     total = sum(cell.metrics.completed + cell.metrics.failed for cell in report.cells)
     errors = sorted({error for cell in report.cells for error in cell.details["errors"]})
     flags.raise_if_failed(report.failed, total, errors)
-
-
-def _numbers(text: str, flag: str) -> Sequence[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise LlmqError(f"{text!r} is no list of numbers", f"write {flag} 1,2,4,8", exit_code=USAGE) from None
 
 
 def _print(report: SweepReport) -> None:
