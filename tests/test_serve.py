@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -245,6 +246,19 @@ def test_chat_logprobs_name_tokens_bytes_and_the_likeliest(client: OpenAI, llm: 
         )
         assert all(len(entry.top_logprobs) == 3 for entry in content)
         assert all(entry.bytes is None or bytes(entry.bytes).decode() == entry.token for entry in content)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_shows_a_stream_as_it_comes(server: Server, llm: LLM) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 24, "seed": 7, "ignore_eos": True, "stream": True})
+    headers = ["-H", f"Authorization: Bearer {KEYS[0]}", "-H", "Content-Type: application/json"]
+    command = ["curl", "-sSN", f"{server.url}/v1/completions", *headers, "-d", body]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    *events, done, end = shown.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    pieces = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events]
+    assert len(pieces) > 1
+    assert "".join(pieces) == texts(llm, ["x"], SEEDED)[0]
 
 
 # Many at once

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema_rs import is_valid
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
 from serving import PATIENCE, Server, served
 from tiny_models import EOS, byte_tokenizer, save_tiny
 
@@ -86,8 +87,9 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
+        yield client
 
 
 def fits(text: str, schema: Schema) -> bool:
@@ -274,6 +276,18 @@ def test_every_answer_is_what_was_asked_for(server: Server, form: Any, schema: S
     whole = [text for reason, text in answers if reason == "stop"]
     assert whole
     assert all(fits(text, schema) for text in whole)
+
+
+def test_openai_s_client_makes_objects_of_a_class_s_own(client: OpenAI) -> None:
+    class Point(BaseModel):
+        label: Literal["a", "b"]
+        x: Annotated[int, Field(ge=0, le=9)]
+        colors: Annotated[list[Literal["red", "blue"]], Field(max_length=2)]
+
+    answer = client.chat.completions.parse(
+        model="demo", messages=[{"role": "user", "content": "a point"}], response_format=Point, seed=1
+    )
+    assert isinstance(answer.choices[0].message.parsed, Point)
 
 
 def test_completions_take_a_format_too(client: OpenAI) -> None:

@@ -388,16 +388,15 @@ class LLM:
         """Launch a step, and take in the one before: the device computes while the host works. Where a plan hangs on
         tokens that are not known yet, one after the other."""
         scheduler, flights = self._scheduler, self._flights
-        ahead = scheduler.foresees
-        if flights and not ahead:
-            yield from self._take_in(streaming, tokens)
-        elif flights:
+        if flights and scheduler.foresees:
             scheduler.presume(flights[-1][0])
+        elif flights:
+            yield from self._take_in(streaming, tokens)
         launched = scheduler.has_work
         if launched:
             plan = scheduler.schedule()
             flights.append((plan, self._runner.launch(plan)))
-        if flights and not (ahead and launched and len(flights) == 1):
+        if flights and not (launched and len(flights) == 1 and scheduler.foresees):
             yield from self._take_in(streaming, tokens)
         yield from self._hand_out(streaming)
 

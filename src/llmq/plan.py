@@ -70,7 +70,8 @@ def layer_groups(windows: Sequence[int | None]) -> tuple[LayerGroup, ...]:
 
 
 class History(NamedTuple):
-    """What a row has said so far, for the penalties of what it says again."""
+    """What a row has said so far, for the penalties of what it says again. The last id may be that of a token which the
+    step before draws, see ``PlanRow.tokens``."""
 
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]

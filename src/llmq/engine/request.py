@@ -186,7 +186,8 @@ class Request:
     """Whether rows need nothing but their tokens: no penalties, no forbidden tokens, no grammar, no scores of the
     prompt."""
     foreseeable: bool = field(init=False)
-    """Whether a step can be planned before the tokens of the one before are known: nothing but they hangs on them."""
+    """Whether a step can be planned before the tokens of the one before are known: nothing but they hangs on them.
+    Samples must have parted."""
 
     def __post_init__(self) -> None:
         params = self.params
@@ -199,7 +200,7 @@ class Request:
             or self.grammar is not None
             or params.prompt_logprobs is not None
         )
-        self.foreseeable = self.plain and params.width == 1 and not params.beam_width
+        self.foreseeable = params.width == 1 and not params.beam_width and self.grammar is None
 
     @property
     def finished(self) -> bool:

@@ -106,15 +106,18 @@ class Draft:
     admitted: list[Request] = field(default_factory=list)
     wait: Wait = ""
     prefill_started: float | None = None
+    hangs: bool = False
 
 
 @dataclass(slots=True)
 class Flight:
-    """A step that was handed out, and whose tokens are not known yet. ``presumed``: what it computes is booked."""
+    """A step that was handed out, and whose tokens are not known yet. ``presumed``: what it computes is booked.
+    ``hangs``: what follows it cannot be planned before they are known."""
 
     sequences: list[Sequence]
     preempted: list[Request]
     prefill_started: float | None
+    hangs: bool
     presumed: bool = False
 
 
@@ -156,7 +159,6 @@ class Scheduler:
         self._barren = 0
         self._watermark = int(options.watermark * blocks.total)
         self._flights: deque[Flight] = deque()
-        self._hanging = 0
         self._refused = 0
         # prefill-first
         self._prefill_steps = 0
@@ -174,7 +176,7 @@ class Scheduler:
     @property
     def foresees(self) -> bool:
         """Whether the next step can be scheduled before the tokens of the last one are known."""
-        return not self._hanging
+        return not (self._flights and self._flights[-1].hangs)
 
     def reset_stats(self) -> None:
         self.stats = EngineStats(self.blocks.total)
@@ -201,7 +203,6 @@ class Scheduler:
         request.sequences = [first]
         request.live = [first]
         self._requests[request.request_id] = request
-        self._hanging += not request.foreseeable
         _enqueue(self.waiting, request)
 
     def reject(self, check: Check | None = None) -> None:
@@ -278,8 +279,9 @@ class Scheduler:
         if not self._flights[0].presumed:
             self.presume(plan)
         flight = self._flights.popleft()
+        displaced = self._flights[0].preempted if self._flights else []
         for sequence_id, logprobs in output.prompt_logprobs:
-            self._book_prompt(flight, sequence_id, logprobs)
+            self._book_prompt(flight, sequence_id, logprobs, displaced)
         progress = Progress([], [])
         sampled = iter(output.sampled)
         beams: dict[Request, list[tuple[tuple[int, float], ...]]] = {}
@@ -303,7 +305,6 @@ class Scheduler:
             self._advance_beams(request, candidates, progress)
         if progress.finished:
             self.running = [request for request in self.running if request.live]
-            displaced = self._flights[0].preempted if self._flights else []
             for request in progress.finished:
                 if request in displaced:
                     self._unqueue(request)
@@ -546,6 +547,7 @@ class Scheduler:
         sampling = sequence.sampling if end == len(token_ids) else None
         tables = sequence.tables
         request = sequence.request
+        draft.hangs |= sampling is not None and not request.foreseeable
         if request.plain:
             row = PlanRow(sequence.sequence_id, start, chunk, tables, sampling)
         else:
@@ -582,7 +584,7 @@ class Scheduler:
             raise RuntimeError(f"{self._barren} steps made no progress\n{self.describe()}")
 
         self._steps += 1
-        self._flights.append(Flight(draft.sequences, draft.preempted, draft.prefill_started))
+        self._flights.append(Flight(draft.sequences, draft.preempted, draft.prefill_started, draft.hangs))
         stats = self.stats
         stats.steps += 1
         stats.tokens += self.options.max_num_batched_tokens - draft.tokens
@@ -628,19 +630,15 @@ class Scheduler:
             sequence.unknown = False
         if sequence in request.live:
             self._retire(sequence)
-        if request.live:
+        if any(one.finish_reason is None for one in request.sequences):
             return False
-        self._forget(request)
+        del self._requests[request.request_id]
         return True
 
     def _retire(self, sequence: Sequence) -> None:
         """Take all that it holds from a sequence that needs no more of it."""
         self.blocks.release(sequence)
         sequence.request.live.remove(sequence)
-
-    def _forget(self, request: Request) -> None:
-        del self._requests[request.request_id]
-        self._hanging -= not request.foreseeable
 
     def _unqueue(self, request: Request) -> None:
         for queue in (self.running, self.waiting, self.swapped):
@@ -651,6 +649,7 @@ class Scheduler:
         """The samples of a request whose prompt is done: ``first``, and as many forks of it as it lacks."""
         request = first.request
         request.forked = True
+        request.foreseeable = request.grammar is None
         children = [fork_sequence(first, next(self._sequence_ids), index) for index in range(1, request.params.width)]
         for child in children:
             self.blocks.fork(first, child)
@@ -697,14 +696,17 @@ class Scheduler:
         request.live = heirs
         request.sequences = heirs.copy() or request.sequences
         if not heirs:
-            self._forget(request)
+            del self._requests[request.request_id]
             progress.finished.append(request)
         else:
             progress.extended.extend(heirs[:1])
 
-    def _book_prompt(self, flight: Flight, sequence_id: int, logprobs: list[TokenLogprobs]) -> None:
+    def _book_prompt(
+        self, flight: Flight, sequence_id: int, logprobs: list[TokenLogprobs], displaced: list[Request]
+    ) -> None:
         for sequence in flight.sequences:
-            if sequence.sequence_id == sequence_id:
+            # Who is to start over scores all of its prompt again.
+            if sequence.sequence_id == sequence_id and sequence.request not in displaced:
                 sequence.request.prompt_logprobs.extend(logprobs)
 
     def _describe_step(self, draft: Draft) -> StepTrace:

@@ -85,7 +85,7 @@ class Runner:
         scores = self._score_prompts(plan, hidden)
         if not any(row.sampling is not None for row in plan.rows):
             return lambda: StepOutput((), scores())
-        samples = sample(self.decoder.logits(self._last(plan.rows, hidden)), plan.sampled_rows)
+        samples = sample(self.decoder.logits(self._last(plan.rows, hidden)), plan.sampled_rows, self._drawn)
         drawn = samples.token_ids[: len(self._drawn)]
         self._drawn[: len(drawn)] = drawn
         return lambda: StepOutput(samples.collect(), scores())
