@@ -141,11 +141,8 @@ class Roofline:
         multiplied."""
         config = llm.config
         itemsize = llm.dtype.itemsize
-        read = (
-            resident_bytes(llm.decoder)
-            - idle_expert_bytes(llm, batch)
-            + batch * tokens * kv_bytes_per_token(config, itemsize)
-        )
+        read = resident_bytes(llm.decoder) - idle_expert_bytes(llm, batch)
+        read += batch * tokens * kv_bytes_per_token(config, itemsize)
         if not config.tied_embeddings:
             read -= config.vocab_size * config.hidden_size * itemsize  # of the embedding only a row each is read
         return float(batch / max(read / self.bandwidth, batch * self._operations(config) / self.rates[16]))
@@ -252,6 +249,7 @@ def pressure(shape: str, scheme: str) -> dict[str, float]:
     asked = [[noise.randint(0, 10_000) for _ in range(noise.randint(100, 300))] for _ in range(256)]
     params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=noise.randint(100, 300)) for _ in asked]
     spent: dict[str, float] = {}
+    bytes_of_20 = 0
     first: list[list[int]] = []
     for preemption in ("none", "swap", "recompute"):
         options: dict[str, Any] = {"deterministic": True, "watermark": 0.0}
@@ -264,10 +262,8 @@ def pressure(shape: str, scheme: str) -> dict[str, float]:
         spent[preemption] = time.perf_counter() - started
         first = first or tokens
         same = "the same tokens" if tokens == first else "OTHER TOKENS"
-        print(
-            f"{shape} {scheme}, preemption {preemption}: {spent[preemption]:.1f} s, {llm.stats.preemptions} preemptions,"
-            f" {same}"
-        )
+        times = f"{spent[preemption]:.1f} s, {llm.stats.preemptions} preemptions"
+        print(f"{shape} {scheme}, preemption {preemption}: {times}, {same}")
         del llm
     return spent
 

@@ -512,6 +512,13 @@ class AloneCase:
         return Outcome(float(wrong), 0.0, True)
 
 
+def draw_grouped(out_features: int, in_features: int, scheme: Scheme | None, dtype: torch.dtype) -> GroupedWeight:
+    if scheme is None:
+        return torch.randn(out_features, in_features, device="cuda").to(dtype)
+    weight = draw_weight(out_features, in_features, scheme)
+    return pack_w8a8(weight) if scheme.activation_bits == 8 else pack_wna16(weight, dtype)
+
+
 @dataclass
 class InvariantCase:
     """What --deterministic runs: a row has the same bits in products of any number of rows, and a query in a step of
@@ -529,18 +536,14 @@ class InvariantCase:
 
     @staticmethod
     def products(scheme: Scheme | None, dtype: torch.dtype) -> int:
-        x, weight = torch.randn(1000, 4096, device="cuda").to(dtype), None
-        if scheme is None:
-            weight = torch.randn(1024, 4096, device="cuda").to(dtype)
-        layer = weight if scheme is None else draw_weight(1024, 4096, scheme)
-        if isinstance(layer, QuantizedWeight):
-            layer = pack_w8a8(layer) if layer.scheme.activation_bits == 8 else pack_wna16(layer, dtype)
-        rows = quantize_rows(x, layer.number) if isinstance(layer, Weight8) else x
-        together = invariant_matmul(rows, layer, None, dtype)
+        x = torch.randn(1000, 4096, device="cuda").to(dtype)
+        weight = draw_grouped(1024, 4096, scheme, dtype)
+        rows = quantize_rows(x, weight.number) if isinstance(weight, Weight8) else x
+        together = invariant_matmul(rows, weight, None, dtype)
         wrong = 0
         for batch in (1, 8, 16, 17, 32, 33, 64, 65, 128, 129, 400):
             part = QuantizedRows(*(each[:batch] for each in rows)) if isinstance(rows, QuantizedRows) else rows[:batch]
-            wrong += int((invariant_matmul(part, layer, None, dtype) != together[:batch]).sum())
+            wrong += int((invariant_matmul(part, weight, None, dtype) != together[:batch]).sum())
         return wrong
 
     @staticmethod
@@ -561,12 +564,7 @@ class InvariantCase:
     @staticmethod
     def experts(scheme: Scheme | None) -> int:
         x, logits = torch.randn(700, 512, device="cuda").to(BF16), torch.randn(700, 8, device="cuda")
-        weight: GroupedWeight
-        if scheme is None:
-            weight = torch.randn(8 * 256, 512, device="cuda").to(BF16)
-        else:
-            codes = draw_weight(8 * 256, 512, scheme)
-            weight = pack_w8a8(codes) if scheme.activation_bits == 8 else pack_wna16(codes, BF16)
+        weight = draw_grouped(8 * 256, 512, scheme, BF16)
 
         def run(tokens: int, gated: bool) -> Tensor:
             chosen = choose(logits[:tokens], 2, True)[1]
