@@ -95,14 +95,14 @@ def test_deterministic_tokens_depend_on_the_request_alone(architecture: str, tmp
         assert (llm.stats.preemptions > 0) == ("preemption" in options)
         return [(one.completions[0].token_ids, one.completions[0].logprobs) for one in outputs]
 
-    prompts = random_prompts()
+    prompts = random_prompts()[:9]
     together = answers(prompts)
     assert answers(prompts[::-1])[::-1] == together
     assert answers(prompts[5:6]) == together[5:6]
     assert answers(prompts, max_num_batched_tokens=50) == together
     assert answers(prompts, prefix_caching=True, enforce_eager=True) == together
     for preemption in ("recompute", "swap"):
-        pressed = {"kv_cache_memory": 800_000, "swap_space": 2**24, "preemption": preemption}
+        pressed = {"kv_cache_memory": 200_000, "swap_space": 2**24, "preemption": preemption}
         assert answers(prompts, **pressed) == together
 
 
