@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,6 +44,7 @@ from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
 from llmq.runtime.kernels.grouped import GroupedWeight, block_m_for, grouped_matmul, grouped_matmul_reference
 from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
+from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.kv_write import Scales, write_kv, write_kv_reference
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows, quantize_rows_reference
@@ -146,7 +147,7 @@ class Paged:
 
     def run(
         self, window: int | None = None, split: int | None = None,
-        scale: float | None = None, softcap: float | None = None, loose: bool = False,
+        scale: float | None = None, softcap: float | None = None, loose: bool = False, batch_invariant: bool = False,
     ) -> Tensor:  # fmt: skip
         """``loose``: the bound is not the longest row but four times that, as in a CUDA graph for many lengths."""
         most = max(kv for _, kv in self.rows)
@@ -155,7 +156,8 @@ class Paged:
             window=window, max_query_length=max(queries for queries, _ in self.rows),
             max_kv_length=4 * most if loose else most, scale=scale, softcap=softcap, split=split,
             longest=self.kv_lengths.max()[None] if loose else None,
-            order=self.kv_lengths.argsort(descending=True).int() if loose else None, scales=self.scales,
+            order=self.kv_lengths.argsort(descending=True).int() if loose else None,
+            batch_invariant=batch_invariant, scales=self.scales,
         )  # fmt: skip
 
     def exact(self, window: int | None, scale: float | None = None, softcap: float | None = None) -> Tensor:
@@ -551,6 +553,74 @@ class AloneCase:
         return Outcome(float(wrong), 0.0, True)
 
 
+def draw_grouped(out_features: int, in_features: int, scheme: Scheme | None, dtype: torch.dtype) -> GroupedWeight:
+    if scheme is None:
+        return torch.randn(out_features, in_features, device="cuda").to(dtype)
+    weight = draw_weight(out_features, in_features, scheme)
+    return pack_w8a8(weight) if scheme.activation_bits == 8 else pack_wna16(weight, dtype)
+
+
+@dataclass
+class InvariantCase:
+    """What --deterministic runs: a row has the same bits in products of any number of rows, and a query in a step of
+    any number of its row's tokens."""
+
+    def check(self) -> Outcome:
+        wrong = [
+            *(self.products(scheme, BF16) for scheme in (Scheme(4), Scheme(4, 32, False), Scheme(8, -1),
+                                                         w8a8_scheme(INT), w8a8_scheme(E4M3))),
+            *(self.products(None, dtype) for dtype in (BF16, FP16, FP32)),
+            *(self.attention(window, softcap) for window in (None, 300) for softcap in (None, 30.0)),
+            *(self.experts(scheme) for scheme in (None, Scheme(4), w8a8_scheme(E4M3))),
+        ]  # fmt: skip
+        return Outcome(float(sum(wrong)), 0.0, True)
+
+    @staticmethod
+    def products(scheme: Scheme | None, dtype: torch.dtype) -> int:
+        x = torch.randn(1000, 4096, device="cuda").to(dtype)
+        weight = draw_grouped(1024, 4096, scheme, dtype)
+        rows = quantize_rows(x, weight.number) if isinstance(weight, Weight8) else x
+        together = invariant_matmul(rows, weight, None, dtype)
+        wrong = 0
+        for batch in (1, 8, 16, 17, 32, 33, 64, 65, 128, 129, 400):
+            part = QuantizedRows(*(each[:batch] for each in rows)) if isinstance(rows, QuantizedRows) else rows[:batch]
+            wrong += int((invariant_matmul(part, weight, None, dtype) != together[:batch]).sum())
+        return wrong
+
+    @staticmethod
+    def attention(window: int | None, softcap: float | None) -> int:
+        lengths = (3000, 17, 8192, 300)
+        whole = Paged.draw([(kv, kv) for kv in lengths], 32, 8, 128, 64, BF16)
+        together = whole.run(window, softcap=softcap, batch_invariant=True)
+        ends = whole.query_starts.tolist()
+        wrong = 0
+        for queries in (1, 5, 200):
+            rows = [(min(queries, kv), kv) for kv in lengths]
+            at = torch.cat([torch.arange(end - own, end) for end, (own, _) in zip(ends[1:], rows, strict=True)]).cuda()
+            starts = torch.tensor([0] + [own for own, _ in rows]).cumsum(0).int().cuda()
+            part = replace(whole, query=whole.query[at], query_starts=starts, rows=rows)
+            wrong += int((part.run(window, softcap=softcap, batch_invariant=True) != together[at]).sum())
+        return wrong
+
+    @staticmethod
+    def experts(scheme: Scheme | None) -> int:
+        x, logits = torch.randn(700, 512, device="cuda").to(BF16), torch.randn(700, 8, device="cuda")
+        weight = draw_grouped(8 * 256, 512, scheme, BF16)
+
+        def run(tokens: int, gated: bool) -> Tensor:
+            chosen = choose(logits[:tokens], 2, True)[1]
+            rows = quantize_rows(x[:tokens], weight.number) if isinstance(weight, Weight8) else x[:tokens]
+            routing = sort_by_expert(chosen, 8, block_m_for(chosen.numel(), [weight], 8))
+            return grouped_matmul(rows, weight, routing, BF16, gated=gated)
+
+        wrong = 0
+        for gated in (True, False):
+            together = run(700, gated)
+            for tokens in (1, 9, 70, 200):
+                wrong += int((run(tokens, gated) != together[: 2 * tokens]).sum())
+        return wrong
+
+
 @dataclass
 class GraphCase:
     """One CUDA graph, captured with the bucket's bounds, serves steps of other lengths, padding rows among them."""
@@ -759,7 +829,7 @@ def all_cases() -> list[Case]:
             for out_features, in_features in ((6144, 4096), (28672, 4096), (4096, 14336), (1024, 3072), (33, 256)):
                 cases.append(DenseCase(batch, out_features, in_features, dtype))
         cases += [DrawCase(vocabulary, dtype) for vocabulary in (100, 4096, 128_256, 151_936)]
-    return [*map(ModelCase, VARIANTS), *cases, AloneCase(), GraphCase()]
+    return [*map(ModelCase, VARIANTS), *cases, AloneCase(), InvariantCase(), GraphCase()]
 
 
 def run_case(index: int) -> tuple[int, Outcome | str]:
