@@ -23,7 +23,7 @@ def rounded_caches(caches: Sequence[Tensor], number: str) -> tuple[list[Tensor],
             numbers.append(codes[-1] * scale[..., None].double())
         else:
             scales.append(torch.tensor([0.013 * (1 + len(scales))], device=cache.device))
-            codes.append((cache / scales[-1]).to(torch.float8_e4m3fn))
+            codes.append((cache / scales[-1]).clamp(-448, 448).to(torch.float8_e4m3fn))
             numbers.append(codes[-1].double() * scales[-1])
     return codes, (scales[0], scales[1]), numbers
 
