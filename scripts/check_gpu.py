@@ -35,7 +35,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from test_kernels_reference import empty_cache, rounded_caches
+from rounded_caches import empty_cache, rounded_caches
 from tiny_models import VARIANTS, save_variant
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight

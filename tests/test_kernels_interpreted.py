@@ -25,7 +25,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert run.returncode == 0, run.stdout + run.stderr
 
 else:
-    from test_kernels_reference import Rows, draw_paged, draw_weight, empty_cache, rounded_caches
+    from rounded_caches import empty_cache, rounded_caches
+    from test_kernels_reference import Rows, draw_paged, draw_weight
 
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
     from llmq.runtime.kernels.dense import CHANNELS, dense_matmul

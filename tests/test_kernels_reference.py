@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounded_caches import empty_cache, rounded_caches
 from torch import Tensor
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention_reference
 from llmq.runtime.kernels.gelu import gelu_mul
-from llmq.runtime.kernels.kv_write import Scales, read_pages, write_kv_reference
+from llmq.runtime.kernels.kv_write import read_pages, write_kv_reference
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
-from llmq.runtime.kernels.quantize_rows import CODES, LARGEST, quantize_rows
+from llmq.runtime.kernels.quantize_rows import LARGEST, quantize_rows
 from llmq.runtime.kernels.rope import rope_and_write
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul_reference
@@ -42,22 +42,6 @@ def draw_paged(rows: Rows, heads: int, kv_heads: int, head_dim: int, block_size:
     starts = torch.tensor([0] + [queries for queries, _ in rows]).cumsum(0).int()
     query = torch.randn(int(starts[-1]), heads, head_dim, dtype=torch.float64)
     return query, caches[0], caches[1], tables, starts, torch.tensor([kv for _, kv in rows], dtype=torch.int32)
-
-
-def rounded_caches(caches: Sequence[Tensor], number: str) -> tuple[list[Tensor], Scales, list[Tensor]]:
-    """Keys and values in 8 bits of ``number``, their scales, and what these stand for; NaN stays NaN."""
-    codes, scales, numbers = [], [], []
-    for cache in caches:
-        if number == INT:
-            scale = (cache.abs().amax(-1) / 127).float()
-            codes.append((cache / scale[..., None]).round().nan_to_num(77).to(torch.int8))
-            scales.append(scale.transpose(1, 2).contiguous())
-            numbers.append(codes[-1] * scale[..., None].double())
-        else:
-            scales.append(torch.tensor([0.013 * (1 + len(scales))], device=cache.device))
-            codes.append((cache / scales[-1]).to(torch.float8_e4m3fn))
-            numbers.append(codes[-1].double() * scales[-1])
-    return codes, (scales[0], scales[1]), numbers
 
 
 def attention_by_loops(
@@ -139,15 +123,6 @@ def test_keys_and_values_land_in_their_slots_and_nowhere_else(interleaved: bool)
         assert key_cache[slot // 4, slot % 4].equal(key[token])
         assert value_cache[slot // 4, slot % 4].equal(value[token])
     assert key_cache.count_nonzero() == key.count_nonzero()
-
-
-def empty_cache(number: str, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Scales]:
-    """Keys and values of 0, stacked, with scales of 0, but for those of a layer."""
-    codes = torch.zeros(2, blocks, block_size, kv_heads, head_dim).to(CODES[number])
-    if number == E4M3:
-        return codes, (torch.tensor([1 / 128]), torch.tensor([1 / 256]))
-    scales = torch.zeros(2, blocks, kv_heads, block_size)
-    return codes, (scales[0], scales[1])
 
 
 @pytest.mark.parametrize(("number", "most"), [(INT, 1 / 254), (E4M3, 1 / 16)])

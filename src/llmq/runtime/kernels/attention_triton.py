@@ -33,6 +33,7 @@ from torch import Tensor
 from llmq.runtime.kernels.kv_write import Scales
 from llmq.runtime.kernels.kv_write_triton import scale_strides
 from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
 
 SHORTEST_SPLIT = 64  # positions; a multiple of every tile
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
@@ -41,6 +42,29 @@ LOG2_E = math.log2(math.e)
 VALUE_SCALE = tl.constexpr(1024.0)
 """What int8 values are taken times, so that a weight times a value's scale is a normal number of fp16 for values whose
 largest is anywhere from 1e-3 to 8,000."""
+
+
+# In one register two pairs of codes, of two tokens and two channels; out, for each channel, the numbers of both tokens,
+# as the matrix instruction wants them.
+UNPAIR_E4M3 = tl.constexpr("""{
+    .reg .b32 codes;
+    .reg .b16 first, second;
+    prmt.b32 codes, $2, 0, 0x3120;
+    mov.b32 {first, second}, codes;
+    cvt.rn.f16x2.e4m3x2 $0, first;
+    cvt.rn.f16x2.e4m3x2 $1, second;
+}""")
+# 0x64 in the upper byte of a number of fp16 makes it 1024 + the lower byte.
+UNPAIR_INT8 = tl.constexpr("""{
+    .reg .b32 codes, first, second, zero;
+    xor.b32 codes, $2, 0x80808080;
+    prmt.b32 first, codes, 0x64646464, 0x4240;
+    prmt.b32 second, codes, 0x64646464, 0x4341;
+    mov.b32 zero, 0x64806480;
+    sub.f16x2 $0, first, zero;
+    sub.f16x2 $1, second, zero;
+}""")
+WIDEN_INT8 = tl.constexpr(UNPAIR_INT8.value.replace("0x4240", "0x4140").replace("0x4341", "0x4342"))
 
 
 class Launch(NamedTuple):
@@ -57,7 +81,7 @@ def decode_launch(group: int, head_dim: int, element_size: int) -> Launch:
     block_m = max(16, triton.next_power_of_2(group))
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
-    return Launch(block_m, 64, 4, 3 if head_dim <= 128 else 2)
+    return Launch(block_m, 64, 4, 4 if head_dim <= 128 else 2)
 
 
 def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
@@ -250,35 +274,45 @@ def attention_kernel(
         last = tl.minimum(last, (own + 1) * split)
     first = first // TILE * TILE
 
-    acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
+    if key_scales is None:
+        acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
+        acc_odd = 0.0
+    else:
+        acc = tl.zeros([BLOCK_M, DIM_PADDED // 2], dtype=tl.float32)
+        acc_odd = tl.zeros([BLOCK_M, DIM_PADDED // 2], dtype=tl.float32)
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     table = block_tables + row.to(tl.int64) * table_stride
     keys = key_cache + kv_head * cache_head_stride
     values = value_cache + kv_head * cache_head_stride
+    if key_scales is not None:
+        values = values.to(tl.pointer_type(tl.int16), bitcast=True)
     if not DECODE:
         first_full = first
         if WINDOWED:
             seen_by_last = tl.maximum(kv_length - queries + last_query - window + 1, 0)
             first_full = tl.minimum(tl.cdiv(seen_by_last, TILE) * TILE, tl.cdiv(last, TILE) * TILE)
-            acc, best, total = attend(
-                acc, best, total, q, first, tl.minimum(first_full, last), keys, values, key_scales, value_scales,
-                table, position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
+            acc, acc_odd, best, total = attend(
+                acc, acc_odd, best, total, q, first, tl.minimum(first_full, last), keys, values, key_scales,
+                value_scales, table, position, window, scale, cap_scale, cache_block_stride, cache_token_stride,
+                scale_block_stride,
                 HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
-        acc, best, total = attend(
-            acc, best, total, q, first_full, last_full, keys, values, key_scales, value_scales, table, position, window,
-            scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
+        acc, acc_odd, best, total = attend(
+            acc, acc_odd, best, total, q, first_full, last_full, keys, values, key_scales, value_scales, table,
+            position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
             HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, False,
         )  # fmt: skip
         first = last_full
-    acc, best, total = attend(
-        acc, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
+    acc, acc_odd, best, total = attend(
+        acc, acc_odd, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
         scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
         HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
     )  # fmt: skip
 
+    if key_scales is not None:
+        acc = tl.interleave(acc, acc_odd)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if key_scales is not None:
         if key_cache.dtype.element_ty == tl.int8:
@@ -298,7 +332,7 @@ def attention_kernel(
 
 @triton.jit
 def attend(
-    acc, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
+    acc, acc_odd, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
     scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
     HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
@@ -312,16 +346,23 @@ def attend(
     """
     step = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PADDED)[None, :]
+    PAIRED: tl.constexpr = values.dtype.element_ty == tl.int16
+    VALUE_DIM: tl.constexpr = HEAD_DIM // 2 if PAIRED else HEAD_DIM
+    value_dim = tl.arange(0, DIM_PADDED // 2 if PAIRED else DIM_PADDED)[None, :]
     pages = load_pages(table, first, last, BLOCK_SIZE, TILE)
     for start in range(first, last, TILE):
         key_position = start + step
         inside = (key_position < last)[:, None]
         if BLOCK_SIZE % TILE == 0:
             base = pages.to(tl.int64) * cache_block_stride + start % BLOCK_SIZE * cache_token_stride
-            at = base + step[:, None] * cache_token_stride + dim
+            base = base + step * cache_token_stride
         else:
             base = pages.to(tl.int64) * cache_block_stride + key_position % BLOCK_SIZE * cache_token_stride
-            at = base[:, None] + dim
+        at = base[:, None] + dim
+        if PAIRED:
+            value_at = (base // 2)[:, None] + value_dim
+        else:
+            value_at = at
         if key_scales is not None:
             if keys.dtype.element_ty == tl.int8:
                 scale_at = pages.to(tl.int64) * scale_block_stride + key_position % BLOCK_SIZE
@@ -333,17 +374,17 @@ def attend(
         if MASKED:
             if HEAD_DIM == DIM_PADDED:
                 k = tl.load(keys + at, mask=inside, other=0.0)
-                v = tl.load(values + at, mask=inside, other=0.0)
+                v = tl.load(values + value_at, mask=inside, other=0)
             else:
                 k = tl.load(keys + at, mask=inside & (dim < HEAD_DIM), other=0.0)
-                v = tl.load(values + at, mask=inside & (dim < HEAD_DIM), other=0.0)
+                v = tl.load(values + value_at, mask=inside & (value_dim < VALUE_DIM), other=0)
         else:
             if HEAD_DIM == DIM_PADDED:
                 k = tl.load(keys + at)
-                v = tl.load(values + at)
+                v = tl.load(values + value_at)
             else:
                 k = tl.load(keys + at, mask=dim < HEAD_DIM, other=0.0)
-                v = tl.load(values + at, mask=dim < HEAD_DIM, other=0.0)
+                v = tl.load(values + value_at, mask=value_dim < VALUE_DIM, other=0)
         scores = tl.dot(q, tl.trans(widened(k, q.dtype)), input_precision="ieee")
         if key_scales is not None:
             if keys.dtype.element_ty == tl.int8:
@@ -364,20 +405,46 @@ def attend(
         if key_scales is not None:
             if keys.dtype.element_ty == tl.int8:
                 weights *= VALUE_SCALE * value_scale
-        acc = tl.dot(weights.to(q.dtype), widened(v, q.dtype), acc * fade[:, None], input_precision="ieee")
+        weights = weights.to(q.dtype)
+        if PAIRED:
+            even, odd = unpaired(v, keys, q.dtype)
+            acc = tl.dot(weights, even, acc * fade[:, None], input_precision="ieee")
+            acc_odd = tl.dot(weights, odd, acc_odd * fade[:, None], input_precision="ieee")
+        else:
+            acc = tl.dot(weights, v, acc * fade[:, None], input_precision="ieee")
         best = new_best
-    return acc, best, total
+    return acc, acc_odd, best, total
 
 
 @triton.jit
 def widened(codes, dtype: tl.constexpr):
     """``codes`` of the cache as numbers of ``dtype``."""
-    if codes.dtype == tl.int8 and dtype == tl.float16:
-        # 0x6480 is 1152 in fp16, where a step is 1: fewer instructions than a conversion takes.
-        numbers = (codes.to(tl.int16) + 0x6480).to(tl.float16, bitcast=True) - 1152.0
+    if codes.dtype == tl.int8 and dtype == tl.float16 and not INTERPRETED:
+        numbers = tl.inline_asm_elementwise(
+            WIDEN_INT8, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+        )  # fmt: skip
     else:
         numbers = codes.to(dtype)
     return numbers
+
+
+@triton.jit
+def unpaired(pairs, keys, dtype: tl.constexpr):
+    """Two codes side by side in each of ``pairs`` → the numbers of the first and of the second."""
+    kind: tl.constexpr = keys.dtype.element_ty
+    if INTERPRETED or dtype == tl.float32:
+        first = widened((pairs & 0xFF).to(tl.int8).to(kind, bitcast=True), dtype)
+        second = widened((pairs >> 8).to(tl.int8).to(kind, bitcast=True), dtype)
+        both = (first, second)
+    elif kind == tl.int8:
+        both = tl.inline_asm_elementwise(
+            UNPAIR_INT8, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        both = tl.inline_asm_elementwise(
+            UNPAIR_E4M3, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    return both
 
 
 @triton.jit
