@@ -20,6 +20,7 @@ from llmq.runtime.kernels import (  # noqa: E402
     gumbel_triton,
     norm_triton,
     rope_triton,
+    round_columns_triton,
     routing_triton,
     silu_triton,
     w8a8_triton,
@@ -349,3 +350,13 @@ def test_drawing_takes_few_registers_and_stays_out_of_memory(tmp_path: Path) -> 
     )  # fmt: skip
     assert "ld.global.v4" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
+
+
+def test_the_errors_of_all_columns_stay_in_registers(tmp_path: Path) -> None:
+    pointers = dict.fromkeys(("columns", "factor", "scales", "zeros", "errors"), "*fp32")
+    compiled = compile_for(
+        90, round_columns_triton.round_columns_kernel, pointers | {"groups": "*i64", "codes": "*u8"}, 1, 3,
+        MAX_CODE=15, COLUMNS=128, ROWS=32,
+    )  # fmt: skip
+    assert spilled_bytes(compiled, tmp_path) == 0
+    assert "shfl" not in compiled.asm["ptx"]  # each thread sums what it has

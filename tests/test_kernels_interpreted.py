@@ -37,6 +37,7 @@ else:
     from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
     from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows, quantize_rows, quantize_rows_reference
     from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
+    from llmq.runtime.kernels.round_columns import round_columns, round_columns_reference
     from llmq.runtime.kernels.routing import (
         choose,
         choose_reference,
@@ -373,6 +374,19 @@ else:
         assert residual.equal(total)
         gate, up = torch.randn(3, 2 * 1100).half().chunk(2, dim=1)
         assert same_rows(silu_mul_quantize(gate, up, number), quantize_rows(silu_mul(gate, up), number))
+
+    @pytest.mark.parametrize(("count", "out"), [(128, 40), (37, 32), (1, 5)])
+    def test_round_columns(count: int, out: int) -> None:
+        torch.manual_seed(0)
+        columns, factor = torch.randn(count, out), torch.randn(count, count).triu().mul_(0.05)
+        factor.diagonal().abs_().add_(1)
+        scales, zeros = torch.rand(3, out).add_(0.2), torch.randint(0, 15, (3, out)).float()
+        groups = torch.arange(count) % 3
+        codes, errors = round_columns(columns, factor, scales, zeros, groups, 15)
+        expected_codes, expected_errors = round_columns_reference(columns, factor, scales, zeros, groups, 15)
+        same = (codes == expected_codes).all(0)  # of a row with a tie, all that follows differs
+        assert same.float().mean() > 0.9
+        assert (errors - expected_errors)[:, same].norm() <= 1e-5 * expected_errors.norm()
 
     @pytest.mark.parametrize("vocabulary", [5, 1024, 9000])
     def test_draw_gumbel(vocabulary: int) -> None:

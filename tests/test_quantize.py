@@ -307,14 +307,13 @@ def test_the_same_run_writes_the_same_bytes(
     assert first == second
 
 
-def test_micro_batches_of_any_size_give_the_same_hessian(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_batches_of_any_size_give_the_same_hessian(tiny: Path) -> None:
     source = open_source(tiny, "cpu", torch.float32)
     windows = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(0))
     block, seen = load_layer(source, 0), []
     with torch.inference_mode():
         for tokens in (1, 192, 4096):  # one window at a time; three, and two at last; all at once
-            monkeypatch.setattr(activations, "MICRO_BATCH_TOKENS", tokens)
-            states = HiddenStates(source, windows)
+            states = HiddenStates(source, windows, tokens)
             assert all(len(batch) <= max(tokens, 64) for batch in states.inputs)
             assert len(states.sample(states.tokens).inputs) == len(states.inputs)
             states.mix(block)

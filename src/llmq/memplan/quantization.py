@@ -55,9 +55,11 @@ def plan_quantization(
     samples: int,
     seqlen: int,
     dtype_bytes: int | None = None,
+    batch_tokens: int = memory.MICRO_BATCH_TOKENS,
 ) -> QuantizationPlan:
-    """What quantizing ``model`` takes. ``calibrated``: the method learns from ``samples`` windows of ``seqlen`` tokens.
-    ``dtype_bytes``: of a number in the type that it computes in; None: the model's.
+    """What quantizing ``model`` takes. ``calibrated``: the method learns from ``samples`` windows of ``seqlen`` tokens,
+    of which those of ``batch_tokens`` pass a block at once. ``dtype_bytes``: of a number in the type that it computes
+    in; None: the model's.
 
     LlmqError when the model is quantized already.
     """
@@ -77,7 +79,7 @@ def plan_quantization(
             shapes = model.config.linears
             groups = (group for stage in model.config.linear_stages for group in stage.groups)
             widest = max(sum(shapes[name][0] * shapes[name][1] for name in group) for group in groups)
-    batch = memory.activation_bytes(architecture, min(memory.MICRO_BATCH_TOKENS, tokens), 1, dtype_bytes)
+    batch = memory.activation_bytes(architecture, min(batch_tokens, tokens), 1, dtype_bytes)
     return QuantizationPlan(
         method=method,
         block=total // len(architecture.layers) * dtype_bytes if calibrated else 0,

@@ -46,12 +46,15 @@ class HiddenStates:
     mixed   [tokens, heads · head_dim] between the steps, else empty
     """
 
-    def __init__(self, source: Source, windows: Tensor, spill: Path | None = None) -> None:
-        """Embed ``windows``, token ids [windows, tokens]. Hidden states are kept in files in the folder ``spill``, or
-        else on the device where they take little of it, or in main memory."""
+    def __init__(
+        self, source: Source, windows: Tensor, batch_tokens: int = MICRO_BATCH_TOKENS, spill: Path | None = None
+    ) -> None:
+        """Embed ``windows``, token ids [windows, tokens], which pass a block in batches of ``batch_tokens``, or one by
+        one. Hidden states are kept in files in the folder ``spill``, or else on the device where they take little of
+        it, or in main memory."""
         count, length = windows.shape
         config = source.config.for_context(length)
-        batch_windows = max(1, min(count, MICRO_BATCH_TOKENS // length))
+        batch_windows = max(1, min(count, batch_tokens // length))
         self.tokens = windows.numel()
         self.device = source.device
         self.attend: Attend = CausalAttention(length)

@@ -43,7 +43,7 @@ class Walk:
         """Embed the windows. Their hidden states are kept in files in the folder ``spill``, or in memory."""
         assert job.windows is not None
         self._job = job
-        self.states = HiddenStates(job.source, job.windows, spill)
+        self.states = HiddenStates(job.source, job.windows, job.batch_tokens, spill)
         learns = job.options.choice.method == AUTOROUND
         self.original = self.states.sample(self.states.tokens) if learns else None
 

@@ -17,6 +17,7 @@ from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmq.checkpoint.shards import Place
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
+from llmq.memory import MICRO_BATCH_TOKENS
 from llmq.quant.options import QuantizeOptions
 from llmq.runtime.loader import Source, block_name
 from llmq.scheme import Scheme
@@ -39,11 +40,12 @@ FLAGS = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """model     as it was asked for
-    schemes   of the layers to quantize, in order
-    left_out  the other matrices of the decoder blocks, routers among them
-    notes     what the user should know of the choice of layers
-    windows   token ids [windows, tokens], for a method that learns from data
+    """model         as it was asked for
+    schemes       of the layers to quantize, in order
+    left_out      the other matrices of the decoder blocks, routers among them
+    notes         what the user should know of the choice of layers
+    windows       token ids [windows, tokens], for a method that learns from data
+    batch_tokens  of the windows that pass a block at once
     """
 
     model: str
@@ -54,6 +56,7 @@ class Job:
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
     windows: Tensor | None
+    batch_tokens: int = MICRO_BATCH_TOKENS
 
     @property
     def format(self) -> Format:
@@ -123,6 +126,7 @@ class Job:
             "the model": _digest(config, repr(stats).encode()),
             "the calibration text": "none" if self.windows is None else _digest(self.windows.numpy().tobytes()),
             **dict(_flags(self.options)),
+            "--max-memory, tokens that pass a block at once": str(self.batch_tokens),
             "--device": self.source.device.partition(":")[0],
             "llmq": WRITER,
             "torch": torch.__version__,

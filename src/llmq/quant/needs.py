@@ -11,7 +11,7 @@ import torch
 
 from llmq.checkpoint.folder import existing_parent, partial_of
 from llmq.errors import CHECK_FAILED, LlmqError
-from llmq.memory import format_bytes
+from llmq.memory import MICRO_BATCH_TOKENS, format_bytes
 from llmq.memplan.quantization import plan_quantization
 from llmq.memplan.source import open_model
 from llmq.quant.activations import stay_on_device
@@ -38,9 +38,14 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a run takes of each place that it needs some of. ``spills``: hidden states go into files."""
+    """What a run takes of each place that it needs some of.
+
+    batch_tokens  that pass a block at once: fewer, where memory is short
+    spills        hidden states go into files
+    """
 
     places: tuple[Need, ...]
+    batch_tokens: int
     spills: bool
 
     @property
@@ -77,21 +82,28 @@ def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
 
     Of main memory, only what belongs to the run counts: what is read is mapped, and the system may drop it.
     """
-    device, dtype_bytes, windows = job.source.device, job.source.dtype.itemsize, job.windows
-    samples, seqlen = (0, 0) if windows is None else windows.shape
-    plan = plan_quantization(
-        open_model(str(job.folder)),
-        job.options.choice.scheme,
-        job.options.choice.method,
-        calibrated=windows is not None and job.options.third_party is None,
-        samples=samples,
-        seqlen=seqlen,
-        dtype_bytes=dtype_bytes,
-    )
-    states = plan.states * (2 if job.options.choice.method == AUTOROUND else 1)
-    on_device = stay_on_device(device, plan.states)
-    host = plan.copies if device != "cpu" else plan.device  # what is packed on a GPU passes through main memory
+    device, on_cpu, choice = job.source.device, job.source.device == "cpu", job.options.choice
+    samples, seqlen = (0, 0) if job.windows is None else job.windows.shape
     memory = available_memory_bytes() if max_memory is None else max_memory
+    room = memory if on_cpu else torch.cuda.mem_get_info(torch.device(device))[0]
+    model, batch_tokens = open_model(str(job.folder)), MICRO_BATCH_TOKENS
+    while True:
+        plan = plan_quantization(
+            model,
+            choice.scheme,
+            choice.method,
+            calibrated=job.windows is not None and job.options.third_party is None,
+            samples=samples,
+            seqlen=seqlen,
+            dtype_bytes=job.source.dtype.itemsize,
+            batch_tokens=batch_tokens,
+        )
+        if plan.device <= room or batch_tokens <= seqlen:
+            break
+        batch_tokens //= 2
+    states = plan.states * (2 if choice.method == AUTOROUND else 1)
+    on_device = stay_on_device(device, plan.states)
+    host = plan.device if on_cpu else plan.copies  # what is packed on a GPU passes through main memory
     spills = not on_device and host + states > memory
     in_memory = 0 if on_device or spills else states
     disk = shutil.disk_usage(existing_parent(output)).free + _taken(partial_of(output))
@@ -99,11 +111,9 @@ def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
         Need(MEMORY, host + in_memory, memory, "a block has to fit: raise --max-memory, or free some memory"),
         Need(DISK, job.predicted_bytes + states * spills, disk, "free some space, or choose another --output"),
     ]
-    if device != "cpu":
-        free, _ = torch.cuda.mem_get_info(torch.device(device))
-        needed = plan.device + states * on_device
-        places.insert(0, Need(device, needed, free, "free some of it, or pass --device cpu"))
-    return Needs(tuple(places), spills)
+    if not on_cpu:
+        places.insert(0, Need(device, plan.device + states * on_device, room, "free some of it, or pass --device cpu"))
+    return Needs(tuple(places), batch_tokens, spills)
 
 
 def _taken(folder: Path) -> int:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -119,6 +119,7 @@ def quantize(
     if on_needs is not None:
         on_needs(needs)
     needs.check()
+    job = replace(job, batch_tokens=needs.batch_tokens)
     spill = output.absolute().parent if needs.spills else None
     tell = progress or (lambda step: None)
     try:
