@@ -110,6 +110,14 @@ def test_counters_of_the_servers_metrics_say_what_was_cached_and_preempted() -> 
     assert (found["cached_tokens"], found["preemptions"]) == (64, 3)
 
 
+def test_prompts_that_an_earlier_run_left_in_the_prefix_cache_are_warned_of() -> None:
+    with StandIn(cached=3) as warm, StandIn(cached=0) as cold:
+        assert "12 of 44 prompt tokens" in bench(warm.url).err
+        assert "warning" not in bench(cold.url).err
+        shared = ("--dataset", "prefix", "--prefix-len", 4)
+        assert "warning" not in bench(warm.url, *shared).err, "they are meant to be"
+
+
 def test_goodput_is_of_the_requests_within_the_limits() -> None:
     with StandIn() as server:
         found = report(bench(server.url, "--goodput", "ttft:60000 tpot:60000"))

@@ -52,10 +52,9 @@ class SweepReport:
         """What the knee is."""
         if self.axis == "batch_size":
             return (
-                f"the last batch up to which each added sequence brings at least {GAIN:.0%} of the tokens/s "
-                "that a sequence has in the first"
+                f"up to here each added sequence brings at least {GAIN:.0%} of the tokens/s that one of the first has"
             )
-        return f"the rate up to which {KEPT:.0%} of what is offered is completed, with no failure"
+        return f"up to here at least {KEPT:.0%} of what is offered is completed, with no failure"
 
     @property
     def failed(self) -> int:

@@ -59,6 +59,7 @@ def serve(
         )
     print_report("llmq.bench.serve/1", report.as_json(), show=partial(_print, report), json=json, file=output)
     metrics = report.run.metrics
+    flags.warn_if_cached(metrics.cached_tokens, metrics.total_input_tokens, workload)
     flags.raise_if_failed(metrics.failed, metrics.failed + metrics.completed, report.run.outcome.errors)
 
 
