@@ -168,6 +168,12 @@ def test_what_is_no_url_is_a_usage_error(url: str) -> None:
     assert bench(url).code == USAGE
 
 
+def test_tokens_are_nothing_to_chat_with() -> None:
+    with StandIn() as server:
+        assert bench(server.url, "--endpoint", "chat", "--tokenizer", "demo").code == USAGE
+    assert not server.bodies
+
+
 def test_a_model_that_is_not_served_is_named() -> None:
     with StandIn() as server:
         result = bench(server.url, "--model", "other")
