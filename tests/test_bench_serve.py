@@ -222,11 +222,12 @@ def test_our_own_server_under_load(tmp_path: Path) -> None:
     """The whole way: prompts of the model's own tokens, counted by its usage, its metrics, its table."""
     with served("demo") as server:
         result = llmq("bench", "serve", server.url, *SMALL, "--request-rate", 50, "-o", tmp_path / "report.json")
-        cached = report(bench(server.url, "--dataset", "prefix", "--input-len", 70, "--prefix-len", 64))
+        shared = ("--dataset", "prefix", "--num-prefixes", 1, "--input-len", 70, "--prefix-len", 64)
+        cached = report(bench(server.url, *shared, "--max-concurrency", 1))
     assert result.code == 0, result.err
     assert "output tokens/s" in result.out.splitlines()[0]
     assert max(map(len, result.out.splitlines())) <= 100
     found = json.loads((tmp_path / "report.json").read_text())
     assert (found["completed"], found["total_input_tokens"], found["total_output_tokens"]) == (4, 24, 20)
     assert (found["cached_tokens"], found["preemptions"]) == (0, 0)
-    assert cached["cached_tokens"] is not None
+    assert cached["cached_tokens"] == 3 * 64, "what the second to the fourth share with the first"

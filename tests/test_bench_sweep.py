@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +203,16 @@ def test_a_checkout_names_its_commit() -> None:
     if not (Path(__file__).parents[1] / ".git").exists():
         pytest.skip("not a git checkout")
     assert (commit() or "").rstrip("+").isalnum()
+
+
+def test_energy_is_what_the_cards_counter_grew_by() -> None:
+    card: Any = SimpleNamespace(joules=1000.0)
+    meter = nvml.start_meter(card)
+    card.joules = 1012.5
+    assert meter.joules == 12.5
+    card.joules = None
+    assert meter.joules is None
+    assert nvml.start_meter(None).joules is None
 
 
 def test_without_a_driver_there_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
