@@ -208,6 +208,7 @@ def test_warm_up_prompts_are_others_of_the_same_lengths(vocabulary: Vocabulary |
     others = warm_up(measured, vocabulary, seed=0)
     assert [prompt_len(item, vocabulary) for item in others] == [prompt_len(item, vocabulary) for item in measured]
     assert [item.output_len for item in others] == [item.output_len for item in measured]
+    assert others != warm_up(measured, vocabulary, seed=0, cell=1)
     assert not {str(item.prompt) for item in others} & {str(item.prompt) for item in measured}
 
 

@@ -69,10 +69,10 @@ class Client:
             check_context(items, self.vocabulary, self.endpoint.context_length)
         return items
 
-    async def warm_up(self, items: Sequence[Item], load: Load) -> None:
+    async def warm_up(self, items: Sequence[Item], load: Load, cell: int = 0) -> None:
         """Other prompts of the same shapes, as many, under the same load: what a server compiles or allocates when it
         first meets a shape is not measured."""
-        await self._run(warm_up(items, self.vocabulary, self.workload.seed), load, None)
+        await self._run(warm_up(items, self.vocabulary, self.workload.seed, cell), load, None)
 
     async def measure(
         self, items: Sequence[Item], load: Load, goodput: Goodput | None, progress: Progress | None
