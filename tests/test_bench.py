@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import save_tiny
 
-from llmq.bench.engine import evaluate
+from llmq.bench.engine import Subject, evaluate
 from llmq.bench.metrics import (
     PERCENTILES,
     Distribution,
@@ -26,7 +28,9 @@ from llmq.bench.metrics import (
     percentile,
     summarize,
 )
+from llmq.bench.peers import Vllm
 from llmq.bench.workload import Item, Vocabulary, Workload, prompt_len, warm_up
+from llmq.engine.options import EngineOptions
 from llmq.errors import CHECK_FAILED, FAILED, USAGE, LlmqError
 
 TIMES = st.lists(st.floats(0, 1e3), min_size=1, max_size=50)
@@ -204,6 +208,7 @@ def test_warm_up_prompts_are_others_of_the_same_lengths(vocabulary: Vocabulary |
     others = warm_up(measured, vocabulary, seed=0)
     assert [prompt_len(item, vocabulary) for item in others] == [prompt_len(item, vocabulary) for item in measured]
     assert [item.output_len for item in others] == [item.output_len for item in measured]
+    assert others != warm_up(measured, vocabulary, seed=0, cell=1)
     assert not {str(item.prompt) for item in others} & {str(item.prompt) for item in measured}
 
 
@@ -350,6 +355,36 @@ def test_a_peer_that_is_not_there_is_an_error_with_a_hint(tiny: Path, peer: str,
     result = llmq("bench", "throughput", tiny, *SMALL, "--peer", peer)
     assert (result.code, result.out) == (code, "")
     assert "hint: " in result.err
+
+
+class FakeVllm:
+    """As much of vLLM as is called: this machine has none. Every answer has as many tokens as were asked for."""
+
+    SamplingParams = staticmethod(dict)
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def LLM(self, model: str, **options: Any) -> FakeVllm:
+        self.calls.append((model, options))
+        return self
+
+    def generate(self, prompts: list[Any], params: list[Any], *, use_tqdm: bool) -> list[Any]:
+        self.calls.append((prompts, params))
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * one["max_tokens"])]) for one in params]
+
+
+def test_vllm_is_asked_for_the_same_tokens_greedily(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeVllm()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    workload = Workload(2, 4, 3)
+    subject = Subject(str(tiny), [workload], revision=None, dtype="auto", device="cpu", options=EngineOptions())
+    figures = Vllm(subject).run(subject.items(workload))
+    (model, options), (prompts, params) = fake.calls
+    assert (model, options["dtype"], options["load_format"]) == (str(tiny), "float32", "auto")
+    assert [prompt["prompt_token_ids"] for prompt in prompts] == tokens(subject.items(workload))
+    assert [(one["max_tokens"], one["temperature"], one["ignore_eos"]) for one in params] == [(3, 0.0, True)] * 2
+    assert figures["output_throughput"] > 0
 
 
 def test_latency_is_that_of_whole_batches(tiny: Path) -> None:

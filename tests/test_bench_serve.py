@@ -110,6 +110,14 @@ def test_counters_of_the_servers_metrics_say_what_was_cached_and_preempted() -> 
     assert (found["cached_tokens"], found["preemptions"]) == (64, 3)
 
 
+def test_prompts_that_an_earlier_run_left_in_the_prefix_cache_are_warned_of() -> None:
+    with StandIn(cached=3) as warm, StandIn(cached=0) as cold:
+        assert "12 of 44 prompt tokens" in bench(warm.url).err
+        assert "warning" not in bench(cold.url).err
+        shared = ("--dataset", "prefix", "--prefix-len", 4)
+        assert "warning" not in bench(warm.url, *shared).err, "they are meant to be"
+
+
 def test_goodput_is_of_the_requests_within_the_limits() -> None:
     with StandIn() as server:
         found = report(bench(server.url, "--goodput", "ttft:60000 tpot:60000"))
@@ -160,6 +168,12 @@ def test_what_is_no_url_is_a_usage_error(url: str) -> None:
     assert bench(url).code == USAGE
 
 
+def test_tokens_are_nothing_to_chat_with() -> None:
+    with StandIn() as server:
+        assert bench(server.url, "--endpoint", "chat", "--tokenizer", "demo").code == USAGE
+    assert not server.bodies
+
+
 def test_a_model_that_is_not_served_is_named() -> None:
     with StandIn() as server:
         result = bench(server.url, "--model", "other")
@@ -199,7 +213,7 @@ def test_a_sweep_of_rates_gives_every_one_fresh_prompts_and_marks_the_knee() -> 
         flags = ("--request-rates", "400,20,200", *SMALL, "--burstiness", "inf", "--json")
         found = report(llmq("bench", "sweep", server.url, *flags))
     assert [cell["request_rate"] for cell in found["cells"]] == [20, 200, 400]
-    assert len(set(map(str, server.prompts))) == 4 * 4
+    assert len(set(map(str, server.prompts))) == 3 * (4 + 4), "and others to warm up"
     assert found["knee"] in (None, 20, 200, 400)
     assert (found["axis"], found["cells"][0]["completed"]) == ("request_rate", 4)
 
@@ -208,11 +222,12 @@ def test_our_own_server_under_load(tmp_path: Path) -> None:
     """The whole way: prompts of the model's own tokens, counted by its usage, its metrics, its table."""
     with served("demo") as server:
         result = llmq("bench", "serve", server.url, *SMALL, "--request-rate", 50, "-o", tmp_path / "report.json")
-        cached = report(bench(server.url, "--dataset", "prefix", "--input-len", 70, "--prefix-len", 64))
+        shared = ("--dataset", "prefix", "--num-prefixes", 1, "--input-len", 70, "--prefix-len", 64)
+        cached = report(bench(server.url, *shared, "--max-concurrency", 1))
     assert result.code == 0, result.err
     assert "output tokens/s" in result.out.splitlines()[0]
     assert max(map(len, result.out.splitlines())) <= 100
     found = json.loads((tmp_path / "report.json").read_text())
     assert (found["completed"], found["total_input_tokens"], found["total_output_tokens"]) == (4, 24, 20)
     assert (found["cached_tokens"], found["preemptions"]) == (0, 0)
-    assert cached["cached_tokens"] is not None
+    assert cached["cached_tokens"] == 3 * 64, "what the second to the fourth share with the first"

@@ -4,7 +4,7 @@ A product reads its weight and its inputs and writes its outputs once, and multi
 two, bytes over the bandwidth of a large copy and operations over the rate of a large product, both measured first. Each
 call has another weight, so that together they are several times the cache (but MOST at most), and a time is the median
 over rounds: on a GPU, of replays of a CUDA graph. A layer with 8-bit activations rounds them within its time. Weights
-are random.
+are random. On a CPU, whose caches hold small layers, a share may be over 1.
 
 Roofline: Williams, Waterman, Patterson, 2009, https://doi.org/10.1145/1498765.1498785
 """

@@ -12,7 +12,7 @@ import typer
 from llmq.bench.load import Load
 from llmq.bench.metrics import PERCENTILES, Metrics
 from llmq.bench.workload import DATASETS, Workload
-from llmq.cli.console import out, table
+from llmq.cli.console import err, out, table
 from llmq.cli.options import with_flags
 from llmq.errors import USAGE, LlmqError
 
@@ -125,6 +125,15 @@ def print_comparison(peer: Any) -> None:
         rounds = (f"{ours[name]:,.1f} / {theirs[name]:,.1f}" for ours, theirs in peer.rounds)
         grid.add_row(name, f"{ratio:.3f}", *rounds)
     out.print(grid)
+
+
+def warn_if_cached(cached: int | None, read: int, workload: Workload) -> None:
+    """Say so where a prefix cache had what should be new to it: an earlier run asked for the same."""
+    if cached and workload.dataset != "prefix":
+        err.print(
+            f"warning: {cached:,} of {read:,} prompt tokens were in the server's prefix cache; another --seed has "
+            "prompts that it has not seen"
+        )
 
 
 def raise_if_failed(failed: int, total: int, errors: Sequence[str]) -> None:

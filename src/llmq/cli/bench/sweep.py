@@ -97,6 +97,11 @@ def sweep(
         from llmq.bench.plot import draw_sweep
 
         draw_sweep(report, plot)
+    cached, read = (
+        sum(getattr(cell.metrics, name) or 0 for cell in report.cells)
+        for name in ("cached_tokens", "total_input_tokens")
+    )
+    flags.warn_if_cached(cached, read, workload)
     total = sum(cell.metrics.completed + cell.metrics.failed for cell in report.cells)
     errors = sorted({error for cell in report.cells for error in cell.details["errors"]})
     flags.raise_if_failed(report.failed, total, errors)
@@ -106,7 +111,8 @@ def _print(report: SweepReport) -> None:
     batches = report.axis == "batch_size"
     knee = "below the least of these" if report.knee is None else f"{report.knee:g}"
     knee += " or more" if report.knee == report.cells[-1].load else ""
-    out.print(f"knee: {'batch' if batches else 'requests/s'} {knee}: {report.reason}")
+    out.print(f"knee: {'batch' if batches else 'requests/s'} {knee}")
+    out.print(report.reason)
     out.print()
     completed = () if batches else ("completed/s", "scheduled TTFT p99")
     grid = table("batch" if batches else "offered/s", *completed, "tokens/s", *_COLUMNS, "cached", "failed")
