@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -140,6 +139,7 @@ class LLM:
         dummy = self.options.load_format == "dummy"
         without = not text or (dummy and not has_tokenizer(self.folder))
         self._tokenizer = None if without else load_tokenizer(self.folder)
+        self._grammars = Grammars(self.folder, self.config.vocab_size, self.config.eos_token_ids)
         self.max_model_len = self._max_model_len()
         if dummy:
             self.decoder = dummy_decoder(self.config.for_context(self.max_model_len), self.device, self.dtype)
@@ -498,10 +498,6 @@ class LLM:
                     f"the stop token {token} is outside the vocabulary of {self.config.vocab_size}",
                     "check --stop-token-id",
                 )
-
-    @cached_property
-    def _grammars(self) -> Grammars:
-        return Grammars(self.folder, self.config.vocab_size, self.config.eos_token_ids)
 
     def _max_model_len(self) -> int:
         wanted = self.options.max_model_len
