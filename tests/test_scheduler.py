@@ -799,8 +799,9 @@ def test_what_a_stop_token_has_ended_draws_once_more_for_nobody() -> None:
     assert (sequence.output_ids, sequence.finish_reason) == ([EOS], "stop")
 
 
-def test_scores_of_a_prompt_that_is_to_start_over_are_not_kept() -> None:
-    scheduler = make_scheduler(20, max_num_batched_tokens=8)
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_scores_of_a_prompt_are_kept_unless_it_is_to_start_over(preemption: str) -> None:
+    scheduler = make_scheduler(20, cpu_blocks=20, preemption=preemption, max_num_batched_tokens=8)
     request = make_request(0, 20, 2, prompt_logprobs=0)
     scheduler.add(request)
     first = scheduler.schedule()
@@ -809,7 +810,7 @@ def test_scores_of_a_prompt_that_is_to_start_over_are_not_kept() -> None:
     scheduler.schedule()
     scores = [TokenLogprobs(-1.0, ())] * 8
     scheduler.update(first, StepOutput((), [(first.rows[0].sequence_id, scores)]))
-    assert request.prompt_logprobs == []
+    assert request.prompt_logprobs == (scores if preemption == "swap" else [])
 
 
 @pytest.mark.parametrize(

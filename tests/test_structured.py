@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -229,11 +229,17 @@ def test_what_contradicts_a_grammar_is_refused(field: dict[str, Any]) -> None:
 
 
 def test_a_model_that_cannot_have_grammars_says_so(tmp_path: Path) -> None:
-    with pytest.raises(LlmqError, match="has none"):
-        Grammars(tmp_path, 258, [257])
+    def reason(vocab_size: int = 258, eos_token_ids: Sequence[int] = (257,)) -> str:
+        with pytest.raises(LlmqError) as refused:
+            Grammars(tmp_path, vocab_size, eos_token_ids).matcher(ANY_OBJECT)
+        return refused.value.message
+
+    assert "need a tokenizer.json" in reason()
     byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(LlmqError, match="the model has none"):
-        Grammars(tmp_path, 258, [])
+    assert "an end-of-text token, and the model has none" in reason(eos_token_ids=())
+    assert "vocab size too small" in reason(vocab_size=100)
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert "cannot be used for structured outputs" in reason()
 
 
 def test_lines_of_a_batch_file_may_ask_for_it(tiny: Path, tmp_path: Path) -> None:

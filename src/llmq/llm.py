@@ -13,7 +13,6 @@ import warnings
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -152,6 +151,7 @@ class LLM:
         dummy = self.options.load_format == "dummy"
         without = not text or (dummy and not has_tokenizer(self.folder))
         self._tokenizer = None if without else load_tokenizer(self.folder)
+        self._grammars = Grammars(self.folder, self.config.vocab_size, self.config.eos_token_ids)
         self.max_model_len = self._max_model_len()
         kv_scales = None
         if dummy:
@@ -520,10 +520,6 @@ class LLM:
                     f"the stop token {token} is outside the vocabulary of {self.config.vocab_size}",
                     "check --stop-token-id",
                 )
-
-    @cached_property
-    def _grammars(self) -> Grammars:
-        return Grammars(self.folder, self.config.vocab_size, self.config.eos_token_ids)
 
     def _max_model_len(self) -> int:
         wanted = self.options.max_model_len

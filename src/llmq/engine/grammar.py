@@ -38,59 +38,54 @@ class Matcher(Protocol):
 
 
 class Grammars:
-    """The grammars of one model's vocabulary, each compiled once."""
+    """The grammars of one model's vocabulary, each compiled once; nothing is done before the first is asked for."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """LlmqError where llguidance is missing, or the model in ``folder`` has no tokenizer.json or no end of text."""
+        """``folder``: with the model's tokenizer.json. ``vocab_size``: of its logits."""
         self._tokenizer = folder / "tokenizer.json"
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
-        try:
-            import llguidance
-        except ImportError:
-            raise LlmqError("structured outputs need llguidance", "pip install 'llmq[serve]'") from None
-        self._library: Any = llguidance
-        if not self._tokenizer.exists():
-            raise LlmqError(f"structured outputs need a tokenizer.json, and {folder} has none")
-        if not self._eos_token_ids:
-            raise LlmqError("structured outputs end with an end-of-text token, and the model has none")
         self._start = lru_cache(COMPILED)(self._compile)
 
-    def check(self, schema: str) -> None:
-        """LlmqError unless ``schema``, a text, is a JSON Schema that can be followed. Needs no vocabulary."""
-        failure = self._library.LLMatcher.validate_grammar(self._grammar(schema))
-        if failure:
-            raise _refusal(failure)
-
     def matcher(self, schema: str) -> Matcher:
-        """At the beginning of a completion that is to fit ``schema``. LlmqError as ``check``."""
+        """At the beginning of a completion that is to fit ``schema``, a text of JSON Schema.
+
+        LlmqError when it cannot be followed, llguidance is missing, or the model has no tokenizer.json that llguidance
+        reads or no end-of-text token.
+        """
         return self._start(schema).deep_copy()
 
     def _compile(self, schema: str) -> Matcher:
-        matcher = self._library.LLMatcher(self._vocabulary, self._grammar(schema), log_level=0)
-        if matcher.is_error():
-            raise _refusal(matcher.get_error())
-        made: Matcher = matcher
-        return made
+        vocabulary = self._vocabulary
+        from llguidance import LLMatcher
 
-    def _grammar(self, schema: str) -> str:
         try:
-            grammar: str = self._library.LLMatcher.grammar_from_json_schema(
-                schema, overrides={"whitespace_pattern": WHITESPACE}
-            )
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
         except ValueError as error:
             raise _refusal(str(error)) from None
-        return grammar
+        matcher: Any = LLMatcher(vocabulary, grammar, log_level=0)
+        if matcher.is_error():
+            raise _refusal(matcher.get_error())
+        start: Matcher = matcher
+        return start
 
     @cached_property
     def _vocabulary(self) -> Any:
+        if not self._tokenizer.exists():
+            raise LlmqError(f"structured outputs need a tokenizer.json, and {self._tokenizer.parent} has none")
+        if not self._eos_token_ids:
+            raise LlmqError("structured outputs end with an end-of-text token, and the model has none")
         try:
-            return self._library.LLTokenizer(
-                self._tokenizer.read_text(encoding="utf-8"), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
-            )
+            from llguidance import LLTokenizer
+
+            text = self._tokenizer.read_text(encoding="utf-8")
+            return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+        except ImportError:
+            raise LlmqError("structured outputs need llguidance", "pip install 'llmq[serve]'") from None
         except ValueError as error:
             raise LlmqError(f"{self._tokenizer} cannot be used for structured outputs: {error}") from None
 
 
 def _refusal(reason: str) -> LlmqError:
+    # Behind its reason llguidance shows its state.
     return LlmqError(f"the JSON schema cannot be followed: {' '.join(reason.partition('<state>')[0].split())}")

@@ -163,7 +163,7 @@ class Request:
     """Tokens, prompt included, at which a completion is as long as it may get."""
     eos_token_ids: frozenset[int] = frozenset()
     grammar: Matcher | None = None
-    """Of json_schema, at the beginning of a completion."""
+    """Of json_schema, at its beginning: the first sequence follows it, and others a copy each."""
     number: int = 0
     order: tuple[int, int] = (0, 0)
     arrival_time: float = 0.0

@@ -705,9 +705,10 @@ class Scheduler:
         self, flight: Flight, sequence_id: int, logprobs: list[TokenLogprobs], displaced: list[Request]
     ) -> None:
         for sequence in flight.sequences:
+            request = sequence.request
             # Who is to start over scores all of its prompt again.
-            if sequence.sequence_id == sequence_id and sequence.request not in displaced:
-                sequence.request.prompt_logprobs.extend(logprobs)
+            if sequence.sequence_id == sequence_id and (request.swapped or request not in displaced):
+                request.prompt_logprobs.extend(logprobs)
 
     def _describe_step(self, draft: Draft) -> StepTrace:
         refused, self._refused = self._refused, 0

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint.config import ModelConfig
@@ -27,16 +26,16 @@ LONG_TEXT = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """``model``, as it was named to us, of ``folder``, served under ``name``. ``created``: Unix seconds.
+    """``model``, as it was named to us, served under ``name``. ``created``: Unix seconds.
 
     Without a tokenizer, prompts are token ids and answers have no text.
     """
 
     name: str
     model: str
-    folder: Path
     config: ModelConfig
     tokenizer: Tokenizer | None
+    grammars: Grammars
     limits: Limits
     client: EngineClient
     options: ServeOptions
@@ -89,11 +88,9 @@ class Service:
         """ApiError when answers are to fit a JSON Schema that cannot be followed here."""
         if params.json_schema is None:
             return
-        if self.tokenizer is None:
-            raise ApiError(400, "the model has no tokenizer: answers have no form", param="response_format")
         try:
-            # Large ones take a while.
-            await asyncio.to_thread(self._check_schema, params.json_schema)
+            # The engine will do the same; large ones take a while.
+            await asyncio.to_thread(self.grammars.matcher, params.json_schema)
         except LlmqError as error:
             raise ApiError(400, error.message, param="response_format") from None
 
@@ -113,9 +110,6 @@ class Service:
                 headers={"Retry-After": str(RETRY_SECONDS)},
             )
         return [Generation(self.client, self.decode, prompt_ids, params) for prompt_ids in prompts]
-
-    def _check_schema(self, schema: str) -> None:
-        Grammars(self.folder, self.config.vocab_size, self.config.eos_token_ids).check(schema)
 
     def _check_limits(self, prompt_tokens: int, params: SamplingParams) -> None:
         try:
