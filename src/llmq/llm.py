@@ -33,6 +33,7 @@ from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.plan import StepPlan, TokenLogprobs, layer_groups
 from llmq.runtime.device import (
     check_deterministic,
+    check_weights_fit,
     free_kv_cache_bytes,
     host_memory_bytes,
     resolve_device,
@@ -40,7 +41,7 @@ from llmq.runtime.device import (
 )
 from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.kv_cache import KVCache
-from llmq.runtime.loader import load_decoder, open_source
+from llmq.runtime.loader import load_decoder, open_source, resident_weight_bytes
 from llmq.runtime.runner import Result, Runner
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -147,6 +148,8 @@ class LLM:
         without = not text or (dummy and not has_tokenizer(self.folder))
         self._tokenizer = None if without else load_tokenizer(self.folder)
         self.max_model_len = self._max_model_len()
+        weights = resident_weight_bytes(self.config, self.dtype)
+        check_weights_fit(self.device, weights, self.options.gpu_memory_utilization)
         if dummy:
             self.decoder = dummy_decoder(self.config.for_context(self.max_model_len), self.device, self.dtype)
         else:
