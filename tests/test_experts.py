@@ -13,7 +13,7 @@ from tiny_models import save_tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmq.checkpoint.config import read_config
+from llmq.checkpoint.config import ModelConfig, read_config
 from llmq.runtime.decoder import MLP, Decoder, MixtureOfExperts
 from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.kernels.grouped import BLOCKS_M, LARGEST_PACKED, block_m_for
@@ -76,15 +76,16 @@ def test_a_tile_grows_with_the_assignments_of_an_expert() -> None:
     assert block_m_for(8000, [dense, packed], 8) == LARGEST_PACKED
 
 
-def expert_layers(scheme: Scheme | None, packed: bool) -> MixtureOfExperts:
-    """Six experts of 96 by 64 channels, three to a token, each with layers of its own."""
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """Six experts of 128 by 64 channels, three to a token."""
+    sizes = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    return read_config(save_tiny(tmp_path_factory.mktemp("model"), "qwen3-moe", **sizes))
 
-    class Config:
-        hidden_size, activation, mlp_bias = 96, "silu", False
-        experts = type("Experts", (), {"count": 6, "per_token": 3, "renormalized": True, "intermediate_size": 64})
-        names = type("Names", (), {"gate_up": ("gate_proj", "up_proj"), "down": "down_proj"})
 
-    mixture = MixtureOfExperts(Config)  # type: ignore[arg-type]
+def expert_layers(config: ModelConfig, scheme: Scheme | None, packed: bool) -> MixtureOfExperts:
+    """Experts with random layers of their own; ``packed``: as a GPU has them."""
+    mixture = MixtureOfExperts(config)
     for module in [*mixture.modules()]:
         if isinstance(module, nn.Linear):
             module.weight = nn.Parameter(torch.randn_like(module.weight) / 8, requires_grad=False)
@@ -93,7 +94,7 @@ def expert_layers(scheme: Scheme | None, packed: bool) -> MixtureOfExperts:
                 layer = module.get_submodule(name)
                 weight = draw_weight((layer.out_features, layer.in_features), scheme)  # type: ignore[arg-type]
                 made: Linear = quantized_linear(weight, None, torch.float32)
-                if packed:  # as a GPU has it
+                if packed:
                     made = WeightOnlyLinear(pack_wna16(weight, torch.float32), None)
                 module.set_submodule(name, made)
     return mixture
@@ -105,23 +106,25 @@ def expert_layers(scheme: Scheme | None, packed: bool) -> MixtureOfExperts:
      (Scheme(8, -1, activation_bits=8), False), (Scheme(8, -1, number=E4M3, activation_bits=8), False)],
     ids=str,
 )  # fmt: skip
-def test_merged_experts_give_what_they_give_one_by_one(scheme: Scheme | None, packed: bool) -> None:
+def test_merged_experts_give_what_they_give_one_by_one(
+    config: ModelConfig, scheme: Scheme | None, packed: bool
+) -> None:
     torch.manual_seed(0)
-    mixture = expert_layers(scheme, packed)
-    x = torch.randn(20, 96)
+    mixture = expert_layers(config, scheme, packed)
+    x = torch.randn(20, 128)
     apart = mixture(x)
     mixture.merge()
     assert mixture.grouped is not None
     torch.testing.assert_close(mixture(x), apart, rtol=1e-4, atol=1e-4 * float(apart.abs().max()))
 
 
-def test_experts_of_several_schemes_stay_apart() -> None:
+def test_experts_of_several_schemes_stay_apart(config: ModelConfig) -> None:
     torch.manual_seed(0)
-    mixture = expert_layers(None, False)
+    mixture = expert_layers(config, None, False)
     mixture.experts[3].set_submodule(  # type: ignore[union-attr]
-        "down_proj", WeightOnlyLinear(pack_wna16(draw_weight((96, 64), Scheme(4, 32)), torch.float32), None)
+        "down_proj", WeightOnlyLinear(pack_wna16(draw_weight((128, 64), Scheme(4, 32)), torch.float32), None)
     )
-    x = torch.randn(20, 96)
+    x = torch.randn(20, 128)
     apart = mixture(x)
     mixture.merge()
     assert mixture.grouped is None
@@ -136,10 +139,10 @@ def test_no_step_of_a_mixture_waits_for_the_host(architecture: str, tmp_path: Pa
         assert Decoder(config).waits_for_host  # its experts are still apart
 
 
-def test_each_token_gets_the_weighted_sum_of_its_experts() -> None:
+def test_each_token_gets_the_weighted_sum_of_its_experts(config: ModelConfig) -> None:
     torch.manual_seed(0)
-    mixture = expert_layers(None, False)
-    x = torch.randn(7, 96)
+    mixture = expert_layers(config, None, False)
+    x = torch.randn(7, 128)
     expected = torch.zeros_like(x)
     for token in range(7):
         p = mixture.gate(x[token]).softmax(-1)

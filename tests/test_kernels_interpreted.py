@@ -268,7 +268,7 @@ else:
         weight: GroupedWeight = wide
         exact_weight: GroupedWeight = wide.double()
         if scheme is not None:
-            weight = exact_weight = pack_wna16(draw_weight(stacked, scheme), dtype)
+            weight = exact_weight = pack_wna16(draw_weight(stacked, scheme, act_order=scheme.group_size == 128), dtype)
         exact = grouped_matmul_reference(x.double(), exact_weight, routing, torch.float64, gated=gated)
         out = grouped_matmul(x, weight, routing, dtype, gated=gated)
         assert (out - exact).norm() <= (2 if gated else 1) * TOLERANCE[dtype] * exact.norm()

@@ -36,6 +36,7 @@ from llmq.plan import StepPlan, TokenLogprobs, layer_groups
 from llmq.runtime.device import (
     KV_DTYPES,
     check_deterministic,
+    check_weights_fit,
     free_kv_cache_bytes,
     host_memory_bytes,
     resolve_device,
@@ -44,7 +45,7 @@ from llmq.runtime.device import (
 )
 from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.kv_cache import KVCache
-from llmq.runtime.loader import load_decoder, load_kv_scales, open_source
+from llmq.runtime.loader import load_decoder, load_kv_scales, open_source, resident_weight_bytes
 from llmq.runtime.runner import Result, Runner
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -153,6 +154,8 @@ class LLM:
         self._tokenizer = None if without else load_tokenizer(self.folder)
         self._grammars = Grammars(self.folder, self.config.vocab_size, self.config.eos_token_ids)
         self.max_model_len = self._max_model_len()
+        weights = resident_weight_bytes(self.config, self.dtype)
+        check_weights_fit(self.device, weights, self.options.gpu_memory_utilization)
         kv_scales = None
         if dummy:
             self.decoder = dummy_decoder(self.config.for_context(self.max_model_len), self.device, self.dtype)

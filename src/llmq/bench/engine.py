@@ -151,6 +151,14 @@ class Subject:
         metrics, errors = evaluate(outputs, items, duration, goodput, llm.stats.prefix_hits)
         return Run(metrics, llm.stats, errors, joules)
 
+    def token_times(self, items: Sequence[Item]) -> list[list[float]]:
+        """When the tokens of each of ``items`` came, all of which run at once. Raises what an item is refused with."""
+        outputs = self.llm.generate([item.prompt for item in items], [params(item) for item in items])
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        return [output.completions[0].token_times for output in outputs]
+
     def setup(self) -> Setup:
         """What is measured here, and on what."""
         llm = self.llm

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
+from llmq.errors import note
+from llmq.runtime.device import multiplies_fp8
+from llmq.runtime.kernels import triton_runs_on
 from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
@@ -75,18 +78,17 @@ def quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.
 
     Weight-only, it stays packed on a GPU: fewer bytes to hold, and to read for each token. A CPU gains no speed from
     that, so there the codes are widened to ``dtype`` once. On a GPU that cannot multiply FP8, its weights are taken as
-    weight-only, and activations left as they come.
+    weight-only, and activations left as they come; and a weight whose groups no kernel takes is widened too.
     """
     scheme = weight.scheme
-    if scheme.activation_bits == 8 and (scheme.number == INT or _multiplies_fp8(weight.codes.device)):
+    if scheme.activation_bits == 8 and (scheme.number == INT or multiplies_fp8(weight.codes.device)):
         return W8A8Linear(pack_w8a8(weight), bias, dtype)
-    if weight.codes.is_cuda:
-        return WeightOnlyLinear(pack_wna16(weight, dtype), bias)
+    if triton_runs_on(weight.codes.device.type):
+        try:
+            return WeightOnlyLinear(pack_wna16(weight, dtype), bias)
+        except ValueError as error:
+            note(f"{error}: there is no kernel for such layers, and they are widened to {dtype} as they are loaded")
     return _dense(weight.dequantize().to(dtype), bias)
-
-
-def _multiplies_fp8(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def input_number(layer: nn.Module) -> str | None:

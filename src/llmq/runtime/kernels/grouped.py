@@ -62,12 +62,9 @@ def grouped_matmul(
     A tile of any size adds the same channels in the same order by the same instruction: an assignment's result does
     not depend on the others.
     """
-    if isinstance(weight, PackedWeight) and weight.order is not None:
-        assert isinstance(x, Tensor)
-        x = x.index_select(1, weight.order)
     rows = x.codes if isinstance(x, QuantizedRows) else x
     if not runs_triton(rows):
-        return _reference(x, weight, routing, dtype, bias, gated=gated)
+        return grouped_matmul_reference(x, weight, routing, dtype, bias=bias, gated=gated)
     if isinstance(weight, PackedWeight):
         from llmq.runtime.kernels.grouped_wna16_triton import grouped_wna16_triton
 
@@ -87,21 +84,6 @@ def grouped_matmul_reference(
     gated: bool = False,
 ) -> Tensor:
     """``grouped_matmul`` in plain PyTorch: a product for each expert that has any tokens."""
-    if isinstance(weight, PackedWeight) and weight.order is not None:
-        assert isinstance(x, Tensor)
-        x = x.index_select(1, weight.order)
-    return _reference(x, weight, routing, dtype, bias, gated=gated)
-
-
-def _reference(
-    x: Tensor | QuantizedRows,
-    weight: GroupedWeight,
-    routing: Routing,
-    dtype: torch.dtype,
-    bias: Tensor | None,
-    *,
-    gated: bool,
-) -> Tensor:
     rows = x.codes if isinstance(x, QuantizedRows) else x
     repeats, size = len(routing.order) // len(rows), out_features(weight) // routing.experts
     out = torch.empty(len(routing.order), size // 2 if gated else size, dtype=dtype, device=rows.device)
@@ -124,6 +106,6 @@ def _product(
         return w8a8_matmul_reference(rows, part, bias, dtype)
     assert isinstance(x, Tensor)
     if isinstance(weight, PackedWeight):
-        packed = replace(weight, words=weight.words[:, own], meta=weight.meta[:, own], order=None)
+        packed = replace(weight, words=weight.words[:, own], meta=weight.meta[:, own])
         return wna16_matmul_reference(x[at], packed, bias)
     return F.linear(x[at], weight[own], bias)

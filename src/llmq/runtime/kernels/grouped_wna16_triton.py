@@ -51,7 +51,9 @@ def launch_for(gated: bool, block_m: int, element_size: int) -> Launch:
 def grouped_wna16_triton(
     x: Tensor, packed: PackedWeight, routing: Routing, bias: Tensor | None, *, gated: bool
 ) -> Tensor:
-    """``grouped_matmul`` through Triton; ``x`` is in packed order."""
+    """``grouped_matmul`` through Triton."""
+    if packed.order is not None:
+        x = x.index_select(1, packed.order)
     if x.stride(1) != 1:
         x = x.contiguous()
     assignments, size = len(routing.order), packed.out_features // routing.experts
