@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefill first": {"scheduler": "prefill-first", "max_num_batched_tokens": 120},
     "window": {"windows": (24,)},
     "full and window": {"windows": (None, 24), "preemption": "swap", "cpu_blocks": 60},
+    "8 bits, and their scales": {"preemption": "swap", "cpu_blocks": 60, "dtype": torch.int8},
 }
 
 
@@ -41,11 +42,11 @@ def requests(chance: random.Random) -> list[Request]:
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_every_answer_counts_on(settings: str) -> None:
     options = dict(SETTINGS[settings])
-    windows = options.pop("windows", (None,))
+    windows, dtype = options.pop("windows", (None,)), options.pop("dtype", torch.float32)
     blocks = 22 * len(windows)
     scheduler = make_scheduler(blocks, windows=windows, **options)
     decoder = counting_decoder(windows)
-    cache = KVCache(decoder.config, blocks + 1, 16, torch.float32, "cpu", options.get("cpu_blocks", 0))
+    cache = KVCache(decoder.config, blocks + 1, 16, dtype, "cpu", options.get("cpu_blocks", 0))
     runner = Runner(decoder, cache, "cpu", max_sequences=64, max_tokens=2048)
     chance = random.Random(settings)
     asked = requests(chance)
@@ -72,11 +73,11 @@ def test_every_answer_counts_on(settings: str) -> None:
 def test_every_answer_counts_on_when_each_step_is_planned_while_the_last_one_runs(settings: str) -> None:
     """Through preemption, swapping, and ends by length, by a stop token that nobody knows of yet, and from outside."""
     options = dict(SETTINGS[settings])
-    windows = options.pop("windows", (None,))
+    windows, dtype = options.pop("windows", (None,)), options.pop("dtype", torch.float32)
     blocks = 22 * len(windows)
     scheduler = make_scheduler(blocks, windows=windows, **options)
     decoder = counting_decoder(windows)
-    cache = KVCache(decoder.config, blocks + 1, 16, torch.float32, "cpu", options.get("cpu_blocks", 0))
+    cache = KVCache(decoder.config, blocks + 1, 16, dtype, "cpu", options.get("cpu_blocks", 0))
     runner = Runner(decoder, cache, "cpu", max_sequences=64, max_tokens=2048)
     chance = random.Random(settings)
     asked: list[Request] = []

@@ -88,7 +88,9 @@ def attention(
     capped: bool = False,
     cache: str = "bf16",
 ) -> Any:
-    launch = (attention_triton.decode_launch if decode else attention_triton.prefill_launch)(group, head_dim, 2)
+    launch = attention_triton.prefill_launch(group, head_dim, 2)
+    if decode:
+        launch = attention_triton.decode_launch(group, head_dim, 2, room=True)
     pointers = {"query": "*bf16", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": "*bf16"}
     scales = dict.fromkeys(("key_scales", "value_scales"))
     pointers |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(
@@ -159,15 +161,15 @@ def test_attention_on_hopper(
     assert spilled_bytes(compiled, tmp_path) == 0
 
 
-@pytest.mark.parametrize(("cache", "most"), [("fp8e4nv", 5), ("i8", 7.7)])
+@pytest.mark.parametrize(("cache", "most"), [("fp8e4nv", 3.6), ("i8", 5.3)])
 @pytest.mark.parametrize("decode", [True, False])
 def test_attention_over_8_bits_on_hopper(decode: bool, cache: str, most: float, tmp_path: Path) -> None:
     compiled = attention(90, 128, 64, 4, decode, False, cache=cache)
     assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
-    launch = attention_triton.decode_launch(4, 128, 2)
+    launch = attention_triton.decode_launch(4, 128, 2, room=True)
     if decode:
-        # What reading a number of 8 bits at full bandwidth leaves time for: 7.8 instructions.
+        # Reading 8 bits at full bandwidth leaves time for 7.8 of them, if nothing ever waits.
         assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * 2 * launch.tile * 128
 
 

@@ -17,12 +17,22 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
 
     many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
                              and leaves the mask out where every query of the tile sees every key
+
+Keys and values of 8 bits become fp16 in registers. The matrix instruction takes a value's channel from two tokens at
+once, which no load brings together byte by byte; two channels at a time, one does:
+
+    token t       … c1 c0 …     }  a register of        ┌ c0 of t, c0 of t + 1  →  one product for the even channels
+    token t + 1   … c1 c0 …     }  c1 c0 | c1 c0   →    └ c1 of t, c1 of t + 1  →  one for the odd
+
+A scale of the layer goes into that of the scores, and into the sum at the end; those of tokens multiply the scores and
+the weights.
 """
 
 # ruff: noqa: SIM102, SIM108 (an `if` on a constexpr is decided when the kernel is compiled)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -76,12 +86,19 @@ class Launch(NamedTuple):
     stages: int
 
 
-def decode_launch(group: int, head_dim: int, element_size: int) -> Launch:
+@cache
+def has_room(device: torch.device) -> bool:
+    """Whether a program may have more than 128 KiB of shared memory: on A100, H100, B200, and not on other GPUs."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return capability == (8, 0) or 9 <= capability[0] <= 11
+
+
+def decode_launch(group: int, head_dim: int, element_size: int, *, room: bool) -> Launch:
     """For the grid of rows with few queries."""
     block_m = max(16, triton.next_power_of_2(group))
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
-    return Launch(block_m, 64, 4, 4 if head_dim <= 128 else 2)
+    return Launch(block_m, 64, 4, 2 if head_dim > 128 else 4 if room else 3)
 
 
 def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
@@ -125,7 +142,7 @@ def paged_attention_triton(
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
         raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
     group = heads // kv_heads
-    decode = decode_launch(group, head_dim, query.element_size())
+    decode = decode_launch(group, head_dim, query.element_size(), room=has_room(query.device))
     prefill = prefill_launch(group, head_dim, query.element_size())
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
 
@@ -340,7 +357,7 @@ def attend(
 ):  # fmt: skip
     """Take the keys [first, last), tile by tile, into the running softmax (acc, best, total) of the queries q.
 
-    acc    the values' sum weighted by 2^(score − best)
+    acc    the values' sum weighted by 2^(score − best); of 8 bits, that of the even channels, and acc_odd of the odd
     best   the greatest score yet; scores are in units of log 2, so that the exponential is one instruction
     total  the sum of the weights
     scale  takes a product of query and key, or, if CAPPED, its tanh to those units
