@@ -193,7 +193,7 @@ def crossover(batch_sizes: Sequence[int], ratios: Sequence[float]) -> float | No
     for (below, under), (above, over) in reversed(list(pairwise(points))):
         if under < 1:
             share = -math.log(under) / (math.log(over) - math.log(under))
-            return below * (above / below) ** share
+            return float(below * (above / below) ** share)
     return float(batch_sizes[0])
 
 

@@ -40,7 +40,7 @@ def draw_compare(report: CompareReport, path: Path) -> None:
         axes.set(title=f"KL from {first}, nats a token")
     for axes in (work, *rest):
         axes.title.set_fontsize(9)
-    figure.suptitle(f"{report.setup.model} on {report.setup.device_name}", fontsize=10)
+    figure.suptitle(f"{Path(report.setup.model).name} on {report.setup.device_name}", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

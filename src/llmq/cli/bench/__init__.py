@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from llmq.cli.bench.batching import batching
 from llmq.cli.bench.compare import compare
 from llmq.cli.bench.latency import latency
 from llmq.cli.bench.serve import serve
@@ -16,6 +17,7 @@ app.command()(throughput)
 app.command()(serve)
 app.command()(sweep)
 app.command()(compare)
+app.command()(batching)
 
 
 @app.callback()

@@ -142,10 +142,11 @@ def _print(report: CompareReport) -> None:
     out.print()
     for (scheme, other), start in report.crossovers.items():
         out.print(f"{scheme} overtakes {other} at a batch of {start:.1f}")
+    rounds = len(report.rows[0].rounds)
     turns = "in turns" if report.side_by_side else "one scheme after another"
     out.print(
-        f"{report.workload.num_prompts} requests, all there at the start; medians of {len(report.rows[0].rounds)} "
-        f"rounds, {turns}; {report.setup.device_name}"
+        f"{report.workload.num_prompts} requests, all there at the start; {rounds} round{'s' * (rounds > 1)}, {turns}; "
+        f"{report.setup.device_name}"
     )
 
 
