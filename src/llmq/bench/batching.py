@@ -13,8 +13,6 @@ without a cache (how time grows with length).
 
 from __future__ import annotations
 
-import heapq
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from typing import Any
 
 from llmq.bench.engine import Run, Setup, Subject, evaluate, params
 from llmq.bench.load import Load, Progress
+from llmq.bench.uneven import ROUNDS, Requests, count_steps
 from llmq.bench.workload import Item, Workload
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import resolve
@@ -31,44 +30,12 @@ from llmq.engine.options import EngineOptions
 from llmq.errors import USAGE, LlmqError
 from llmq.llm import RequestOutput
 
-ROUNDS = 3
 ALONE = 8
 """One after another runs this share of the requests, 1/8: it is slow, and every request tells the same."""
 UTILIZATION = 0.6
 """Of what static batching can do, the rate at which requests come one by one."""
 MOMENT = 0.001
 """Seconds between looks at the clock, while nothing can be done."""
-
-
-@dataclass(frozen=True, slots=True)
-class Requests:
-    """num_prompts  how many
-    input_len    tokens of each prompt
-    longest      tokens generated for the longest
-    spread       the shortest gets longest / spread; the logarithms of the lengths are uniform between
-    growth       tokens of the one long answer
-    seed         of all that is drawn
-    """
-
-    num_prompts: int = 128
-    input_len: int = 8
-    longest: int = 128
-    spread: int = 16
-    growth: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_prompts", "input_len", "longest", "spread"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise LlmqError(f"{flag} is {getattr(self, name)}", "make it 1 or more", exit_code=USAGE)
-        if self.spread > self.longest or self.growth < 2:
-            raise LlmqError("--spread is at most --longest, and --growth 2 or more", "check them", exit_code=USAGE)
-
-    @property
-    def output_lens(self) -> list[int]:
-        noise = random.Random(f"lengths {self.seed}")
-        return [round(self.longest / self.spread ** noise.random()) for _ in range(self.num_prompts)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +126,8 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class BatchingReport:
+    """``request_rate``: at which they came one by one. ``growth``: without a cache, and with."""
+
     setup: Setup
     requests: Requests
     seats: int
@@ -193,16 +162,6 @@ class BatchingReport:
             "continuous_over_static_by_steps": self.counted,
             "growth": [one.as_json() for one in self.growth],
         }
-
-
-def count_steps(output_lens: Sequence[int], seats: int) -> tuple[int, int]:
-    """Steps that static and continuous batching take for answers of these lengths, in this order, all there at the
-    start: the sum of each batch's longest; and the end of the last when each takes the first seat that is free."""
-    static = sum(max(output_lens[first : first + seats]) for first in range(0, len(output_lens), seats))
-    free = [0] * seats
-    for length in output_lens:
-        heapq.heapreplace(free, free[0] + length)
-    return static, max(free)
 
 
 def bench_batching(

@@ -18,11 +18,9 @@ def draw_batching(report: BatchingReport, path: Path) -> None:
     bars = speed.bar(names, used, color="white", edgecolor="black")
     speed.bar_label(bars, [f"{value:,.0f}" for value in used], fontsize=8)
     for bar, result in zip(bars, report.results, strict=True):
-        bar.set_hatch("///" if result.wasted > 0.005 else "")
         if result.wasted > 0.005:
             place = (bar.get_x() + bar.get_width() / 2, bar.get_height() / 2)
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-            speed.text(*place, f"{result.wasted:.0%}\nwasted", ha="center", va="center", fontsize=8, bbox=box)
+            speed.text(*place, f"{result.wasted:.0%}\nof seats\nwasted", ha="center", va="center", fontsize=8)
     speed.set(title="output tokens/s, all requests there at the start")
     batched = [result for result in report.results if result.one_by_one is not None]
     for result, style in zip(batched, (":", "--", "-"), strict=True):
@@ -40,7 +38,8 @@ def draw_batching(report: BatchingReport, path: Path) -> None:
     for one, style in zip(report.growth, ("--", "-"), strict=True):
         label = f"{one.way.name}: twice the length, {one.doubling:.1f} × the time"
         growth.plot(range(1, len(one.seconds) + 1), one.seconds, f"k{style}", label=label)
-    growth.set(title="one answer", xlabel="tokens", ylabel="seconds since the start")
+    highest = max(one.seconds[-1] for one in report.growth)
+    growth.set(title="one answer", xlabel="tokens", ylabel="seconds since the start", ylim=(0, 1.25 * highest))
     for axes in (speed, latency, growth):
         axes.title.set_fontsize(9)
         axes.tick_params(labelsize=8)

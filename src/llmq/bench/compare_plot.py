@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from llmq.bench.compare import CompareReport
+from llmq.bench.compare_report import CompareReport
 
 STYLES = ("ko-", "ks--", "k^:", "kD-.", "kv-", "kP--")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")

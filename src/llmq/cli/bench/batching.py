@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmq.bench.uneven import ROUNDS, Requests
 from llmq.cli import options
 from llmq.cli.bench import flags
 from llmq.cli.console import out, print_report, progress, table
@@ -14,17 +15,21 @@ from llmq.cli.console import out, print_report, progress, table
 if TYPE_CHECKING:
     from llmq.bench.batching import BatchingReport, Result
 
+_REQUESTS = Requests()
+
 
 def batching(
     model: options.Model,
-    num_prompts: Annotated[int, typer.Option(help="Requests.")] = 128,
-    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 8,
-    longest: Annotated[int, typer.Option(help="Tokens generated for the longest.")] = 128,
-    spread: Annotated[int, typer.Option(help="How many times longer that is than the shortest.")] = 16,
-    growth: Annotated[int, typer.Option(help="Tokens of the answer by which time is set against length.")] = 512,
+    num_prompts: Annotated[int, typer.Option(help="Requests.")] = _REQUESTS.num_prompts,
+    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = _REQUESTS.input_len,
+    longest: Annotated[int, typer.Option(help="Tokens generated for the longest.")] = _REQUESTS.longest,
+    spread: Annotated[int, typer.Option(help="How many times longer that is than the shortest.")] = _REQUESTS.spread,
+    growth: Annotated[
+        int, typer.Option(help="Tokens of the answer by which time is set against length.")
+    ] = _REQUESTS.growth,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Times that the batched ways run, after once to warm up.")] = 3,
-    seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = 0,
+    rounds: Annotated[int, typer.Option(help="Times that the batched ways run, after once to warm up.")] = ROUNDS,
+    seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = _REQUESTS.seed,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -41,7 +46,7 @@ def batching(
 
         check_plot(plot)
 
-    from llmq.bench.batching import Requests, bench_batching
+    from llmq.bench.batching import bench_batching
 
     with progress("measurements") as bar:
         report = bench_batching(
