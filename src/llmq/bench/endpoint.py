@@ -19,7 +19,7 @@ from llmq.bench.http import Address, Response, parse_url
 from llmq.bench.load import Failure, Reply
 from llmq.bench.workload import Item, Vocabulary, vocabulary_of
 from llmq.checkpoint.folder import DEMO, resolve
-from llmq.errors import LlmqError
+from llmq.errors import USAGE, LlmqError
 
 SILENCE_SECONDS = 600.0
 """A server that says nothing for so long has failed."""
@@ -118,6 +118,9 @@ class Endpoint:
     def vocabulary(self, tokenizer: str | None) -> Vocabulary | None:
         """Of the model ``tokenizer``, else of the one that the server runs, if it is here; None: prompts are texts."""
         if self.chat:
+            if tokenizer is not None:
+                hint = "leave out --tokenizer, or pass --endpoint completions"
+                raise LlmqError("chat is asked with texts, not with tokens", hint, exit_code=USAGE)
             return None
         if tokenizer is not None:
             return vocabulary_of(resolve(tokenizer))

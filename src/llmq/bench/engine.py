@@ -17,14 +17,14 @@ from llmq.bench.environment import device_name, setting
 from llmq.bench.load import Progress
 from llmq.bench.memory import Line
 from llmq.bench.metrics import DEFINITIONS, Goodput, Metrics, Timeline, summarize
-from llmq.bench.nvml import card_of
+from llmq.bench.nvml import card_of, start_meter
 from llmq.bench.workload import Item, Workload, check_context, vocabulary_of
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import resolve
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import SamplingParams
 from llmq.llm import LLM, RequestOutput
-from llmq.memory import pool_block_bytes
+from llmq.memory import RESERVED_BLOCKS
 from llmq.memplan import plan as memplan
 from llmq.memplan.source import open_model
 from llmq.memplan.weights import dense_bytes
@@ -119,30 +119,27 @@ class Subject:
         self.model = model
         folder = resolve(model, revision)
         self.vocabulary = vocabulary_of(folder)
-        self._context = read_config(folder).context_length
         for workload in workloads:
-            self._drawn(workload, 0)
+            self._drawn(workload, 0, read_config(folder).context_length)
         self.llm = LLM(model, revision=revision, dtype=dtype, device=device, options=options)
-        self._context = self.llm.max_model_len
 
     def items(self, workload: Workload, cell: int = 0) -> list[Item]:
         """The requests of ``workload``, as token ids. LlmqError when one of them can never run here."""
-        found = self._drawn(workload, cell)
+        found = self._drawn(workload, cell, self.llm.max_model_len)
         for item in found:
             self.llm.limits.max_total(len(item.prompt), params(item))
         return found
 
-    def _drawn(self, workload: Workload, cell: int) -> list[Item]:
+    def _drawn(self, workload: Workload, cell: int, context_length: int) -> list[Item]:
         drawn = workload.items(self.vocabulary, cell)
         found = [Item(self.vocabulary.token_ids(item.prompt), item.output_len) for item in drawn]
-        check_context(found, self.vocabulary, self._context)
+        check_context(found, self.vocabulary, context_length)
         return found
 
     def run(self, items: Sequence[Item], goodput: Goodput | None = None, progress: Progress | None = None) -> Run:
         """All ``items`` at once, until the last is answered."""
-        llm, card = self.llm, card_of(self.llm.device)
+        llm, meter = self.llm, start_meter(card_of(self.llm.device))
         llm.reset_stats()
-        spent = card.joules if card else None
         started = time.perf_counter()
         outputs = []
         for output in llm.as_completed([item.prompt for item in items], [params(item) for item in items]):
@@ -150,7 +147,7 @@ class Subject:
             if progress is not None:
                 progress(len(outputs), len(items))
         duration = time.perf_counter() - started
-        joules = None if card is None or spent is None else (card.joules or spent) - spent
+        joules = meter.joules
         metrics, errors = evaluate(outputs, items, duration, goodput, llm.stats.prefix_hits)
         return Run(metrics, llm.stats, errors, joules)
 
@@ -175,8 +172,8 @@ class Subject:
         )
 
     def memory(self, items: Sequence[Item], run: Run) -> list[Line]:
-        """What the planner says of a run of ``items``, beside what it took."""
-        llm, itemsize = self.llm, self.llm.dtype.itemsize
+        """What the planner says of a run of ``items``, all at once and as long as the longest, beside what it took."""
+        llm = self.llm
         load = memplan.Load(
             batch_size=min(len(items), llm.options.seats),
             max_model_len=max(len(item.prompt) + item.output_len for item in items),
@@ -184,14 +181,17 @@ class Subject:
         )
         plan = memplan.plan(open_model(str(llm.folder)), load=load, options=llm.options)
         weights = resident_bytes(llm.decoder)
-        peak = run.stats.peak_blocks * pool_block_bytes(llm.config, llm.options.block_size, itemsize)
+        peak = llm.kv_cache_bytes // (run.stats.total_blocks + RESERVED_BLOCKS) * run.stats.peak_blocks
         if llm.device == "cpu":  # where weights are widened, and activations cannot be told from all else
-            dense = dense_bytes(plan.architecture, plan.weights.scheme, itemsize)
-            return [Line("weights", dense, weights, exact=True), Line("KV cache", plan.kv_cache, peak, exact=False)]
+            dense = dense_bytes(plan.architecture, plan.weights.scheme, llm.dtype.itemsize)
+            return [
+                Line("weights", dense, weights, exact=True),
+                Line("KV cache, at most", plan.kv_cache, peak, exact=False),
+            ]
         activations = torch.cuda.max_memory_allocated(llm.device) - weights - llm.kv_cache_bytes
         return [
             Line("weights", plan.weights.resident, weights, exact=True),
-            Line("KV cache", plan.kv_cache, peak, exact=False),
+            Line("KV cache, at most", plan.kv_cache, peak, exact=False),
             Line("activations", plan.activations.likely, activations, exact=False),
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
 from llmq.bench.comparison import ROUNDS, Comparison
@@ -61,6 +61,7 @@ class LatencyReport:
             **self.workload.as_json(),
             "batch_size": self.workload.num_prompts,
             "avg_latency": fmean(self.latencies),
+            "std_latency": pstdev(self.latencies),
             "latencies": self.latencies,
             "percentiles": {str(p): seconds for p, seconds in self.percentiles.items()},
             "output_throughput": self.output_throughput,

@@ -63,8 +63,9 @@ class Load:
         """
         own = [item.due for item in items if item.due is not None]
         if len(own) == len(items):
-            if not math.isinf(self.request_rate):
-                raise LlmqError("a trace has times of its own", "leave out --request-rate", exit_code=USAGE)
+            if not math.isinf(self.request_rate) or self.ramp_up:
+                hint = "leave out --request-rate and --ramp-up"
+                raise LlmqError("a trace has times of its own", hint, exit_code=USAGE)
             return own
         if math.isinf(self.request_rate):
             return [0.0] * len(items)

@@ -48,6 +48,24 @@ class Card:
         return None if failed else int(answer.value)
 
 
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """What ``card`` spends from now on; None where there is no card."""
+
+    card: Card | None
+    start: float | None
+
+    @property
+    def joules(self) -> float | None:
+        """So far."""
+        now = None if self.card is None else self.card.joules
+        return None if now is None or self.start is None else now - self.start
+
+
+def start_meter(card: Card | None) -> Meter:
+    return Meter(card, None if card is None else card.joules)
+
+
 def open_card(uuid: str | None = None) -> Card | None:
     """The card of this id, as CUDA gives it; without one, the machine's only card."""
     try:

@@ -114,7 +114,10 @@ class Vllm:
 
     def run(self, items: Sequence[Item]) -> Figures:
         prompts = [{"prompt_token_ids": item.prompt} for item in items]
-        params = [self._params(max_tokens=item.output_len, temperature=0.0, ignore_eos=True) for item in items]
+        params = [
+            self._params(max_tokens=item.output_len, temperature=0.0, ignore_eos=True, detokenize=False)
+            for item in items
+        ]
         started = time.perf_counter()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         duration = time.perf_counter() - started

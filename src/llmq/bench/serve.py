@@ -12,11 +12,9 @@ from llmq.bench.endpoint import Endpoint, connect
 from llmq.bench.environment import cpu_name, setting
 from llmq.bench.load import Load, Outcome, Progress, run_load
 from llmq.bench.metrics import DEFINITIONS, Goodput, Metrics
-from llmq.bench.nvml import open_card
+from llmq.bench.nvml import Card, open_card, start_meter
 from llmq.bench.workload import Item, Vocabulary, Workload, check_context, prompt_len, warm_up
-
-WARM_UPS = 32
-"""Requests before the measured ones, at most."""
+from llmq.memplan.gpu import detect_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,11 @@ class Client:
     workload: Workload
     vocabulary: Vocabulary | None
 
+    @property
+    def card(self) -> Card | None:
+        """That the server runs on, if it is on this machine, which has no other."""
+        return open_card() if self.endpoint.is_local else None
+
     def items(self, cell: int) -> list[Item]:
         """The requests of measurement ``cell``. LlmqError when the server cannot take one of them."""
         items = self.workload.items(self.vocabulary, cell)
@@ -66,19 +69,19 @@ class Client:
             check_context(items, self.vocabulary, self.endpoint.context_length)
         return items
 
-    async def warm_up(self, items: Sequence[Item], load: Load) -> None:
-        """Other prompts of the same shapes under the same load."""
-        some = [replace(item, due=None) for item in items[:WARM_UPS]]
-        await self._run(warm_up(some, self.vocabulary, self.workload.seed), load, None)
+    async def warm_up(self, items: Sequence[Item], load: Load, cell: int = 0) -> None:
+        """Other prompts of the same shapes, as many, under the same load: what a server compiles or allocates when it
+        first meets a shape is not measured."""
+        await self._run(warm_up(items, self.vocabulary, self.workload.seed, cell), load, None)
 
     async def measure(
         self, items: Sequence[Item], load: Load, goodput: Goodput | None, progress: Progress | None
     ) -> ServeRun:
         """Put ``load`` on the server."""
-        card = open_card() if self.endpoint.is_local else None
-        before, spent = await self.endpoint.counters(), card.joules if card else None
+        before = await self.endpoint.counters()
+        meter = start_meter(self.card)
         outcome = await self._run(items, load, progress)
-        joules = None if card is None or spent is None else (card.joules or spent) - spent
+        joules = meter.joules
         after, counters = await self.endpoint.counters(), None
         if before is not None and after is not None:
             counters = {name: after[name] - before.get(name, 0) for name in after}
@@ -89,13 +92,13 @@ class Client:
 
     def as_json(self) -> dict[str, Any]:
         """What was asked, of whom, from where."""
-        card = open_card() if self.endpoint.is_local else None
+        card = self.card
         return {
             "backend": "openai-chat" if self.endpoint.chat else "openai",
             "base_url": self.endpoint.url,
             "model_id": self.endpoint.model,
             "endpoint": "chat" if self.endpoint.chat else "completions",
-            **setting(cpu_name(), card),
+            **setting(detect_gpus()[0].name if card else cpu_name(), card),
             **self.workload.as_json(),
             "temperature": 0.0,
             "ignore_eos": self.endpoint.ignore_eos,

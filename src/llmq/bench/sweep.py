@@ -4,8 +4,8 @@ Batches, in process: sequences that run together are added until they hardly mak
 up to which each added sequence brought at least GAIN of the tokens/s that the first batch has a sequence.
 
 Rates, at a server: requests come faster until it cannot follow. The knee is the last rate up to which it completes
-KEPT of each, with no failure. What it completes a second is counted between the first end and the last, so that neither the
-first request's nor the last one's latency is taken for slowness.
+KEPT of each, with no failure. What it completes a second is counted between the first end and the last, so that
+neither the first request's nor the last one's latency is taken for slowness.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from llmq.bench.load import Load, Progress
 from llmq.bench.metrics import Goodput, Metrics
 from llmq.bench.serve import Client, ServeRun, open_client
-from llmq.bench.workload import Workload
+from llmq.bench.workload import Workload, warm_up
 from llmq.engine.options import EngineOptions
 from llmq.errors import USAGE, LlmqError
 
@@ -52,10 +52,9 @@ class SweepReport:
         """What the knee is."""
         if self.axis == "batch_size":
             return (
-                f"the last batch up to which each added sequence brings at least {GAIN:.0%} of the tokens/s "
-                "that a sequence has in the first"
+                f"up to here each added sequence brings at least {GAIN:.0%} of the tokens/s that one of the first has"
             )
-        return f"the rate up to which {KEPT:.0%} of what is offered is completed, with no failure"
+        return f"up to here at least {KEPT:.0%} of what is offered is completed, with no failure"
 
     @property
     def failed(self) -> int:
@@ -113,17 +112,14 @@ def sweep_batches(
     workloads = [replace(workload, num_prompts=int(size)) for size in sizes]
     options = replace(options or EngineOptions(), max_num_seqs=int(sizes[-1]))
     subject = Subject(model, workloads, revision=revision, dtype=dtype, device=device, options=options)
-    # The cells with even numbers are for warming up.
-    batches = [
-        (subject.items(one, 2 * number), subject.items(one, 2 * number + 1)) for number, one in enumerate(workloads)
-    ]
+    batches = [subject.items(one, cell) for cell, one in enumerate(workloads)]
     cells = []
-    for number, (size, (others, batch)) in enumerate(zip(sizes, batches, strict=True), 1):
-        subject.run(others)
+    for cell, (size, batch) in enumerate(zip(sizes, batches, strict=True)):
+        subject.run(warm_up(batch, subject.vocabulary, workload.seed, cell))
         run = subject.run(batch)
         cells.append(Cell(size, run.metrics, run.as_json()))
         if progress is not None:
-            progress(number, len(sizes))
+            progress(cell + 1, len(sizes))
     knee = batch_knee([(int(cell.load), cell.metrics.output_throughput) for cell in cells])
     about = {**subject.setup().as_json(), **workload.as_json()}
     return SweepReport("batch_size", about, tuple(cells), knee)
@@ -143,7 +139,7 @@ def sweep_rates(
     goodput: Goodput | None = None,
     progress: Progress | None = None,
 ) -> SweepReport:
-    """Put the workload on the server at ``url`` at each rate, with fresh prompts, after a warm-up at the highest.
+    """Put the workload on the server at ``url`` at each rate, with fresh prompts, after a warm-up.
 
     ``load.request_rate`` is not looked at. LlmqError before anything is measured when the server does not answer, or
     the workload does not fit it.
@@ -153,12 +149,12 @@ def sweep_rates(
         client = await open_client(url, workload, model, tokenizer, api_key, chat, ignore_eos)
         every = [client.items(cell) for cell in range(len(loads))]
         loads[0].schedule(every[0], workload.seed)
-        await client.warm_up(every[0], loads[-1])
         runs = []
-        for number, (items, one) in enumerate(zip(every, loads, strict=True), 1):
+        for cell, (items, one) in enumerate(zip(every, loads, strict=True)):
+            await client.warm_up(items, one, cell)
             runs.append(await client.measure(items, one, goodput, None))
             if progress is not None:
-                progress(number, len(loads))
+                progress(cell + 1, len(loads))
         return client, runs
 
     loads = [replace(load, request_rate=rate) for rate in ascending(rates, "--request-rates")]

@@ -147,9 +147,10 @@ def vocabulary_of(folder: Path) -> Vocabulary:
     return Vocabulary(config.vocab_size, frozenset(special), encode)
 
 
-def warm_up(items: Sequence[Item], vocabulary: Vocabulary | None, seed: int) -> list[Item]:
-    """Other prompts of the same lengths, so that nothing of the measured ones is warm but the machine."""
-    noise = random.Random(f"warm-up {seed}")
+def warm_up(items: Sequence[Item], vocabulary: Vocabulary | None, seed: int, cell: int = 0) -> list[Item]:
+    """Other prompts of the same lengths, so that nothing of the measured ones is warm but the machine; others again for
+    every ``cell``."""
+    noise = random.Random(f"warm-up {seed} {cell}")
     return [replace(item, prompt=draw_prompt(noise, prompt_len(item, vocabulary), vocabulary)) for item in items]
 
 

@@ -6,6 +6,8 @@ import typer
 
 from llmq.cli.bench.batching import batching
 from llmq.cli.bench.compare import compare
+from llmq.cli.bench.diff import diff
+from llmq.cli.bench.kernels import kernels
 from llmq.cli.bench.latency import latency
 from llmq.cli.bench.serve import serve
 from llmq.cli.bench.sweep import sweep
@@ -18,6 +20,8 @@ app.command()(serve)
 app.command()(sweep)
 app.command()(compare)
 app.command()(batching)
+app.command()(kernels)
+app.command()(diff)
 
 
 @app.callback()

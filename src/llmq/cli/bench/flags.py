@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,13 +12,29 @@ import typer
 from llmq.bench.load import Load
 from llmq.bench.metrics import PERCENTILES, Metrics
 from llmq.bench.workload import DATASETS, Workload
-from llmq.cli.console import out, table
+from llmq.cli.console import err, out, table
 from llmq.cli.options import with_flags
-from llmq.errors import LlmqError
+from llmq.errors import USAGE, LlmqError
+
+
+def _writable(path: Path | None) -> Path | None:
+    """What takes long ends in a file that can be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise LlmqError(f"{path} cannot be written: {reason}", "choose another path", exit_code=USAGE)
+    return path
+
 
 Output = Annotated[
     Path | None,
-    typer.Option("-o", "--output", metavar="FILE", help="Write the JSON to a file, too.", show_default=False),
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Write the JSON to a file, too.",
+        callback=_writable,
+        show_default=False,
+    ),
 ]
 Goodput = Annotated[
     str | None,
@@ -93,8 +109,16 @@ def _with_load_flags(command: Callable[..., None], flags: dict[str, Any]) -> Cal
 def is_chat(endpoint: str) -> bool:
     """LlmqError when it is neither."""
     if endpoint not in ("completions", "chat"):
-        raise LlmqError(f"there is no endpoint {endpoint!r}", "choose completions or chat", exit_code=2)
+        raise LlmqError(f"there is no endpoint {endpoint!r}", "choose completions or chat", exit_code=USAGE)
     return endpoint == "chat"
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    """``1,2,4`` as numbers. LlmqError, naming ``flag``, when it is none."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise LlmqError(f"{text!r} is no list of numbers", f"write {flag} 1,2,4,8", exit_code=USAGE) from None
 
 
 def print_latencies(metrics: Metrics) -> None:
@@ -119,6 +143,16 @@ def print_comparison(peer: Any) -> None:
     out.print(grid)
 
 
-def raise_if_failed(failed: int, total: int, errors: tuple[str, ...] | list[str]) -> None:
+def warn_if_cached(cached: int | None, read: int, workload: Workload) -> None:
+    """Say so where a prefix cache had what should be new to it: an earlier run asked for the same."""
+    if cached and workload.dataset != "prefix":
+        err.print(
+            f"warning: {cached:,} of {read:,} prompt tokens were in the server's prefix cache; another --seed has "
+            "prompts that it has not seen"
+        )
+
+
+def raise_if_failed(failed: int, total: int, errors: Sequence[str]) -> None:
+    """LlmqError, with the reasons, when not all requests of a run succeeded."""
     if failed:
         raise LlmqError(f"{failed} of {total} requests failed: {'; '.join(errors)}")

@@ -35,6 +35,9 @@ def serve(
 ) -> None:
     """What users of a server see, at a rate of requests. Any server of OpenAI's interface. Exits with 1 if one fails.
 
+    Files: jsonl has a prompt or messages a line, and perhaps output_len; sharegpt is its list of conversations; trace
+    has timestamp, input_length and output_length, in CSV or JSON lines.
+
     llmq bench serve http://127.0.0.1:8000 --request-rate 4
 
     llmq bench serve http://127.0.0.1:8000 --dataset trace --dataset-path mooncake.jsonl --num-prompts 1000
@@ -59,6 +62,7 @@ def serve(
         )
     print_report("llmq.bench.serve/1", report.as_json(), show=partial(_print, report), json=json, file=output)
     metrics = report.run.metrics
+    flags.warn_if_cached(metrics.cached_tokens, metrics.total_input_tokens, workload)
     flags.raise_if_failed(metrics.failed, metrics.failed + metrics.completed, report.run.outcome.errors)
 
 

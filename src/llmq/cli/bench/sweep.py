@@ -16,7 +16,6 @@ from llmq.cli import options
 from llmq.cli.bench import flags
 from llmq.cli.console import out, print_report, progress, table
 from llmq.engine.options import EngineOptions
-from llmq.errors import USAGE, LlmqError
 
 if TYPE_CHECKING:
     from llmq.bench.sweep import Cell, SweepReport
@@ -73,7 +72,7 @@ def sweep(
                 subject,
                 workload,
                 load,
-                _numbers(request_rates, "--request-rates"),
+                flags.numbers(request_rates, "--request-rates"),
                 model=model,
                 tokenizer=tokenizer,
                 api_key=api_key,
@@ -86,35 +85,34 @@ def sweep(
             report = sweep_batches(
                 subject,
                 workload,
-                _numbers(batch_sizes, "--batch-sizes"),
+                flags.numbers(batch_sizes, "--batch-sizes"),
                 revision=revision,
                 dtype=dtype,
                 device=device,
                 options=engine,
                 progress=bar,
             )
+    print_report("llmq.bench.sweep/1", report.as_json(), show=partial(_print, report), json=json, file=output)
     if plot is not None:
         from llmq.bench.plot import draw_sweep
 
         draw_sweep(report, plot)
-    print_report("llmq.bench.sweep/1", report.as_json(), show=partial(_print, report), json=json, file=output)
+    cached, read = (
+        sum(getattr(cell.metrics, name) or 0 for cell in report.cells)
+        for name in ("cached_tokens", "total_input_tokens")
+    )
+    flags.warn_if_cached(cached, read, workload)
     total = sum(cell.metrics.completed + cell.metrics.failed for cell in report.cells)
     errors = sorted({error for cell in report.cells for error in cell.details["errors"]})
     flags.raise_if_failed(report.failed, total, errors)
-
-
-def _numbers(text: str, flag: str) -> Sequence[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise LlmqError(f"{text!r} is no list of numbers", f"write {flag} 1,2,4,8", exit_code=USAGE) from None
 
 
 def _print(report: SweepReport) -> None:
     batches = report.axis == "batch_size"
     knee = "below the least of these" if report.knee is None else f"{report.knee:g}"
     knee += " or more" if report.knee == report.cells[-1].load else ""
-    out.print(f"knee: {'batch' if batches else 'requests/s'} {knee}: {report.reason}")
+    out.print(f"knee: {'batch' if batches else 'requests/s'} {knee}")
+    out.print(report.reason)
     out.print()
     completed = () if batches else ("completed/s", "scheduled TTFT p99")
     grid = table("batch" if batches else "offered/s", *completed, "tokens/s", *_COLUMNS, "cached", "failed")
