@@ -397,6 +397,16 @@ def test_latency_is_that_of_whole_batches(tiny: Path) -> None:
     assert 0 < report["mean_ttft_ms"] < 1000 * report["avg_latency"]
 
 
+@pytest.mark.parametrize("command", ["latency", "throughput", "sweep"])
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tiny: Path, tmp_path: Path, command: str
+) -> None:
+    for path in (tmp_path, tmp_path / "none" / "report.json"):
+        result = llmq("bench", command, tiny, "-o", path)
+        assert (result.code, result.out) == (USAGE, "")
+        assert "cannot be written" in result.err
+
+
 def test_tables_are_at_most_100_columns_wide(tiny: Path) -> None:
     for command in ("throughput", "latency"):
         flags = SMALL[2:] if command == "latency" else SMALL

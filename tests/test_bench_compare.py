@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import save_tiny
 
-from llmq.bench.compare import WORKLOADS, CompareReport, Row, Speeds, crossover, workload_of
+from llmq.bench.candidates import WORKLOADS, workload_of
+from llmq.bench.compare_report import CompareReport, Row, Speeds, crossover
 from llmq.bench.engine import Run, Setup
 from llmq.bench.metrics import Timeline, summarize
 from llmq.bench.staircase import STEPS, decode_speeds, output_lengths

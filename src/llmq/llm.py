@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -255,17 +256,23 @@ class LLM:
         kv_cache: bool = True,
     ) -> Iterator[RequestOutput]:
         """``generate``, each answer as soon as it is whole."""
+        with self.scheduled(batching, kv_cache=kv_cache):
+            yield from self._run(prompts, params, request_ids, streaming=False)
+
+    @contextmanager
+    def scheduled(self, batching: Batching, *, kv_cache: bool = True) -> Iterator[None]:
+        """Run what is submitted meanwhile in one of the ways of ``engine.baselines``. Nothing may be under way."""
         if batching not in BATCHINGS:
             raise LlmqError(f"there is no batching {batching!r}", f"choose {', '.join(BATCHINGS)}", exit_code=USAGE)
         if batching == "continuous" and kv_cache:
-            yield from self._run(prompts, params, request_ids, streaming=False)
+            yield
             return
         engine = self._scheduler
         windows, options = self._blocks.windows, self.options
         blocks = BlockManager(self._blocks.num_blocks, options.block_size, windows=windows, prefix_caching=False)
         self._scheduler = BaselineScheduler(options, blocks, batching=batching, kv_cache=kv_cache)
         try:
-            yield from self._run(prompts, params, request_ids, streaming=False)
+            yield
         finally:
             # Both have the same pool under them.
             self._blocks.forget_prefixes()

@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from llmq.bench.compare import CompareReport
+from llmq.bench.compare_report import CompareReport
 
 STYLES = ("ko-", "ks--", "k^:", "kD-.", "kv-", "kP--")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
@@ -40,7 +40,7 @@ def draw_compare(report: CompareReport, path: Path) -> None:
         axes.set(title=f"KL from {first}, nats a token")
     for axes in (work, *rest):
         axes.title.set_fontsize(9)
-    figure.suptitle(f"{report.setup.model} on {report.setup.device_name}", fontsize=10)
+    figure.suptitle(f"{Path(report.setup.model).name} on {report.setup.device_name}", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

@@ -148,7 +148,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return str(text)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **unused: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """(ln p, whether greedy) of each continuation; a context too long loses its beginning."""
         prompts = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]

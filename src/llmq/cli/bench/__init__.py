@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from llmq.cli.bench.batching import batching
 from llmq.cli.bench.compare import compare
 from llmq.cli.bench.diff import diff
 from llmq.cli.bench.kernels import kernels
@@ -18,6 +19,7 @@ app.command()(throughput)
 app.command()(serve)
 app.command()(sweep)
 app.command()(compare)
+app.command()(batching)
 app.command()(kernels)
 app.command()(diff)
 

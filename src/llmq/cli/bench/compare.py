@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmq.bench.candidates import BATCH_SIZES, ROUNDS, SCHEMES, WATCHED, WORKLOADS
 from llmq.bench.workload import Workload
 from llmq.cli import options
 from llmq.cli.bench import flags
@@ -18,7 +19,7 @@ from llmq.errors import USAGE, LlmqError
 from llmq.memory import format_bytes
 
 if TYPE_CHECKING:
-    from llmq.bench.compare import CompareReport, Row
+    from llmq.bench.compare_report import CompareReport, Row
 
 _WORKLOAD = Workload()
 
@@ -27,14 +28,16 @@ _WORKLOAD = Workload()
 def compare(
     model: options.Model,
     schemes: Annotated[str, typer.Option(metavar="LIST", help="The first is what the others are set beside.")] = (
-        "bf16,w8a8,fp8,w4a16"
+        ",".join(SCHEMES)
     ),
     workload: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="chat, rag, batch, or a .jsonl file of prompts.")
+        str, typer.Option(metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a .jsonl file of prompts.")
     ] = "chat",
     num_prompts: Annotated[int, typer.Option(help="Requests of the workload.")] = _WORKLOAD.num_prompts,
-    batch_sizes: Annotated[str, typer.Option(metavar="LIST", help="To measure decoding at.")] = "1,2,4,8,16,32,64",
-    rounds: Annotated[int, typer.Option(help="Times that each scheme runs, after once to warm up.")] = 3,
+    batch_sizes: Annotated[str, typer.Option(metavar="LIST", help="To measure decoding at.")] = ",".join(
+        map(str, BATCH_SIZES)
+    ),
+    rounds: Annotated[int, typer.Option(help="Times that each scheme runs, after once to warm up.")] = ROUNDS,
     folder: Annotated[
         list[str] | None,
         typer.Option(metavar="SCHEME=PATH", help="Take a scheme from there. [default: round to nearest]"),
@@ -111,8 +114,6 @@ def _folders(given: Sequence[str]) -> dict[str, Path]:
 
 
 def _print(report: CompareReport) -> None:
-    from llmq.bench.compare import WATCHED
-
     out.print(report.recommendation)
     out.print()
     names = [row.scheme for row in report.rows]
@@ -142,10 +143,11 @@ def _print(report: CompareReport) -> None:
     out.print()
     for (scheme, other), start in report.crossovers.items():
         out.print(f"{scheme} overtakes {other} at a batch of {start:.1f}")
+    rounds = len(report.rows[0].rounds)
     turns = "in turns" if report.side_by_side else "one scheme after another"
     out.print(
-        f"{report.workload.num_prompts} requests, all there at the start; medians of {len(report.rows[0].rounds)} "
-        f"rounds, {turns}; {report.setup.device_name}"
+        f"{report.workload.num_prompts} requests, all there at the start; {rounds} round{'s' * (rounds > 1)}, {turns}; "
+        f"{report.setup.device_name}"
     )
 
 

@@ -16,9 +16,25 @@ from llmq.cli.console import err, out, table
 from llmq.cli.options import with_flags
 from llmq.errors import USAGE, LlmqError
 
+
+def _writable(path: Path | None) -> Path | None:
+    """What takes long ends in a file that can be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise LlmqError(f"{path} cannot be written: {reason}", "choose another path", exit_code=USAGE)
+    return path
+
+
 Output = Annotated[
     Path | None,
-    typer.Option("-o", "--output", metavar="FILE", help="Write the JSON to a file, too.", show_default=False),
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Write the JSON to a file, too.",
+        callback=_writable,
+        show_default=False,
+    ),
 ]
 Goodput = Annotated[
     str | None,
