@@ -91,12 +91,14 @@ def attention(
 
 def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT) -> Any:
     launch = wna16_triton.launch_for(bits, rows, 2)
+    scaled = launch.scaled and (dtype, number, bits) == ("bf16", INT, 4)
     pointers = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | {"words": "*i16", "meta": "*i32", "table": "*fp32"}
     constants = {} if number == NF4 else {"table": None}
     return compile_for(
         capability, wna16_triton.wna16_kernel, pointers | {"sums": "*fp32", "counters": "*i32"}, launch.warps, 3,
         **constants, WHOLE_STEPS=True, BITS=bits, NUMBER=number, PER_GROUP=per_group, BF16_SCALE=False, SPLIT=True,
-        REDUCED=False, ASM=True, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
+        REDUCED=False, ASM=True, JOINED=scaled or (bits == 4 and rows > 8 and per_group in (0, 4)), SCALED=scaled,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         PDL=capability >= 90,
     )  # fmt: skip
 
@@ -228,7 +230,8 @@ def test_kernels_of_hopper_start_before_the_one_before_has_ended() -> None:
 
 def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
     pointers = dict.fromkeys(("residual", "x", "weight", "out"), "*bf16") | {"scales": "*fp32", "eps": "fp32"}
-    constants = {"ADD": True, "BLOCK": 4096, "PDL": True}
+    constants = {"ADD": True, "SPLIT": False, "BLOCK": 4096, "PDL": True}
+    constants |= dict.fromkeys(("x_scales", "weight_scales", "bias"))
     kernel = norm_triton.add_rms_norm_kernel
     assert "st.global.v4" in compile_for(90, kernel, pointers, 8, 3, LARGEST=0.0, **constants).asm["ptx"]
     pointers["out"] = "*i8"

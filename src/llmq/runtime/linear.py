@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
-from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
-from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
+from llmq.runtime.kernels.split_k import SplitSums, whole
+from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_product
+from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_product
 from llmq.scheme import INT
 
 
@@ -33,7 +34,11 @@ class WeightOnlyLinear(nn.Module):
         self.in_features, self.out_features = packed.in_features, packed.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return wna16_matmul(x, self.packed, self.bias)
+        return whole(self.product(x))
+
+    def product(self, x: Tensor) -> Tensor | SplitSums:
+        """``forward``, perhaps with splits of K still to be added up."""
+        return wna16_product(x, self.packed, self.bias)
 
 
 class W8A8Linear(nn.Module):
@@ -50,8 +55,12 @@ class W8A8Linear(nn.Module):
         self.out_features, self.in_features = packed.codes.shape
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        return whole(self.product(x))
+
+    def product(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
+        """``forward``, perhaps with splits of K still to be added up."""
         rows = quantize_rows(x, self.packed.number) if isinstance(x, Tensor) else x
-        return w8a8_matmul(rows, self.packed, self.bias, self.dtype)
+        return w8a8_product(rows, self.packed, self.bias, self.dtype)
 
 
 Linear = nn.Linear | WeightOnlyLinear | W8A8Linear
@@ -74,6 +83,12 @@ def quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.
 
 def _multiplies_fp8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def product(layer: nn.Module, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
+    """``layer(x)``, perhaps with splits of K still to be added up: what ``add_rms_norm`` takes."""
+    out: Tensor | SplitSums = getattr(layer, "product", layer)(x)
+    return out
 
 
 def input_number(layer: nn.Module) -> str | None:

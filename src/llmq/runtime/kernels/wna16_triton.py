@@ -26,11 +26,11 @@ from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import numbers
 from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.split_k import SplitSums
 from llmq.runtime.kernels.split_k_triton import (
     REDUCE_ROWS,
     counters,
     is_last,
-    reduce_splits,
     steps_per_split,
     sum_splits,
 )
@@ -39,7 +39,7 @@ from llmq.scheme import E4M3, INT
 
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
 FUSED_ROWS = 256  # above, widening the weight once and multiplying through the library is faster
-JOIN = True
+JOIN_ABOVE = 8
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -73,8 +73,8 @@ def launch_for(bits: int, rows: int, element_size: int) -> Launch:
     return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
 
-def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """``wna16_matmul`` through Triton; ``x`` is in packed order."""
+def wna16_product_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor | SplitSums:
+    """``wna16_product`` through Triton; ``x`` is in packed order."""
     rows, out_features = x.shape[0], packed.out_features
     if rows > FUSED_ROWS:
         return F.linear(x, dequantize(packed, x.dtype), bias)
@@ -89,7 +89,7 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
     splits = triton.cdiv(steps, per_split)
     scaled = launch.scaled and (packed.number, packed.bits, x.dtype) == (INT, 4, torch.bfloat16)
     whole_groups = scaled or packed.group_length % STEP == 0 or packed.group_length >= packed.in_features
-    joined = packed.bits == 4 and rows > 8 and whole_groups and JOIN
+    joined = packed.bits == 4 and rows > JOIN_ABOVE and whole_groups
     reduced = splits > 1 and rows > REDUCE_ROWS
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
@@ -101,9 +101,7 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
-    if reduced:
-        reduce_splits(sums, None, None, bias, out)
-    return out
+    return SplitSums(sums, None, None, bias, x.dtype) if reduced else out
 
 
 @cache
