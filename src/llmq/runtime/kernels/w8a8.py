@@ -57,7 +57,7 @@ def merge_w8a8(weights: Sequence[Weight8]) -> Weight8 | None:
 def w8a8_matmul(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows of ``x`` [M, K] times the weight [N, K], transposed, plus ``bias`` [N] → ``dtype`` [M, N].
 
-    The order in which floats are summed depends on N and K, and on M only through the kernel that it chooses (up to 16
+    The order in which floats are summed depends on N and K, and on M only through the kernel that it chooses (up to 8
     rows, up to 64, above); integers are exact.
     """
     return whole(w8a8_product(x, weight, bias, dtype))

@@ -1,6 +1,6 @@
 """Device code of ``w8a8``: a kernel for each size of batch, which are short of different things.
 
-    up to 16    of bytes in flight: few outputs, all of K in one program, whose warps take a slice of it each
+    up to 8     of bytes in flight: few outputs, all of K in one program, whose warps take a slice of it each
 
                     acc [SLICES, BLOCK_N, BLOCK_M]  += w [SLICES, BLOCK_N, BLOCK_K] · x [SLICES, BLOCK_K, BLOCK_M]
                     out [BLOCK_N, BLOCK_M]           = Σ over the slices
@@ -53,8 +53,13 @@ class Launch(NamedTuple):
 
 
 # Rows up to → launch parameters, measured on an H200.
-SLICED = {8: Launch(8, 16, 256, 4, 3), 16: Launch(16, 32, 256, 4, 3)}
-SPLIT = {32: Launch(32, 64, 256, 4, 4, 132), 64: Launch(64, 64, 256, 4, 3), 256: Launch(128, 64, 128, 4, 4)}
+SLICED = {8: Launch(8, 16, 256, 4, 3)}
+SPLIT = {
+    16: Launch(16, 64, 256, 4, 4, 132),
+    32: Launch(32, 64, 256, 4, 4, 132),
+    64: Launch(64, 64, 256, 4, 3),
+    256: Launch(128, 64, 128, 4, 4),
+}
 LARGE = {INT: Launch(128, 128, 128, 4, 3), E4M3: Launch(128, 128, 128, 8, 4)}
 
 

@@ -8,7 +8,9 @@ matrix unit reads from registers, and a batch of 8 fills it as well as one of 64
         for each step of 128 channels:   words [BLOCK_N, 32] → planes 0, 1, …
                                          acc += scale · Σ plane_i · x[:, the 32 channels of plane i]ᵀ
 
-The scale multiplies the fp32 sum of its group, not the weights: that costs less and rounds nothing.
+The scale multiplies the fp32 sum of its group, not the weights: that costs less and rounds nothing. Where a group is
+whole steps, the four planes of 4 bits lie side by side in the registers, and a step is one product. For many rows the
+sums cost more than the weights: there the scale multiplies those, which are rounded to bf16 as for the library.
 """
 
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
@@ -34,12 +36,11 @@ from llmq.runtime.kernels.split_k_triton import (
     steps_per_split,
     sum_splits,
 )
-from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
+from llmq.runtime.kernels.wna16 import PLANE, STEP, SUM_ROWS, PackedWeight
 from llmq.scheme import E4M3, INT
 
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
 FUSED_ROWS = 256  # above, widening the weight once and multiplying through the library is faster
-JOIN_ABOVE = 8
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -50,8 +51,6 @@ class Launch(NamedTuple):
     block_n: int
     warps: int
     stages: int
-    scaled: bool = False
-    programs: int = PROGRAMS
 
 
 # (bits, rows up to) → launch parameters, measured on an H200.
@@ -59,16 +58,18 @@ LAUNCHES = {
     (4, 8): Launch(8, 64, 2, 4),
     (4, 16): Launch(16, 128, 4, 4),
     (4, 32): Launch(32, 128, 4, 4),
-    (4, 64): Launch(64, 128, 4, 4),
+    (4, 64): Launch(64, 128, 4, 3),
     (8, 8): Launch(8, 128, 4, 3),
     (8, 16): Launch(16, 128, 4, 4),
     (8, 32): Launch(32, 128, 4, 4),
     (8, 64): Launch(64, 256, 8, 4),
 }
+SCALED = Launch(128, 256, 8, 3)
+SCALED_PROGRAMS = 132
 
 
 def launch_for(bits: int, rows: int, element_size: int) -> Launch:
-    """Launch parameters for a batch of ``rows``, of elements of so many bytes."""
+    """Launch parameters for a batch of ``rows``, of elements of so many bytes, whose sums are scaled."""
     block_m = next((most for width, most in LAUNCHES if width == bits and rows <= most), 64)
     return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
@@ -80,16 +81,14 @@ def wna16_product_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -
         return F.linear(x, dequantize(packed, x.dtype), bias)
     if x.stride(1) != 1:
         x = x.contiguous()
-    launch = launch_for(packed.bits, rows, x.element_size())
+    scaled = rows > SUM_ROWS and (packed.number, packed.bits, x.dtype) == (INT, 4, torch.bfloat16)
+    whole_groups = packed.group_length % STEP == 0 or packed.group_length >= packed.in_features
+    launch = SCALED if scaled else launch_for(packed.bits, rows, x.element_size())
     steps = triton.cdiv(packed.in_features, STEP)
-    # They depend on the weight alone, so that a row's result does not depend on the batch.
-    per_split = steps_per_split(
-        triton.cdiv(out_features, launch.block_n if launch.scaled else 64), steps, launch.programs
-    )
+    # They depend on the weight alone where sums are scaled, so that a row's result does not depend on the batch.
+    least, programs = (launch.block_n, SCALED_PROGRAMS) if scaled else (64, PROGRAMS)
+    per_split = steps_per_split(triton.cdiv(out_features, least), steps, programs)
     splits = triton.cdiv(steps, per_split)
-    scaled = launch.scaled and (packed.number, packed.bits, x.dtype) == (INT, 4, torch.bfloat16)
-    whole_groups = scaled or packed.group_length % STEP == 0 or packed.group_length >= packed.in_features
-    joined = packed.bits == 4 and rows > JOIN_ABOVE and whole_groups
     reduced = splits > 1 and rows > REDUCE_ROWS
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
@@ -97,7 +96,8 @@ def wna16_product_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -
     wna16_kernel[triton.cdiv(out_features, launch.block_n) * tiles_m, splits](
         x, packed.words, packed.meta, table_of(packed.number, x.device), bias, out, sums, counters(x.device), rows,
         out_features, packed.in_features, x.stride(0), steps, per_split, tiles_m, **_format(packed), SPLIT=splits > 1,
-        REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2, JOINED=joined, SCALED=scaled,
+        REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2,
+        JOINED=scaled or (packed.bits == 4 and launch.block_m > 8 and whole_groups), SCALED=scaled,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
