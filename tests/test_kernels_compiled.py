@@ -93,7 +93,7 @@ def attention(
 
 def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT) -> Any:
     scaled = rows > SUM_ROWS and (bits, dtype, number) == (4, "bf16", INT)
-    launch = wna16_triton.SCALED if scaled else wna16_triton.launch_for(bits, rows, 2)
+    launch = wna16_triton.SCALED[128] if scaled else wna16_triton.launch_for(bits, rows, 2)
     pointers = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | {"words": "*i16", "meta": "*i32", "table": "*fp32"}
     constants = {} if number == NF4 else {"table": None}
     return compile_for(
@@ -169,7 +169,7 @@ def test_wna16_on_hopper(
     compiled = wna16(90, bits, rows, per_group, dtype, number)
     assert (MATRIX[90] if rows > 8 else "mma.sync") in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
-    launch = wna16_triton.SCALED if rows > SUM_ROWS else wna16_triton.launch_for(bits, rows, 2)
+    launch = wna16_triton.SCALED[128] if rows > SUM_ROWS else wna16_triton.launch_for(bits, rows, 2)
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * launch.block_n * wna16_triton.STEP
 
 

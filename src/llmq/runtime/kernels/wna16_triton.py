@@ -64,7 +64,7 @@ LAUNCHES = {
     (8, 32): Launch(32, 128, 4, 4),
     (8, 64): Launch(64, 256, 8, 4),
 }
-SCALED = Launch(128, 256, 8, 3)
+SCALED = {128: Launch(128, 256, 8, 3)}  # for more rows than SUM_ROWS
 SCALED_PROGRAMS = 132
 
 
@@ -83,7 +83,7 @@ def wna16_product_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -
         x = x.contiguous()
     scaled = rows > SUM_ROWS and (packed.number, packed.bits, x.dtype) == (INT, 4, torch.bfloat16)
     whole_groups = packed.group_length % STEP == 0 or packed.group_length >= packed.in_features
-    launch = SCALED if scaled else launch_for(packed.bits, rows, x.element_size())
+    launch = SCALED[128] if scaled else launch_for(packed.bits, rows, x.element_size())
     steps = triton.cdiv(packed.in_features, STEP)
     # They depend on the weight alone where sums are scaled, so that a row's result does not depend on the batch.
     least, programs = (launch.block_n, SCALED_PROGRAMS) if scaled else (64, PROGRAMS)
