@@ -22,7 +22,7 @@ from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.kernels.split_k import SplitSums, whole
-from llmq.runtime.linear import DenseLinear, input_number, merge, product
+from llmq.runtime.linear import DenseLinear, WeightOnlyLinear, input_number, merge, product
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 
@@ -125,10 +125,19 @@ class MLP(nn.Module):
 
     def product(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
         """``forward``, perhaps with splits of the last product still to be added up."""
-        gate, up = project(self, self.gate_up, x, self.sizes)
         down = getattr(self, self.down)
         number = input_number(down)
         gated: Tensor | QuantizedRows
+        merged = getattr(self, self.gate_up[0]) if len(self.gate_up) == 1 else None
+        if (
+            isinstance(merged, DenseLinear | WeightOnlyLinear)
+            and merged.bias is None
+            and number is None
+            and not self.gelu
+        ):
+            assert isinstance(x, Tensor)
+            return product(down, merged.gated(x))
+        gate, up = project(self, self.gate_up, x, self.sizes)
         if self.gelu:
             gated = gelu_mul(gate, up)
         else:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
-from llmq.runtime.kernels.dense import dense_matmul
+from llmq.runtime.kernels.dense import dense_gated, dense_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
 from llmq.runtime.kernels.split_k import SplitSums, whole
 from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_product
-from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_product
+from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_gated, wna16_product
 from llmq.scheme import INT
 
 
@@ -22,6 +22,10 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return dense_matmul(x, self.weight, self.bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) · up, of a layer without bias that is a gate's rows over those of up."""
+        return dense_gated(x, self.weight)
 
 
 class WeightOnlyLinear(nn.Module):
@@ -39,6 +43,10 @@ class WeightOnlyLinear(nn.Module):
     def product(self, x: Tensor) -> Tensor | SplitSums:
         """``forward``, perhaps with splits of K still to be added up."""
         return wna16_product(x, self.packed, self.bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) · up, of a layer without bias that is a gate's rows over those of up."""
+        return wna16_gated(x, self.packed)
 
 
 class W8A8Linear(nn.Module):
