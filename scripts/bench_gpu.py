@@ -382,7 +382,7 @@ def host(llm: LLM, steps: int) -> None:
         return inner
 
     hooks = [(owner, name, timed(owner, name)) for owner, name in (
-        (llm._scheduler, "presume"), (llm._scheduler, "schedule"), (llm._runner, "launch"), (llm._runner, "_hidden"),
+        (llm._scheduler, "presume"), (llm._scheduler, "schedule"), (llm._runner, "launch"), (llm._runner, "_run"),
         (llm._scheduler, "update"))]  # fmt: skip
     started = time.perf_counter()
     for _ in range(steps):

@@ -43,6 +43,12 @@ class RowSampling:
         return self.temperature == 0.0
 
     @property
+    def plain(self) -> bool:
+        """Whether one token is drawn from all of the vocabulary, and nothing else is asked for."""
+        cut = self.top_k or self.top_p < 1 or self.min_p
+        return not (cut or self.penalized or self.beams or self.logprobs is not None) and self.samples == 1
+
+    @property
     def penalized(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
@@ -102,6 +108,11 @@ class PlanRow(NamedTuple):
     prompt_targets: tuple[int, ...] = ()
     prompt_top: int = 0
     allowed: bytes | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it draws a token by its logits alone, or none."""
+        return not any(self[5:]) and (self.sampling is None or self.sampling.plain)
 
     @property
     def end(self) -> int:
