@@ -99,8 +99,8 @@ def paged_attention_triton(
     prefill = prefill_launch(group, head_dim, query.element_size())
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
 
-    # Rows of up to few_queries go to the decode grid, the others to the prefill grid, which alone treats a query the same
-    # way whatever other queries are in the step.
+    # Rows of up to few_queries go to the decode grid, the others to the prefill grid, where a query's result does not
+    # depend on the other queries of its row.
     few_queries = 0 if batch_invariant else min(decode.block_m // group, max_query_length)
     span = max_kv_length if window is None else min(max_kv_length, window + few_queries - 1)
     shared = splits_for(rows * kv_heads, span) if split is None else triton.cdiv(span, split)
