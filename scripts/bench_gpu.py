@@ -4,6 +4,7 @@ decode    tokens/s of 128 steps behind prompts of 1,024 tokens, at 1, 8, 32 and 
 prefill   tokens/s of 128 prompts of 1,024 tokens
 workload  output tokens/s of nano-vllm's bench.py: 256 random prompts of 100 to 1,024 tokens, 100 to 1,024 tokens each
           behind them, temperature 0.6, end of text ignored, seed 0; the second run
+kv        by type of the KV cache: the tokens that it has room for in KV_MEMORY, and decode at KV_LOADS
 profile   where the time of one decode step goes, at 1 and 128 sequences
 pressure  256 requests in a pool for 20 of them, by swap and by recompute, beside all at once: seconds, and whether the
           tokens are the same, as --deterministic has them
@@ -30,7 +31,7 @@ import torch
 
 from llmq import LLM, SamplingParams
 from llmq.checkpoint.config import ModelConfig
-from llmq.engine.options import EngineOptions
+from llmq.engine.options import KV_CACHE_DTYPES, EngineOptions
 from llmq.memory import block_linear_bytes, kv_bytes_per_token
 from llmq.runtime.experts import GroupedExperts
 from llmq.runtime.linear import resident_bytes
@@ -106,6 +107,9 @@ SCHEMES: dict[str, dict[str, Any] | None] = {
 BATCHES = (1, 8, 32, 128)
 PROMPT, STEPS = 1024, 128
 LENGTHS = (100, 1024)
+KV_MEMORY = 32 * 2**30
+KV_LOADS = ((128, 1024), (8, 16384), (1, 65536))
+"""Sequences, and tokens of the prompt of each."""
 
 # (shape, scheme) → decode at BATCHES, prefill, workload: vLLM 0.26's tokens/s on an H200, and what is asked of llmq.
 VLLM = {
@@ -142,7 +146,7 @@ class Roofline:
         config = llm.config
         itemsize = llm.dtype.itemsize
         read = resident_bytes(llm.decoder) - idle_expert_bytes(llm, batch)
-        read += batch * tokens * kv_bytes_per_token(config, itemsize)
+        read += batch * tokens * kv_bytes_per_token(config, llm.kv_dtype)
         if not config.tied_embeddings:
             read -= config.vocab_size * config.hidden_size * itemsize  # of the embedding only a row each is read
         return float(batch / max(read / self.bandwidth, batch * self._operations(config) / self.rates[16]))
@@ -182,14 +186,14 @@ def _seconds(work: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def load(shape: str, scheme: str, **options: Any) -> LLM:
+def load(shape: str, scheme: str, fields: dict[str, Any] | None = None, **options: Any) -> LLM:
     """A model of dummy weights, and on stderr, how long it took."""
     gc.collect()  # the model before, which holds most of the card
     torch.cuda.empty_cache()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        fields = SHAPES[shape] | ({"quantization_config": SCHEMES[scheme]} if SCHEMES[scheme] else {})
-        (Path(folder) / "config.json").write_text(json.dumps(fields))
+        quantization = {"quantization_config": SCHEMES[scheme]} if SCHEMES[scheme] else {}
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape] | quantization | (fields or {})))
         llm = LLM(
             folder,
             device="cuda",
@@ -224,6 +228,25 @@ def decode(llm: LLM, batch: int) -> float:
     first = max(own[0] for own in times)
     steps = sorted({at for own in times for at in own if at >= first})
     return batch * STEPS / (steps[STEPS] - steps[0])
+
+
+def kv(shape: str, scheme: str, roofline: Roofline) -> None:
+    """Print one line for each type of the KV cache and each load: tokens in the same memory, and tokens/s over the
+    last STEPS steps."""
+    print(f"\n| {shape} {scheme}, KV cache | tokens in {KV_MEMORY >> 30} GiB | sequences × prompt | tokens/s "
+          "| of the roofline |\n|---|---|---|---|---|")  # fmt: skip
+    context = {"max_position_embeddings": max(prompt for _, prompt in KV_LOADS) + 2 * STEPS}
+    for kv_cache_dtype in KV_CACHE_DTYPES:
+        llm = load(shape, scheme, context, kv_cache_dtype=kv_cache_dtype, kv_cache_memory=KV_MEMORY)
+        room = llm.stats.total_blocks * llm.options.block_size
+        for batch, prompt in KV_LOADS:
+            extra = -(-batch * prompt // llm.options.max_num_batched_tokens) + 16
+            outputs = llm.generate(prompts(llm, batch, prompt), greedy(STEPS + extra))
+            times = min((output.completions[0].token_times for output in outputs), key=min)
+            speed = batch * STEPS / (times[-1] - times[-1 - STEPS])
+            share = speed / roofline.decode(llm, batch, prompt + STEPS)
+            print(f"| {kv_cache_dtype} | {room:,} | {batch} × {prompt:,} | {speed:,.0f} | {share:.0%} |", flush=True)
+        del llm
 
 
 def prefill(llm: LLM) -> float:
@@ -275,7 +298,9 @@ def measure(
     found: dict[str, Any] = {}
     if "pressure" in parts:
         found["pressure"] = pressure(shape, scheme)
-    if parts == ["pressure"]:
+    if "kv" in parts:
+        kv(shape, scheme, roofline)
+    if not set(parts) - {"pressure", "kv"}:
         return found
     llm = load(shape, scheme, deterministic=deterministic)
     if "decode" in parts:
@@ -357,7 +382,7 @@ def host(llm: LLM, steps: int) -> None:
         return inner
 
     hooks = [(owner, name, timed(owner, name)) for owner, name in (
-        (llm._scheduler, "presume"), (llm._scheduler, "schedule"), (llm._runner, "launch"), (llm._runner, "_hidden"),
+        (llm._scheduler, "presume"), (llm._scheduler, "schedule"), (llm._runner, "launch"), (llm._runner, "_run"),
         (llm._scheduler, "update"))]  # fmt: skip
     started = time.perf_counter()
     for _ in range(steps):
@@ -386,7 +411,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llama-3.1-8b", "qwen3-0.6b"])
     parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=["bf16"])
-    parts = ["decode", "prefill", "workload", "profile"]
+    parts = ["decode", "prefill", "workload", "kv", "profile"]
     parser.add_argument("--only", nargs="+", choices=[*parts, "pressure"], default=parts)
     parser.add_argument("--deterministic", action="store_true", help="run so, to see what it costs")
     parser.add_argument("--json", type=Path)

@@ -25,17 +25,19 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert run.returncode == 0, run.stdout + run.stderr
 
 else:
+    from rounded_caches import empty_cache, rounded_caches
     from test_kernels_reference import Rows, draw_paged, draw_weight
 
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
-    from llmq.runtime.kernels.dense import CHANNELS, dense_matmul
+    from llmq.runtime.kernels.dense import CHANNELS, dense_gated, dense_matmul
     from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
     from llmq.runtime.kernels.grouped import GroupedWeight, grouped_matmul, grouped_matmul_reference
     from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
-    from llmq.runtime.kernels.kv_write import write_kv, write_kv_reference
+    from llmq.runtime.kernels.kv_write import read_pages, write_kv, write_kv_reference
     from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
     from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows, quantize_rows, quantize_rows_reference
     from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
+    from llmq.runtime.kernels.round_columns import round_columns, round_columns_reference
     from llmq.runtime.kernels.routing import (
         choose,
         choose_reference,
@@ -45,8 +47,9 @@ else:
         sort_by_expert_reference,
     )
     from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
-    from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference
-    from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference
+    from llmq.runtime.kernels.split_k import SplitSums, whole
+    from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference, w8a8_product
+    from llmq.runtime.kernels.wna16 import pack_wna16, wna16_gated, wna16_matmul, wna16_matmul_reference, wna16_product
     from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
     TOLERANCE = {torch.float16: 4e-4, torch.float32: 1e-6}
@@ -108,6 +111,45 @@ else:
         exact = paged_attention_reference(*(x.double() for x in narrow), *tables, **rest)
         # What tanh loses near 0 is small against the cap, not against the score.
         assert (out - exact).norm() <= (TOLERANCE[dtype] + 1e-7 * (softcap or 0.0)) * exact.norm()
+
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    @pytest.mark.parametrize(("rows", "window", "softcap"), [(EDGES, None, None), (MIXED, 5, None), (LONG, 40, 3.0),
+                                                            (CHUNKS, None, 3.0), (CHUNKS, 40, None)])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("heads", "head_dim", "block_size", "dtype"),
+        [((4, 2), 16, 16, torch.float32), ((3, 1), 20, 64, torch.float16)],
+    )
+    def test_attention_over_8_bits(
+        heads: tuple[int, int], head_dim: int, block_size: int, rows: Rows, window: int | None, softcap: float | None,
+        number: str, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(0)
+        query, keys, values, *tables = draw_paged(rows, *heads, head_dim, block_size)
+        query = query.to(dtype)
+        codes, scales, _ = rounded_caches((keys, values), number)
+        rest = {"window": window, "softcap": softcap, "scales": scales}
+        rest |= {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
+        exact = paged_attention_reference(query.double(), *codes, *tables, **rest)
+        out = paged_attention(query, *codes, *tables, **rest, split=128)
+        assert (out - exact).norm() <= (TOLERANCE[dtype] + 1e-7 * (softcap or 0.0)) * exact.norm()
+
+    def draw_kv(number: str, *shape: int) -> Tensor:
+        """Random; for e4m3 multiples of its numbers, as the interpreter rounds to it wrongly."""
+        x = torch.randn(*shape)
+        return x if number == INT else (x * 40).to(torch.float8_e4m3fn).float() / 128
+
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])
+    def test_write_kv_in_8_bits(kv_heads: int, head_dim: int, number: str) -> None:
+        torch.manual_seed(0)
+        key, value = draw_kv(number, 2, 5, kv_heads, head_dim)
+        slots = torch.tensor([3, 17, 4, 47, 16])
+        written = []
+        for write in (write_kv, write_kv_reference):
+            cache, scales = empty_cache(number, 3, 16, kv_heads, head_dim)
+            write(key, value, cache[0], cache[1], slots, scales)
+            written.append((cache.view(torch.uint8), *scales))
+        assert all(ours.equal(theirs) for ours, theirs in zip(*written, strict=True))
 
     @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])
     def test_write_kv(kv_heads: int, head_dim: int) -> None:
@@ -257,6 +299,37 @@ else:
         assert ours.equal(theirs)
         assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
+    @pytest.mark.parametrize(
+        ("batch", "inner", "channels"),
+        [(1, 100, 256), (20, 24, 256), (3, 24, 1024), (20, 24, 1024), (40, 24, 256)],  # splits, too; and too many rows
+    )
+    def test_a_product_that_ends_in_a_gate_gives_the_bits_of_two_kernels(batch: int, inner: int, channels: int) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(batch, channels).half()
+        dense = (torch.randn(2 * inner, channels) / channels**0.5).half()
+        expected = silu_mul(*dense_matmul(x, dense).chunk(2, dim=1))
+        assert (dense_gated(x, dense) - expected).norm() <= 4e-4 * expected.norm()
+        packed = pack_wna16(draw_weight((2 * inner, channels), Scheme()), torch.float16)
+        assert wna16_gated(x / 64, packed).equal(silu_mul(*wna16_matmul(x / 64, packed).chunk(2, dim=1)))
+
+    @pytest.mark.parametrize("number", [None, INT, E4M3])
+    def test_a_norm_adds_up_the_splits_of_a_product(number: str | None) -> None:
+        torch.manual_seed(0)
+        x, bias, weight = torch.randn(20, 2048), torch.randn(64), torch.randn(64)
+        if number is None:
+            product = wna16_product(x, pack_wna16(draw_weight((64, 2048), Scheme()), torch.float32), bias)
+        else:
+            packed = pack_w8a8(draw_weight((64, 2048), Scheme(8, -1, number=number, activation_bits=8)))
+            product = w8a8_product(quantize_rows(x, number), packed, bias, torch.float32)
+        assert isinstance(product, SplitSums)
+        reference = product._whole_reference()
+        assert (whole(product) - reference).norm() <= 1e-6 * reference.norm()
+        ours = torch.randn(20, 64)
+        theirs = ours.clone()
+        expected = add_rms_norm(theirs, whole(product), weight, 1e-5)
+        assert add_rms_norm(ours, product, weight, 1e-5).equal(expected)
+        assert ours.equal(theirs)
+
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_silu_mul(dtype: torch.dtype) -> None:
         gate, up = torch.randn(3, 2 * 1100).to(dtype).chunk(2, dim=1)
@@ -290,6 +363,28 @@ else:
         assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
         assert (ours - theirs).norm() <= TOLERANCE[dtype] * theirs.norm()
 
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    @pytest.mark.parametrize("rotated", [20, 14])
+    @pytest.mark.parametrize("normed", [True, False])
+    def test_rope_and_write_in_8_bits(normed: bool, rotated: int, number: str) -> None:
+        torch.manual_seed(0)
+        parts = draw_kv(number, 4, 15, 20).split([9, 3, 3], dim=1)
+        # Turned by right angles, numbers of e4m3 stay numbers of e4m3.
+        quarters = torch.randint(0, 4, (4, 1, rotated // 2)) if number == E4M3 else torch.randn(4, 1, rotated // 2)
+        angles = quarters * torch.pi / 2
+        rotation = (angles.cos().round(), angles.sin().round()) if number == E4M3 else (angles.cos(), angles.sin())
+        norms = (torch.ones(20), torch.ones(20)) if normed and number == INT else None
+        slots = torch.tensor([3, 17, 4, 47])
+        written = []
+        for write in (rope_and_write, rope_and_write_reference):
+            cache, scales = empty_cache(number, 3, 16, 3, 20)
+            out = write(*parts, rotation, *cache, slots, norms=norms, eps=1e-5, scales=scales)
+            kept = zip(cache, scales, strict=True)
+            written.append((out, *(read_pages(*each, torch.arange(3), torch.float32) for each in kept)))
+        for ours, theirs in zip(*written, strict=True):
+            # A sum in another order may make another code, a step off.
+            assert (ours - theirs).norm() <= (1e-2 if normed else 1e-6) * theirs.norm()
+
     def same_rows(ours: QuantizedRows, theirs: QuantizedRows) -> bool:
         return ours.scales.equal(theirs.scales) and ours.codes.view(torch.uint8).equal(theirs.codes.view(torch.uint8))
 
@@ -311,6 +406,19 @@ else:
         assert residual.equal(total)
         gate, up = torch.randn(3, 2 * 1100).half().chunk(2, dim=1)
         assert same_rows(silu_mul_quantize(gate, up, number), quantize_rows(silu_mul(gate, up), number))
+
+    @pytest.mark.parametrize(("count", "out"), [(128, 40), (37, 32), (1, 5)])
+    def test_round_columns(count: int, out: int) -> None:
+        torch.manual_seed(0)
+        columns, factor = torch.randn(count, out), torch.randn(count, count).triu().mul_(0.05)
+        factor.diagonal().abs_().add_(1)
+        scales, zeros = torch.rand(3, out).add_(0.2), torch.randint(0, 15, (3, out)).float()
+        groups = torch.arange(count) % 3
+        codes, errors = round_columns(columns, factor, scales, zeros, groups, 15)
+        expected_codes, expected_errors = round_columns_reference(columns, factor, scales, zeros, groups, 15)
+        same = (codes == expected_codes).all(0)  # of a row with a tie, all that follows differs
+        assert same.float().mean() > 0.9
+        assert (errors - expected_errors)[:, same].norm() <= 1e-5 * expected_errors.norm()
 
     @pytest.mark.parametrize("vocabulary", [5, 1024, 9000])
     def test_draw_gumbel(vocabulary: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from llmq.memory import format_bytes
 from llmq.runtime.kernels import triton_runs_on
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
+KV_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 CPU_KV_CACHE_BYTES = 2**30
+LIBC = ctypes.CDLL(None)
 OLDEST = (8, 0)
 """Ampere: the first whose matrix unit takes bf16, and the oldest that Triton compiles for."""
-FIRST_FP8 = (8, 9)
+FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +74,11 @@ def resolve_device(device: str) -> str:
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether the device's matrix unit takes FP8, as Ada's and Hopper's do; a CPU computes what it would."""
     found = gpu(device) if device.type == "cuda" else None
-    if not isinstance(found, GPU) or found.capability >= FIRST_FP8:
+    if not isinstance(found, GPU) or found.capability >= FP8_CAPABILITY:
         return True
     note(
         f"{found.name} has compute capability {_dotted(found.capability)}, and products of FP8 need "
-        f"{_dotted(FIRST_FP8)}: FP8 weights are multiplied by activations of 16 bits"
+        f"{_dotted(FP8_CAPABILITY)}: FP8 weights are multiplied by activations of 16 bits"
     )
     return False
 
@@ -114,6 +118,22 @@ def resolve_dtype(dtype: str, config: ModelConfig, device: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def resolve_kv_dtype(kv_cache_dtype: str, dtype: torch.dtype, device: str) -> str:
+    """The name, of ``KV_DTYPES``, of what keys and values are kept in; ``auto`` is the ``dtype`` that is computed in.
+
+    LlmqError for fp8 on a GPU that cannot convert it.
+    """
+    if kv_cache_dtype == "auto":
+        return str(dtype).removeprefix("torch.")
+    if kv_cache_dtype == "fp8" and device != "cpu":
+        found = gpu(device)
+        if isinstance(found, GPU) and found.capability < FP8_CAPABILITY:
+            raise LlmqError(
+                f"{found.name} has no instructions for fp8", "pass --kv-cache-dtype int8, which takes as little memory"
+            )
+    return kv_cache_dtype
+
+
 def free_kv_cache_bytes(device: str, utilization: float, reserve: int) -> int:
     """Bytes for the KV cache once the weights are loaded.
 
@@ -131,6 +151,21 @@ def host_memory_bytes() -> int:
     import os
 
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory_bytes() -> int:
+    """Main memory that can be had without taking it from another process; where that is not said, all there is."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return host_memory_bytes()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def free_memory() -> None:
+    """Give back what the allocators of the C library keep for later: between blocks, that can be as much as one."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def peak_memory_bytes(device: str) -> int:

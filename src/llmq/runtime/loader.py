@@ -80,6 +80,20 @@ def load_decoder(source: Source) -> Decoder:
     return model.eval().requires_grad_(False)
 
 
+def load_kv_scales(source: Source) -> Tensor | None:
+    """Of keys and of values in e4m3, fp32 [layers, 2], as ``llmq quantize --kv-cache-scheme fp8`` and llm-compressor
+    store them; None: the folder has none. LlmqError when a layer has not one for each."""
+    layers = [f"{block_name(layer)}.self_attn" for layer in range(source.config.num_layers)]
+    names = [f"{layer}.{which}_scale" for layer in layers for which in "kv"]
+    if not any(name in source.tensors for name in names):
+        return None
+    scales = [source.tensors.load(name, source.device).float() for name in names]
+    for name, scale in zip(names, scales, strict=True):
+        if scale.numel() != 1:
+            raise LlmqError(f"{name} is {list(scale.shape)}, not one number", "pass --kv-cache-dtype auto or int8")
+    return torch.cat([scale.view(1) for scale in scales]).view(-1, 2)
+
+
 def load_layer(source: Source, layer: int) -> DecoderLayer:
     """One decoder block, its linears dense or quantized as the folder has them."""
     with torch.device("meta"):
