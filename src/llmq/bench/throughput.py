@@ -74,6 +74,7 @@ class ThroughputReport:
             "max_num_seqs": options.max_num_seqs,
             "max_num_batched_tokens": options.max_num_batched_tokens,
             "block_size": options.block_size,
+            "kv_cache_dtype": options.kv_cache_dtype,
             **self.metrics.as_json(),
             "peak_kv_blocks": self.peak_blocks,
             "total_kv_blocks": self.total_blocks,
