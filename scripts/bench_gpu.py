@@ -6,6 +6,8 @@ workload  output tokens/s of nano-vllm's bench.py: 256 random prompts of 100 to 
           behind them, temperature 0.6, end of text ignored, seed 0; the second run
 kv        by type of the KV cache: the tokens that it has room for in KV_MEMORY, and decode at KV_LOADS
 profile   where the time of one decode step goes, at 1 and 128 sequences
+pressure  256 requests in a pool for 20 of them, by swap and by recompute, beside all at once: seconds, and whether the
+          tokens are the same, as --deterministic has them
 
     python scripts/bench_gpu.py --shape qwen3-0.6b --only decode workload --json bench.json
 """
@@ -31,6 +33,7 @@ from llmq import LLM, SamplingParams
 from llmq.checkpoint.config import ModelConfig
 from llmq.engine.options import KV_CACHE_DTYPES, EngineOptions
 from llmq.memory import block_linear_bytes, kv_bytes_per_token
+from llmq.runtime.experts import GroupedExperts
 from llmq.runtime.linear import resident_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -60,6 +63,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
         "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
         "torch_dtype": "bfloat16",
     },
 }
@@ -124,7 +145,8 @@ class Roofline:
         multiplied."""
         config = llm.config
         itemsize = llm.dtype.itemsize
-        read = resident_bytes(llm.decoder) + batch * tokens * kv_bytes_per_token(config, llm.kv_dtype)
+        read = resident_bytes(llm.decoder) - idle_expert_bytes(llm, batch)
+        read += batch * tokens * kv_bytes_per_token(config, llm.kv_dtype)
         if not config.tied_embeddings:
             read -= config.vocab_size * config.hidden_size * itemsize  # of the embedding only a row each is read
         return float(batch / max(read / self.bandwidth, batch * self._operations(config) / self.rates[16]))
@@ -134,8 +156,20 @@ class Roofline:
 
     @staticmethod
     def _operations(config: ModelConfig, *, head: bool = True) -> float:
-        weights: int = config.num_layers * block_linear_bytes(config, None, 1)
+        weights: float = config.num_layers * block_linear_bytes(config, None, 1)
+        if config.experts is not None:
+            own = 3 * config.hidden_size * config.experts.intermediate_size
+            weights -= config.num_layers * own * (config.experts.count - config.experts.per_token)
         return 2.0 * (weights + (config.vocab_size * config.hidden_size if head else 0))
+
+
+def idle_expert_bytes(llm: LLM, batch: int) -> float:
+    """Of experts that no token of a batch is sent to, if each is as likely as any other."""
+    experts = llm.config.experts
+    if experts is None:
+        return 0.0
+    idle = (1 - experts.per_token / experts.count) ** batch
+    return idle * sum(resident_bytes(each) for each in llm.decoder.modules() if isinstance(each, GroupedExperts))
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -232,14 +266,43 @@ def workload(llm: LLM) -> float:
     return sum(len(output.completions[0].token_ids) for output in outputs) / duration
 
 
-def measure(shape: str, scheme: str, parts: list[str], roofline: Roofline) -> dict[str, Any]:
+def pressure(shape: str, scheme: str) -> dict[str, float]:
+    """Seconds of each run, whose tokens are the same."""
+    noise = random.Random(0)
+    asked = [[noise.randint(0, 10_000) for _ in range(noise.randint(100, 300))] for _ in range(256)]
+    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=noise.randint(100, 300)) for _ in asked]
+    spent: dict[str, float] = {}
+    bytes_of_20 = 0
+    first: list[list[int]] = []
+    for preemption in ("none", "swap", "recompute"):
+        options: dict[str, Any] = {"deterministic": True, "watermark": 0.0}
+        if preemption != "none":
+            options |= {"preemption": preemption, "swap_space": 2**34, "kv_cache_memory": bytes_of_20}
+        llm = load(shape, scheme, **options)
+        bytes_of_20 = 20 * (-(-400 // llm.options.block_size)) * llm.limits.block_bytes
+        started = time.perf_counter()
+        tokens = [output.completions[0].token_ids for output in llm.generate(asked, params)]
+        spent[preemption] = time.perf_counter() - started
+        first = first or tokens
+        same = "the same tokens" if tokens == first else "OTHER TOKENS"
+        times = f"{spent[preemption]:.1f} s, {llm.stats.preemptions} preemptions"
+        print(f"{shape} {scheme}, preemption {preemption}: {times}, {same}")
+        del llm
+    return spent
+
+
+def measure(
+    shape: str, scheme: str, parts: list[str], roofline: Roofline, *, deterministic: bool = False
+) -> dict[str, Any]:
     """The row of ``shape`` and ``scheme``: name → tokens/s, and its share of the roofline."""
     found: dict[str, Any] = {}
+    if "pressure" in parts:
+        found["pressure"] = pressure(shape, scheme)
     if "kv" in parts:
         kv(shape, scheme, roofline)
-    if parts == ["kv"]:
+    if not set(parts) - {"pressure", "kv"}:
         return found
-    llm = load(shape, scheme)
+    llm = load(shape, scheme, deterministic=deterministic)
     if "decode" in parts:
         for batch in BATCHES:
             decode(llm, batch)
@@ -319,7 +382,7 @@ def host(llm: LLM, steps: int) -> None:
         return inner
 
     hooks = [(owner, name, timed(owner, name)) for owner, name in (
-        (llm._scheduler, "presume"), (llm._scheduler, "schedule"), (llm._runner, "launch"), (llm._runner, "_hidden"),
+        (llm._scheduler, "presume"), (llm._scheduler, "schedule"), (llm._runner, "launch"), (llm._runner, "_run"),
         (llm._scheduler, "update"))]  # fmt: skip
     started = time.perf_counter()
     for _ in range(steps):
@@ -346,10 +409,11 @@ def table(results: dict[tuple[str, str], dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llama-3.1-8b", "qwen3-0.6b"])
     parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=["bf16"])
     parts = ["decode", "prefill", "workload", "kv", "profile"]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="+", choices=[*parts, "pressure"], default=parts)
+    parser.add_argument("--deterministic", action="store_true", help="run so, to see what it costs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -360,7 +424,9 @@ def main() -> None:
     results = {}
     for shape in arguments.shape:
         for scheme in arguments.scheme:
-            results[shape, scheme] = measure(shape, scheme, arguments.only, roofline)
+            results[shape, scheme] = measure(
+                shape, scheme, arguments.only, roofline, deterministic=arguments.deterministic
+            )
             table({(shape, scheme): results[shape, scheme]})
             gc.collect()
             torch.cuda.empty_cache()

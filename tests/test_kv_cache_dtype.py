@@ -16,7 +16,7 @@ from torch import Tensor
 from llmq import LLM, LlmqError, SamplingParams, memory
 from llmq.checkpoint.folder import demo_folder
 from llmq.engine.options import EngineOptions
-from llmq.runtime.device import resolve_kv_dtype
+from llmq.runtime.device import GPU, resolve_kv_dtype
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
 PROMPTS = [list(range(length, 2 * length)) for length in (1, 15, 16, 17, 40, 70)]
@@ -148,8 +148,7 @@ def test_the_pool_is_of_as_many_bytes_as_its_formula_says(tmp_path: Path, kv_cac
 
 
 def test_a_gpu_that_cannot_convert_fp8_is_told_what_can_be_had_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr("llmq.runtime.device.gpu", lambda device: GPU("NVIDIA A100", (8, 0), 80 * 2**30))
     with pytest.raises(LlmqError, match="A100 has no instructions for fp8") as caught:
         resolve_kv_dtype("fp8", torch.bfloat16, "cuda")
     assert "int8" in (caught.value.hint or "")

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -25,6 +26,7 @@ from llmq.engine.admission import Limits, Rejected, format_cache_size
 from llmq.engine.baselines import BATCHINGS, BaselineScheduler, Batching
 from llmq.engine.blocks import BlockManager
 from llmq.engine.detokenizer import Detokenizer
+from llmq.engine.grammar import Grammars
 from llmq.engine.options import EngineOptions
 from llmq.engine.outputs import TokenDelta
 from llmq.engine.request import FinishReason, SamplingParams
@@ -34,6 +36,8 @@ from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.plan import StepPlan, TokenLogprobs, layer_groups
 from llmq.runtime.device import (
     KV_DTYPES,
+    check_deterministic,
+    check_weights_fit,
     free_kv_cache_bytes,
     host_memory_bytes,
     resolve_device,
@@ -42,7 +46,7 @@ from llmq.runtime.device import (
 )
 from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.kv_cache import KVCache
-from llmq.runtime.loader import load_decoder, load_kv_scales, open_source
+from llmq.runtime.loader import load_decoder, load_kv_scales, open_source, resident_weight_bytes
 from llmq.runtime.runner import Result, Runner
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -140,6 +144,8 @@ class LLM:
         """``text=False``: load no tokenizer. Prompts are token ids then, and answers have no text."""
         self.options = options or EngineOptions()
         self.device = resolve_device(device)
+        if self.options.deterministic:
+            check_deterministic(self.device)
         self.folder = resolve(model, revision)
         self.config = read_config(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.device)
@@ -147,7 +153,10 @@ class LLM:
         dummy = self.options.load_format == "dummy"
         without = not text or (dummy and not has_tokenizer(self.folder))
         self._tokenizer = None if without else load_tokenizer(self.folder)
+        self._grammars = Grammars(self.folder, self.config.vocab_size, self.config.eos_token_ids)
         self.max_model_len = self._max_model_len()
+        weights = resident_weight_bytes(self.config, self.dtype)
+        check_weights_fit(self.device, weights, self.options.gpu_memory_utilization)
         kv_scales = None
         if dummy:
             self.decoder = dummy_decoder(self.config.for_context(self.max_model_len), self.device, self.dtype)
@@ -189,6 +198,7 @@ class LLM:
             max_sequences=options.max_num_seqs,
             max_tokens=self.max_model_len,
             enforce_eager=options.enforce_eager,
+            deterministic=options.deterministic,
         )
         self._flights: deque[tuple[StepPlan, Result]] = deque()
         """Steps that the device was given, and whose results have not been taken in: at most one between two steps."""
@@ -246,17 +256,23 @@ class LLM:
         kv_cache: bool = True,
     ) -> Iterator[RequestOutput]:
         """``generate``, each answer as soon as it is whole."""
+        with self.scheduled(batching, kv_cache=kv_cache):
+            yield from self._run(prompts, params, request_ids, streaming=False)
+
+    @contextmanager
+    def scheduled(self, batching: Batching, *, kv_cache: bool = True) -> Iterator[None]:
+        """Run what is submitted meanwhile in one of the ways of ``engine.baselines``. Nothing may be under way."""
         if batching not in BATCHINGS:
             raise LlmqError(f"there is no batching {batching!r}", f"choose {', '.join(BATCHINGS)}", exit_code=USAGE)
         if batching == "continuous" and kv_cache:
-            yield from self._run(prompts, params, request_ids, streaming=False)
+            yield
             return
         engine = self._scheduler
         windows, options = self._blocks.windows, self.options
         blocks = BlockManager(self._blocks.num_blocks, options.block_size, windows=windows, prefix_caching=False)
         self._scheduler = BaselineScheduler(options, blocks, batching=batching, kv_cache=kv_cache)
         try:
-            yield from self._run(prompts, params, request_ids, streaming=False)
+            yield
         finally:
             # Both have the same pool under them.
             self._blocks.forget_prefixes()
@@ -364,6 +380,7 @@ class LLM:
                 secrets.randbits(62) if params.seed is None else params.seed,
                 self.limits.max_total(len(output.prompt_token_ids), params),
                 frozenset(self.config.eos_token_ids),
+                None if params.json_schema is None else self._grammars.matcher(params.json_schema),
             )
             self._scheduler.add(new)
         except LlmqError as error:
@@ -381,16 +398,15 @@ class LLM:
         """Launch a step, and take in the one before: the device computes while the host works. Where a plan hangs on
         tokens that are not known yet, one after the other."""
         scheduler, flights = self._scheduler, self._flights
-        ahead = scheduler.foresees
-        if flights and not ahead:
-            yield from self._take_in(streaming, tokens)
-        elif flights:
+        if flights and scheduler.foresees:
             scheduler.presume(flights[-1][0])
+        elif flights:
+            yield from self._take_in(streaming, tokens)
         launched = scheduler.has_work
         if launched:
             plan = scheduler.schedule()
             flights.append((plan, self._runner.launch(plan)))
-        if flights and not (ahead and launched and len(flights) == 1):
+        if flights and not (launched and len(flights) == 1 and scheduler.foresees):
             yield from self._take_in(streaming, tokens)
         yield from self._hand_out(streaming)
 
@@ -563,4 +579,7 @@ class LLM:
 
 def _token_delta(live: _Live, sequence: request.Sequence) -> TokenDelta:
     logprobs = None if live.request.params.logprobs is None else sequence.logprobs[-1]
-    return TokenDelta(live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason)
+    waited = live.request.queue_seconds if sequence.num_output == 1 else None
+    return TokenDelta(
+        live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason, waited
+    )

@@ -45,6 +45,7 @@ class EngineOptions:
     watermark               share of the pool that letting a request in leaves free, for those that run to grow
     load_format             auto: the folder's weights; dummy: random ones of the shapes and schemes in config.json
     enforce_eager           launch every kernel of every step, instead of replaying CUDA graphs of short ones
+    deterministic           the same tokens for a request whatever else runs, and after a preemption; slower
     """
 
     max_num_seqs: int = 256
@@ -66,6 +67,7 @@ class EngineOptions:
     kv_cache_dtype: KVCacheDtype = "auto"
     load_format: LoadFormat = "auto"
     enforce_eager: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         checks = (

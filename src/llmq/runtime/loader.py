@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llmq import memory
 from llmq.checkpoint.config import ModelConfig, read_config
 from llmq.checkpoint.formats import Format, is_packed, open_format
 from llmq.checkpoint.tensors import Tensors
@@ -47,6 +48,18 @@ def open_source(folder: Path, device: str, dtype: torch.dtype, context: int | No
     config = read_config(folder)
     config = config if context is None else config.for_context(context)
     return Source(config, open_format(config), Tensors(folder), device, dtype)
+
+
+def resident_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What the weights of a model will take on a GPU, by config.json alone. LlmqError on an unknown quantization."""
+    format = open_format(config)
+    total = memory.weight_bytes(config, None, dtype.itemsize)
+    for layer in range(config.num_layers if format is not None else 0):
+        for name, shape in config.linears.items():
+            scheme = None if format is None else format.scheme_of(f"{block_name(layer)}.{name}")
+            packed, dense = (memory.resident_linear_bytes(*shape, each, dtype.itemsize) for each in (scheme, None))
+            total += packed - dense
+    return total
 
 
 def load_decoder(source: Source) -> Decoder:

@@ -39,6 +39,7 @@ def paged_attention(
     longest: Tensor | None = None,
     order: Tensor | None = None,
     split: int | None = None,
+    batch_invariant: bool = False,
     scales: Scales | None = None,
 ) -> Tensor:
     """Causal attention of each row's queries over the row's pages → [tokens, heads, head_dim].
@@ -60,6 +61,9 @@ def paged_attention(
     split         on a GPU a row's positions are divided among programs, this many to each, a multiple of 64, and the
                   parts joined in order. None: what is fastest for this many rows and these bounds, so that the last
                   bits of a row's result depend on its batch. With a number they do not
+    batch_invariant
+                a token's result does not depend on how many tokens of its row, or of others, are in the step: one
+                program takes all positions of a row, in tiles of one shape
     scales        of keys and of values in 8 bits; see ``write_kv``. The products of a bf16 query are then of fp16
     """
     inputs = (query, key_cache, value_cache, block_tables, query_starts, kv_lengths)
@@ -85,6 +89,7 @@ def paged_attention(
         longest=longest,
         order=order,
         split=split,
+        batch_invariant=batch_invariant,
         scales=scales,
     )
 

@@ -132,6 +132,7 @@ def paged_attention_triton(
     longest: Tensor | None = None,
     order: Tensor | None = None,
     split: int | None = None,
+    batch_invariant: bool = False,
     scales: Scales | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
@@ -145,8 +146,9 @@ def paged_attention_triton(
     prefill = prefill_launch(group, head_dim, query.element_size())
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
 
-    # Rows of up to few_queries go to the decode grid, the others to the prefill grid.
-    few_queries = min(decode.block_m // group, max_query_length)
+    # Rows of up to few_queries go to the decode grid, the others to the prefill grid, which alone treats a query the
+    # same way whatever other queries are in the step.
+    few_queries = 0 if batch_invariant else min(decode.block_m // group, max_query_length)
     span = max_kv_length if window is None else min(max_kv_length, window + few_queries - 1)
     shared = splits_for(rows * kv_heads, span) if split is None else triton.cdiv(span, split)
     # A window may begin in the middle of a split.
@@ -170,10 +172,11 @@ def paged_attention_triton(
             **pdl(query.device),
         )  # fmt: skip
 
-    attend_rows(decode, splits, rows, True)
+    if few_queries:
+        attend_rows(decode, splits, rows, True)
     if max_query_length > few_queries:
         attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
-    if splits > 1:
+    if few_queries and splits > 1:
         merge_kernel[rows * few_queries, heads](
             means, logsums, out, query_starts, kv_lengths, longest, out.stride(0), few_queries, splits, shared, span,
             split or 0, window or 0,
