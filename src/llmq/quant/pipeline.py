@@ -250,7 +250,7 @@ def _quantized_by(
             changed |= {name: written.tensors.load(name) for name in job.kept_tensors if name in written.tensors}
         for name, scheme in job.schemes.items():
             quantized = written.layer(name, job.shape(name), scheme)
-            weight = _weight(job, name)
+            weight = _weight(job, name).cpu()  # where what the backend wrote has been read to
             plain, whole = rtn.quantize_weight(weight, scheme), energy(weight, None) or 1.0
             error, rtn_error = (
                 math.nan if options.choice.method == AWQ else energy(each.dequantize().sub_(weight), None) / whole
