@@ -575,7 +575,7 @@ def test_activations_beyond_fp16_are_calibrated_in_fp32(
     assert all(layer.method == GPTQ and 0 < layer.error < 0.05 for layer in report.layers)
 
 
-def test_a_model_that_cannot_generate_is_not_kept(tmp_path: Path) -> None:
+def test_a_model_that_does_not_run_is_not_kept(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model")
     damage(source, "lm_head.weight", float("nan"))
     refused("computes NaN or infinite logits", source, tmp_path / "out", scheme=W4)

@@ -28,7 +28,7 @@ from llmq.quant.affine import energy
 from llmq.quant.backends import Backend, preferences
 from llmq.quant.backends.run import run_backend
 from llmq.quant.blocks import Walk
-from llmq.quant.check import check_generates
+from llmq.quant.check import check_runs
 from llmq.quant.job import REST, Job
 from llmq.quant.journal import Journal
 from llmq.quant.methods import gptq, rtn
@@ -91,8 +91,8 @@ def quantize(
     """Write ``model`` (a folder, a hub id, or ``demo``), quantized, to the folder ``output``.
 
     What may be chosen: ``QuantizeOptions``; ``overrides`` are its rules, by their patterns, and ``ignore`` patterns of
-    layers that stay as they are, whatever the rules. The folder gets its name once it is complete and has been loaded
-    and generated from.
+    layers that stay as they are, whatever the rules. The folder gets its name once it is complete, and has been loaded
+    and run.
 
     max_memory  bytes of main memory that the run may have; None: what is available
     resume      go on with a run that was stopped, if there is one; what comes out has the same bytes as if it had not
@@ -171,7 +171,7 @@ def _run(
         act_order=job.options.act_order == DYNAMIC,
     )
     write_configs(job.folder, partial, format, quantization)
-    check_generates(partial, job.source.device, job.source.dtype)
+    check_runs(partial, job.source.device, job.source.dtype)
     report = _report(
         job, output, journal.layers, shards.tensors.num_bytes, journal.seconds + time.monotonic() - started
     )
