@@ -21,10 +21,12 @@ from llmq.quant.needs import Needs
 from llmq.quant.options import Calibration
 from llmq.scheme import Scheme
 
-WIDTH = 256
+WIDTH = 512
 BLOCK = 7 * WIDTH**2 * 4
 """Bytes of a decoder block whose MLP is as wide as its hidden states."""
 LIMIT = 4 * BLOCK
+PYTHON = 2**20
+"""What the interpreter takes besides: reports, headers, buffers of files."""
 
 MEASURE = """
 import json, re, sys, threading
@@ -90,9 +92,9 @@ class Bench:
         assert run.returncode == 0, run.stderr
         result = json.loads(run.stdout.splitlines()[-1])
         assert result["spills"]
-        assert result["peak"] <= result["places"][0]["needed"] <= limit
+        assert result["peak"] <= result["places"][0]["needed"] + PYTHON <= limit + PYTHON
         buffer = result["batch_tokens"] * 7 * WIDTH * 4  # of a token, all that is in memory at the block's widest
-        assert result["peak"] <= 3 * BLOCK + buffer
+        assert result["peak"] <= 3 * BLOCK + buffer + PYTHON
         return int(result["peak"])
 
 
@@ -105,7 +107,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.mark.parametrize(("method", "scheme"), [("gptq", "w4a16"), ("smoothquant", "w8a8")])
 def test_a_model_six_times_larger_than_memory_is_quantized_within_it(bench: Bench, method: str, scheme: str) -> None:
     assert 24 * BLOCK >= 6 * LIMIT
-    assert bench.peak(24, method, scheme, LIMIT) <= LIMIT
+    assert bench.peak(24, method, scheme, LIMIT) <= LIMIT + PYTHON
 
 
 @pytest.mark.slow
@@ -140,8 +142,8 @@ def test_hidden_states_in_files_give_the_same_bytes(tmp_path: Path, method: str)
 
 def test_what_cannot_fit_is_refused_before_any_work(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
-    with pytest.raises(LlmqError, match=r"takes about .* of main memory, and there are 1.00 MiB") as caught:
-        quantize(str(model), tmp_path / "out", method="rtn", device="cpu", max_memory=2**20)
+    with pytest.raises(LlmqError, match=r"takes about .* of main memory, and there are 64.00 KiB") as caught:
+        quantize(str(model), tmp_path / "out", method="rtn", device="cpu", max_memory=2**16)
     assert caught.value.exit_code == CHECK_FAILED
     assert "--max-memory" in str(caught.value.hint)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
