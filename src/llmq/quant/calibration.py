@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from llmq.checkpoint.folder import demo_folder
 from llmq.checkpoint.tokenizer import load_tokenizer
 from llmq.errors import LlmqError
 from llmq.quant.options import Calibration
+from llmq.texts import read_text
 
 CHARACTERS_PER_TOKEN = 32
 """Characters read for each token wanted: several times what a token takes, so that there is a choice of windows."""
@@ -29,7 +28,9 @@ def draw_windows(folder: Path, config: ModelConfig, calibration: Calibration) ->
     """
     path = demo_folder() / "calibration.txt" if calibration.data is None else Path(calibration.data).expanduser()
     length = min(calibration.seqlen, config.context_length)
-    text = _read_text(path, calibration.samples * length * CHARACTERS_PER_TOKEN)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise LlmqError(f"{path.name} is neither .txt nor .jsonl", DATA_HINT)
+    text = read_text(path, DATA_HINT, calibration.samples * length * CHARACTERS_PER_TOKEN)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(text)
     prefix = [ids.pop(0)] if ids[:1] == [tokenizer.bos_token_id] else []
@@ -50,33 +51,3 @@ def draw_windows(folder: Path, config: ModelConfig, calibration: Calibration) ->
     chosen = torch.randperm(available, generator=generator)[: calibration.samples]
     bodies = torch.tensor(ids)[first : first + available * body].view(available, body)[chosen]
     return torch.cat((torch.tensor(prefix, dtype=torch.int64).expand(len(chosen), -1), bodies), dim=1)
-
-
-def _read_text(path: Path, max_characters: int) -> str:
-    """The text of ``path``, about ``max_characters`` of it if it is longer."""
-    if path.suffix not in (".txt", ".jsonl"):
-        raise LlmqError(f"{path.name} is neither .txt nor .jsonl", DATA_HINT)
-    try:
-        with path.open(encoding="utf-8") as stream:
-            if path.suffix == ".txt":
-                return stream.read(max_characters)
-            texts, left = [], max_characters
-            for text in _jsonl_texts(path, stream):
-                texts.append(text)
-                left -= len(text)
-                if left <= 0:
-                    break
-            return "\n\n".join(texts)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise LlmqError(f"{path} cannot be read: {reason}", DATA_HINT) from None
-
-
-def _jsonl_texts(path: Path, lines: Iterator[str]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield str(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise LlmqError(f'{path.name}, line {number}: not a JSON object with a "text"', DATA_HINT) from None

@@ -9,6 +9,7 @@ import torch
 
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.formats import FORMATS, format_for, kept_layers
+from llmq.checkpoint.formats.merged import merged_layers
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import USAGE, LlmqError
 from llmq.quant.backends.environment import python_of
@@ -64,7 +65,7 @@ def prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         Source(config, None, tensors, device, resolve_dtype("auto", config, device)),
         fitting,
         tuple(kept_layers(tensors, fitting)),
-        (*notes, *_misfit_notes(misfits)),
+        (*notes, *_misfit_notes(misfits), *_merge_notes(every, fitting)),
         windows,
     )
 
@@ -101,6 +102,16 @@ def _misfit_notes(misfits: Mapping[str, str]) -> Iterator[str]:
     for reason in dict.fromkeys(misfits.values()):
         names = [name for name in misfits if misfits[name] == reason]
         yield f"{len(names)} layers keep 16 bits: each {reason}: {', '.join(names)}"
+
+
+def _merge_notes(names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """A sentence when layers that other runtimes compute as one have not all the same scheme."""
+    split = [whole for whole, parts in merged_layers(names) if len({schemes.get(part) for part in parts}) > 1]
+    if split:
+        yield (
+            f"vLLM and SGLang cannot load this folder: the parts of {split[0]}, which they compute as one layer, "
+            f"differ in scheme, as do those of {len(split)} layers in all"
+        )
 
 
 def _fitting_groups(names: Iterable[str], tensors: Tensors) -> str:
