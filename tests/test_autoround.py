@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import resolve
 from llmq.checkpoint.quantized_weight import QuantizedWeight
-from llmq.quant import activations
+from llmq.memory import MICRO_BATCH_TOKENS
 from llmq.quant.activations import HiddenStates
 from llmq.quant.affine import encode, fit_grid, per_channel
 from llmq.quant.calibration import draw_windows
@@ -33,12 +33,19 @@ INTEGERS = st.builds(Scheme, st.sampled_from((2, 3, 4, 5, 6, 8)), st.sampled_fro
 class Example:
     """A model's first block, calibration windows at its entrance, and its outputs."""
 
-    def __init__(self, folder: Path, windows: Tensor, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        windows: Tensor,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_tokens: int = MICRO_BATCH_TOKENS,
+    ) -> None:
         source = open_source(folder, device, dtype)
         self.config = source.config
         self.linears = tuple(source.config.linears)
         self.block = load_layer(source, 0)
-        self.states = HiddenStates(source, windows)
+        self.states = HiddenStates(source, windows, batch_tokens)
         self.targets = outputs(self.block, self.states)
 
     def learn(self, scheme: Scheme, *, steps: int, seed: int = 0) -> dict[str, QuantizedWeight]:
@@ -192,11 +199,10 @@ def test_a_rounding_passes_the_gradient_of_the_value_that_it_rounds() -> None:
     torch.testing.assert_close(rounding.offset.grad.view(8, 128), torch.where(on_grid, scales * slope, 0.0))
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(activations, "MICRO_BATCH_TOKENS", 64)  # the seed decides the order of batches
-    example, scheme = Example(save_tiny(tmp_path / "model"), random_windows()), Scheme(3, 32, symmetric=False)
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    # the seed decides the order of batches
+    example = Example(save_tiny(tmp_path / "model"), random_windows(), batch_tokens=64)
+    scheme = Scheme(3, 32, symmetric=False)
     first, again, other = (example.learn(scheme, steps=5, seed=seed) for seed in (1, 1, 2))
     for name in first:
         assert torch.equal(first[name].codes, again[name].codes)

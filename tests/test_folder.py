@@ -75,6 +75,16 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     assert names(tmp_path / "model") == {"old"}
 
 
+def test_a_kill_after_the_two_renames_is_cleared_away(tmp_path: Path) -> None:
+    for name in ("model", ".model.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
+    with write_folder(tmp_path / "model", overwrite=True) as partial:
+        (partial / "new").touch()
+    assert names(tmp_path) == {"model"}
+    assert names(tmp_path / "model") == {"new"}
+
+
 def test_side_files_are_copied_but_neither_weights_nor_code(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()

@@ -198,5 +198,7 @@ def activation_bytes(model: Widths, batched_tokens: int, sampled_rows: int, dtyp
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens in one forward pass of a quantization: what a block's activations take, whatever the number of windows."""
+MOMENT_BYTES = 2 * 2**30
+"""What second moments of experts' inputs may take at once; more of them, or wider, take several passes."""
 LOGITS_COPIES = 5
 """fp32 [rows, vocabulary] tensors that sampling holds at once: logits, sorted, order, probabilities, noise."""

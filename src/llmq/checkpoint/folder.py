@@ -107,9 +107,9 @@ def journal_of(output: Path) -> Path:
 def write_folder(output: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes the name ``output`` once the block ends without an error.
 
-    Until then it is ``partial_of(output)``. What a run leaves there that fails or is killed is removed; but
-    with a journal beside it, it is kept, and handed out again with ``resume``. Raises LlmqError when ``output`` exists,
-    or could go on, or is being written by another process.
+    Until then it is ``partial_of(output)``. What a run leaves there that fails or is killed is removed; but with a
+    journal beside it, it is kept, and handed out again with ``resume``. Raises LlmqError when ``output`` exists, or
+    could go on, or is being written by another process.
     """
     output = output.absolute()
     check_output(output, overwrite=overwrite)
@@ -119,6 +119,7 @@ def write_folder(output: Path, *, overwrite: bool = False, resume: bool = False)
     with _locked(output):
         if replaced.exists() and not output.exists():
             replaced.rename(output)  # killed between the two renames below: what stood here before comes back
+        _remove(replaced)
         check_output(output, overwrite=overwrite)
         stopped = partial.exists() and journal.exists()
         if stopped and not (resume or overwrite):

@@ -27,15 +27,19 @@ def show_progress(console: Console) -> Iterator[Callable[[Step], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[what]}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, part="", what="")
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task("", total=None, part="", what="")
 
-        def show(step: Step) -> None:
-            part = f"{min(step.parts + 1, step.of_parts)} of {step.of_parts}"
-            error = "" if step.layer is None else f", error {step.layer.error:.1e}"
-            bar.update(task, completed=step.layers, total=step.of_layers, part=part, what=f"{step.what}{error}")
+    def show(step: Step) -> None:
+        bar.start()  # not before: what the run takes is said first
+        part = f"{min(step.parts + 1, step.of_parts)} of {step.of_parts}"
+        error = "" if step.layer is None else f", error {step.layer.error:.1e}"
+        bar.update(task, completed=step.layers, total=step.of_layers, part=part, what=f"{step.what}{error}")
 
+    try:
         yield show
+    finally:
+        bar.stop()
 
 
 class Lines:

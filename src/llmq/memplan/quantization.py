@@ -16,7 +16,7 @@ WORKING_COPIES = {"gptq": 4, "autoround": 6}
 the weights, what their codes stand for and the error. GPTQ has also those that are left to round, AutoRound offsets,
 their gradients and what these are made of."""
 MOMENTS = 3
-"""Of a layer's inputs at once: the Hessian, its factor, and what that is made in."""
+"""Of a layer's inputs at once: the Hessian, its factor, and what that is made in. Experts have more Hessians."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +72,21 @@ def plan_quantization(
     inputs = max((weight.in_features for weight in linears), default=0)
     total = sum(weight.copies * weight.size for weight in linears)
     widest = max((weight.size for weight in linears), default=0)
-    states = 2 * architecture.hidden_size
+    states, together = 2 * architecture.hidden_size, 1
     if model.config is not None:
         states = model.config.hidden_size + model.config.num_heads * model.config.head_dim
         if calibrated:  # those of a group are rounded together
             shapes = model.config.linears
             groups = (group for stage in model.config.linear_stages for group in stage.groups)
             widest = max(sum(shapes[name][0] * shapes[name][1] for name in group) for group in groups)
+        if model.config.experts is not None:
+            together = min(model.config.experts.count, max(1, memory.MOMENT_BYTES // (4 * inputs**2)))
     batch = memory.activation_bytes(architecture, min(batch_tokens, tokens), 1, dtype_bytes)
     return QuantizationPlan(
         method=method,
         block=total // len(architecture.layers) * dtype_bytes if calibrated else 0,
         copies=WORKING_COPIES.get(method, 3) * widest * 4,
-        moments=MOMENTS * inputs**2 * 4 if calibrated else 0,
+        moments=(together + MOMENTS - 1) * inputs**2 * 4 if calibrated else 0,
         activations=batch if calibrated else 0,
         states=tokens * states * dtype_bytes,
         disk=planned_weights(architecture, scheme).on_disk,

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from llmq.checkpoint.shards import reserve
 from llmq.errors import LlmqError
-from llmq.memory import MICRO_BATCH_TOKENS
+from llmq.memory import MICRO_BATCH_TOKENS, MOMENT_BYTES
 from llmq.runtime.decoder import Attend, Attention, CausalAttention, DecoderLayer, embed
 from llmq.runtime.kernels.norm import add_rms_norm
 from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.loader import EMBEDDING, FINAL_NORM, HEAD, Source
 from llmq.runtime.rotary import Rotation, rotary_angles
 
-MOMENT_BYTES = 2 * 2**30
-"""What second moments may take at once; more of them, of many wide experts, take several passes."""
 FEWEST = 0.005
 """The share of all tokens below which an expert has seen too few to learn from: as GPTQModel has it."""
 GPU_SHARE = 4

@@ -111,6 +111,7 @@ class MLP(nn.Module):
         self.gate_up, self.down = config.names.gate_up, config.names.down
         self.sizes = (inner, inner)
         self.gelu = config.activation == "gelu_tanh"
+        self.merged = False
         add_linears(self, self.gate_up, config.hidden_size, self.sizes, bias=config.mlp_bias)
         add_linears(self, (self.down,), inner, (config.hidden_size,), bias=config.mlp_bias)
 
@@ -121,13 +122,14 @@ class MLP(nn.Module):
     def merge(self) -> None:
         """Make one product of gate and up, where their layers allow it."""
         self.gate_up = stack(self, self.gate_up, "gate_up_proj")
+        self.merged = True
 
     @property
     def gates(self) -> bool:
-        """Whether the product of gate and up can end in silu(gate) · up."""
+        """Whether the product of gate and up can end in silu(gate) · up; not of a layer whose inputs are watched."""
         merged = getattr(self, self.gate_up[0])
         gated = isinstance(merged, DenseLinear | WeightOnlyLinear) and merged.bias is None
-        return gated and len(self.gate_up) == 1 and not self.gelu
+        return self.merged and gated and len(self.gate_up) == 1 and not self.gelu
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         return whole(self.product(x))
