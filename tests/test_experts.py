@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmq.checkpoint.config import ModelConfig, read_config
+from llmq.errors import note
+from llmq.runtime import decoder
 from llmq.runtime.decoder import MLP, Decoder, MixtureOfExperts
 from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.kernels.grouped import BLOCKS_M, LARGEST_PACKED, block_m_for
@@ -118,8 +120,11 @@ def test_merged_experts_give_what_they_give_one_by_one(
     torch.testing.assert_close(mixture(x), apart, rtol=1e-4, atol=1e-4 * float(apart.abs().max()))
 
 
-def test_experts_of_several_schemes_stay_apart(config: ModelConfig) -> None:
+def test_experts_of_several_schemes_stay_apart_which_a_gpu_s_user_is_told(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
+    note.cache_clear()
     mixture = expert_layers(config, None, False)
     mixture.experts[3].set_submodule(  # type: ignore[union-attr]
         "down_proj", WeightOnlyLinear(pack_wna16(draw_weight((128, 64), Scheme(4, 32)), torch.float32), None)
@@ -127,6 +132,10 @@ def test_experts_of_several_schemes_stay_apart(config: ModelConfig) -> None:
     x = torch.randn(20, 128)
     apart = mixture(x)
     mixture.merge()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(decoder, "triton_runs_on", lambda _: True)
+    mixture.merge()
+    assert "without CUDA graphs" in capsys.readouterr().err
     assert mixture.grouped is None
     torch.testing.assert_close(mixture(x), apart)
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmq.checkpoint.config import ModelConfig
+from llmq.errors import note
 from llmq.runtime.experts import GroupedExperts
+from llmq.runtime.kernels import triton_runs_on
 from llmq.runtime.kernels.attention import dot_product_attention
 from llmq.runtime.kernels.gelu import gelu_mul
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
@@ -175,6 +177,8 @@ class MixtureOfExperts(nn.Module):
         if gate_up is not None and down is not None and not experts[0].gelu:
             self.grouped = GroupedExperts(gate_up, down)
             del self.experts
+        elif triton_runs_on(self.gate.weight.device.type):
+            note("the experts' layers are not of one scheme: they run one by one, and steps without CUDA graphs")
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen = choose(self.gate(x), self.per_token, self.renormalized)
