@@ -26,7 +26,7 @@ class Requests:
     input_len: int = 8
     longest: int = 128
     spread: int = 16
-    growth: int = 512
+    growth: int = 384
     seed: int = 0
 
     def __post_init__(self) -> None:
