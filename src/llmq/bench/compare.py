@@ -39,7 +39,7 @@ from llmq.memplan.source import open_model
 from llmq.plan import layer_groups
 from llmq.quant.pipeline import quantize
 from llmq.quant.schemes import PRESETS, RTN, choose
-from llmq.runtime.device import free_kv_cache_bytes, resolve_device, resolve_dtype
+from llmq.runtime.device import free_kv_cache_bytes, resolve_device, resolve_dtype, resolve_kv_dtype
 from llmq.runtime.loader import block_name
 from llmq.scheme import Scheme
 
@@ -204,9 +204,9 @@ class _Load:
     def kv_bytes(self, device: str, dtype: str) -> int:
         """Of a KV cache that has room for all sequences that run at once, at their longest."""
         config, size = read_config(self.folder), self.options.block_size
-        itemsize = resolve_dtype(dtype, config, device).itemsize
-        pool = memory.pool_block_bytes(config, size, itemsize) * memory.RESERVED_BLOCKS
-        return pool + memory.kv_bytes(config, self.options.max_num_seqs, self.longest + size, size, itemsize)
+        kept_as = self._kv_dtype(device, dtype)
+        pool = memory.pool_block_bytes(config, size, kept_as) * memory.RESERVED_BLOCKS
+        return pool + memory.kv_bytes(config, self.options.max_num_seqs, self.longest + size, size, kept_as)
 
     def fit_together(self, plans: Sequence[MemoryPlan], device: str, dtype: str) -> bool:
         """Whether the schemes, each with a KV cache of its own, fit the device side by side."""
@@ -228,11 +228,15 @@ class _Load:
         if device == "cpu":
             return None
         config, size = read_config(self.folder), self.options.block_size
-        itemsize = resolve_dtype(dtype, config, device).itemsize
         whole = int(torch.cuda.mem_get_info(torch.device(device))[1] * self.options.gpu_memory_utilization)
         budget = whole - plan.weights.resident - plan.activations.likely
-        blocks = memory.pool_blocks(max(0, budget), config, size, itemsize) - memory.RESERVED_BLOCKS
+        kept_as = self._kv_dtype(device, dtype)
+        blocks = memory.pool_blocks(max(0, budget), config, size, kept_as) - memory.RESERVED_BLOCKS
         return max(0, blocks) * size // len(layer_groups(config.windows))
+
+    def _kv_dtype(self, device: str, dtype: str) -> str:
+        config = read_config(self.folder)
+        return resolve_kv_dtype(self.options.kv_cache_dtype, resolve_dtype(dtype, config, device), device)
 
 
 def _make(source: Path, name: str, scratch: Path, dummy: bool, device: str) -> Path:

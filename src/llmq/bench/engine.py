@@ -177,7 +177,7 @@ class Subject:
         load = memplan.Load(
             batch_size=min(len(items), llm.options.seats),
             max_model_len=max(len(item.prompt) + item.output_len for item in items),
-            kv_cache_dtype=str(llm.dtype).removeprefix("torch."),
+            kv_cache_dtype=llm.kv_dtype,
         )
         plan = memplan.plan(open_model(str(llm.folder)), load=load, options=llm.options)
         weights = resident_bytes(llm.decoder)

@@ -45,6 +45,7 @@ FEATURES = (
     Feature("matplotlib", "plots", "plots"),
     Feature("fastapi", "the HTTP server", "serve"),
     Feature("uvicorn", "the HTTP server", "serve"),
+    Feature("llguidance", "structured outputs", "serve"),
     Feature("lm-eval", "tasks of llmq eval", "lm-eval"),
     Feature("gptqmodel", "tests against its reader", "test"),
     Feature("compressed-tensors", "tests against its reader", "test"),

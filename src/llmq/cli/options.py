@@ -38,6 +38,9 @@ ENGINE_FLAGS: dict[str, Any] = {
         str | None,
         typer.Option(metavar="SIZE", help="KV cache, e.g. 512MiB. [default: what is free]", show_default=False),
     ],
+    "kv_cache_dtype": Annotated[
+        str, typer.Option(help="Of keys and values: auto (the type that is computed in), fp8 or int8.")
+    ],
     "gpu_memory_utilization": GpuMemoryUtilization,
     "max_model_len": MaxModelLen,
     "prefix_caching": Annotated[
@@ -61,6 +64,9 @@ ENGINE_FLAGS: dict[str, Any] = {
     "queue": Annotated[str, typer.Option(help="fcfs: by arrival; priority: by a prompt's priority, then by arrival.")],
     "load_format": LoadFormat,
     "enforce_eager": Annotated[bool, typer.Option("--enforce-eager", help="Run without CUDA graphs.")],
+    "deterministic": Annotated[
+        bool, typer.Option("--deterministic", help="The same tokens whatever else runs, on a GPU; slower.")
+    ],
 }
 """The fields of EngineOptions that are flags, in the order of ``--help``."""
 
