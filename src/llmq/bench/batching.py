@@ -110,19 +110,21 @@ class Growth:
         return sum(self.gaps) / sum(self.gaps[: len(self.gaps) // 2])
 
     @property
-    def slope(self) -> float:
-        """Seconds by which a token takes longer for each token before it: time is linear in length where it is 0, and
-        quadratic where not."""
-        return linear_regression(range(len(self.gaps)), self.gaps).slope
+    def line(self) -> tuple[float, float]:
+        """Seconds that a token takes with none before it, and by how much longer for each: the least squares of the
+        tokens but the first. Time is linear in length where the second is 0, and quadratic where not."""
+        slope, base = linear_regression(range(1, len(self.gaps)), self.gaps[1:])
+        return base, slope
 
     @property
     def correlation(self) -> float:
         """Of the time that a token takes with its place: 1 where it lies on a rising line."""
-        return correlation(range(len(self.gaps)), self.gaps)
+        return correlation(range(1, len(self.gaps)), self.gaps[1:])
 
     def as_json(self) -> dict[str, Any]:
-        names = ("doubling", "slope", "correlation")
-        return {"way": self.way.name, **{name: getattr(self, name) for name in names}, "seconds": self.seconds}
+        base, slope = self.line
+        fit = {"base": base, "slope": slope, "correlation": self.correlation}
+        return {"way": self.way.name, "doubling": self.doubling, **fit, "seconds": self.seconds}
 
 
 @dataclass(frozen=True, slots=True)
