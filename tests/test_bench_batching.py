@@ -58,11 +58,12 @@ def test_with_lengths_spread_1_to_16_continuous_batching_needs_2_2_times_fewer_s
 
 
 def test_time_that_is_linear_in_length_doubles_and_quadratic_time_grows_fourfold() -> None:
-    linear = Growth(CACHE, tuple(0.5 * token for token in range(1, 101)))
-    quadratic = Growth(NO_CACHE, tuple(0.01 * token**2 for token in range(1, 101)))
-    assert (linear.doubling, quadratic.doubling) == (pytest.approx(2), pytest.approx(4))
-    assert linear.slope == pytest.approx(0)
-    assert quadratic.slope == pytest.approx(0.02)
+    linear = Growth(CACHE, (0.5,) * 99 + (0.6,))
+    quadratic = Growth(NO_CACHE, tuple(0.01 * (token**2 - (token - 1) ** 2) for token in range(1, 101)))
+    assert quadratic.seconds[-1] == pytest.approx(0.01 * 100**2)
+    assert (linear.doubling, quadratic.doubling) == (pytest.approx(2, rel=0.01), pytest.approx(4))
+    assert linear.line == (pytest.approx(0.5, abs=0.01), pytest.approx(0, abs=1e-4))
+    assert quadratic.line == (pytest.approx(0.01), pytest.approx(0.02))
     assert quadratic.correlation == pytest.approx(1)
 
 

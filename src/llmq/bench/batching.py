@@ -8,7 +8,7 @@
 
 Three measurements, all greedy: all requests there at the start (speed, and seats that nobody used); requests that come
 one by one, as fast as static batching could just follow (latency, from when each was due); and one long answer with and
-without a cache (how time grows with length).
+without a cache (how time grows with length), of each token the quickest of all rounds, the least disturbed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from statistics import correlation, linear_regression, median
 from typing import Any
 
@@ -93,35 +94,37 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """One answer. ``seconds``: from the start to each of its tokens."""
+    """One answer. ``gaps``: seconds that each of its tokens took."""
 
     way: Way
-    seconds: tuple[float, ...]
+    gaps: tuple[float, ...]
+
+    @property
+    def seconds(self) -> list[float]:
+        """From the start to each token."""
+        return list(accumulate(self.gaps))
 
     @property
     def doubling(self) -> float:
         """Time of the whole answer over that of its first half: 2 where time is linear in length, 4 where quadratic."""
-        return self.seconds[-1] / self.seconds[len(self.seconds) // 2 - 1]
+        return sum(self.gaps) / sum(self.gaps[: len(self.gaps) // 2])
 
     @property
-    def gaps(self) -> list[float]:
-        """Seconds that each token but the first took."""
-        return [after - before for before, after in zip(self.seconds, self.seconds[1:], strict=False)]
-
-    @property
-    def slope(self) -> float:
-        """Seconds by which a token takes longer for each token before it: time is linear in length where it is 0, and
-        quadratic where not."""
-        return linear_regression(range(len(self.gaps)), self.gaps).slope
+    def line(self) -> tuple[float, float]:
+        """Seconds that a token takes with none before it, and by how much longer for each: the least squares of the
+        tokens but the first. Time is linear in length where the second is 0, and quadratic where not."""
+        slope, base = linear_regression(range(1, len(self.gaps)), self.gaps[1:])
+        return base, slope
 
     @property
     def correlation(self) -> float:
         """Of the time that a token takes with its place: 1 where it lies on a rising line."""
-        return correlation(range(len(self.gaps)), self.gaps)
+        return correlation(range(1, len(self.gaps)), self.gaps[1:])
 
     def as_json(self) -> dict[str, Any]:
-        names = ("doubling", "slope", "correlation")
-        return {"way": self.way.name, **{name: getattr(self, name) for name in names}, "seconds": list(self.seconds)}
+        base, slope = self.line
+        fit = {"base": base, "slope": slope, "correlation": self.correlation}
+        return {"way": self.way.name, "doubling": self.doubling, **fit, "seconds": self.seconds}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +200,7 @@ def bench_batching(
     subject = Subject(model, [workload], revision=revision, dtype=dtype, device=device, options=options)
     items = [Item(one.prompt, length) for one, length in zip(subject.items(workload), asked.output_lens, strict=True)]
     alone = items[: max(1, len(items) // ALONE)]
-    total = len(BATCHED) * (rounds + 2) + 4
+    total = len(BATCHED) * (rounds + 2) + 2 + 2 * rounds
     ticks = iter(range(1, total + 1))
 
     def tick() -> None:
@@ -219,13 +222,15 @@ def bench_batching(
     for way in BATCHED:
         trickled[way] = _one_by_one(subject, items, way, Load(rate).schedule(items, asked.seed))
         tick()
-    growth = []
-    for way in (NO_CACHE, CACHE):
-        growth.append(_grow(subject, Item(items[0].prompt, asked.growth), way))
-        tick()
+    answers: dict[Way, list[list[float]]] = {NO_CACHE: [], CACHE: []}
+    for _ in range(rounds):
+        for way, found in answers.items():
+            found.append(_token_seconds(subject, Item(items[0].prompt, asked.growth), way))
+            tick()
     results = tuple(
         Result(way, 1 if way.alone else seats, tuple(found), trickled.get(way)) for way, found in runs.items()
     )
+    growth = [Growth(way, tuple(map(min, zip(*found, strict=True)))) for way, found in answers.items()]
     return BatchingReport(subject.setup(), asked, seats, rate, results, (growth[0], growth[1]))
 
 
@@ -278,9 +283,11 @@ def _run(subject: Subject, outputs: Sequence[RequestOutput], items: Sequence[Ite
     return Run(metrics, subject.llm.stats, errors, None)
 
 
-def _grow(subject: Subject, item: Item, way: Way) -> Growth:
+def _token_seconds(subject: Subject, item: Item, way: Way) -> list[float]:
+    """Of each token of the answer, how long it took."""
     started = time.perf_counter()
     (output,) = subject.llm.generate([item.prompt], params(item), batching=way.batching, kv_cache=way.kv_cache)
     if output.error is not None:
         raise output.error
-    return Growth(way, tuple(at - started for at in output.completions[0].token_times))
+    times = [started, *output.completions[0].token_times]
+    return [after - before for before, after in pairwise(times)]

@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import torch
+
 from llmq import memory
 from llmq.bench.candidates import BASE, BATCH_SIZES, ROUNDS, SCHEMES, WORKLOADS, workload_of
 from llmq.bench.compare_report import CompareReport, Row, Speeds
@@ -37,7 +39,7 @@ from llmq.memplan.source import open_model
 from llmq.plan import layer_groups
 from llmq.quant.pipeline import quantize
 from llmq.quant.schemes import PRESETS, RTN, choose
-from llmq.runtime.device import resolve_device, resolve_dtype, resolve_kv_dtype
+from llmq.runtime.device import free_kv_cache_bytes, resolve_device, resolve_dtype, resolve_kv_dtype
 from llmq.runtime.loader import block_name
 from llmq.scheme import Scheme
 
@@ -211,7 +213,8 @@ class _Load:
         if device == "cpu":
             return True
         each = self.kv_bytes(device, dtype) + max(plan.activations.likely for plan in plans)
-        return sum(plan.weights.resident + each for plan in plans) <= self._gpu_bytes(device)
+        free = free_kv_cache_bytes(device, self.options.gpu_memory_utilization, 0)
+        return sum(plan.weights.resident + each for plan in plans) <= free
 
     def engine_options(self, device: str, dtype: str, *, shared: bool) -> EngineOptions:
         """``shared``: the device has other models too."""
@@ -225,7 +228,8 @@ class _Load:
         if device == "cpu":
             return None
         config, size = read_config(self.folder), self.options.block_size
-        budget = self._gpu_bytes(device) - plan.weights.resident - plan.activations.likely
+        whole = int(torch.cuda.mem_get_info(torch.device(device))[1] * self.options.gpu_memory_utilization)
+        budget = whole - plan.weights.resident - plan.activations.likely
         kept_as = self._kv_dtype(device, dtype)
         blocks = memory.pool_blocks(max(0, budget), config, size, kept_as) - memory.RESERVED_BLOCKS
         return max(0, blocks) * size // len(layer_groups(config.windows))
@@ -233,12 +237,6 @@ class _Load:
     def _kv_dtype(self, device: str, dtype: str) -> str:
         config = read_config(self.folder)
         return resolve_kv_dtype(self.options.kv_cache_dtype, resolve_dtype(dtype, config, device), device)
-
-    def _gpu_bytes(self, device: str) -> int:
-        import torch
-
-        _, total = torch.cuda.mem_get_info(torch.device(device))
-        return int(total * self.options.gpu_memory_utilization)
 
 
 def _make(source: Path, name: str, scratch: Path, dummy: bool, device: str) -> Path:
@@ -298,8 +296,6 @@ def _judge(
 
 def _free(device: str) -> None:
     """Give back what a model had."""
-    import torch
-
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()

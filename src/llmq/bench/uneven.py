@@ -26,7 +26,7 @@ class Requests:
     input_len: int = 8
     longest: int = 128
     spread: int = 16
-    growth: int = 512
+    growth: int = 384
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -34,8 +34,8 @@ class Requests:
             if getattr(self, name) < 1:
                 flag = f"--{name.replace('_', '-')}"
                 raise LlmqError(f"{flag} is {getattr(self, name)}", "make it 1 or more", exit_code=USAGE)
-        if self.spread > self.longest or self.growth < 2:
-            raise LlmqError("--spread is at most --longest, and --growth 2 or more", "check them", exit_code=USAGE)
+        if self.spread > self.longest or self.growth < 4:
+            raise LlmqError("--spread is at most --longest, and --growth 4 or more", "check them", exit_code=USAGE)
 
     @property
     def output_lens(self) -> list[int]:

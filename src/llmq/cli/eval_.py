@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
 from llmq.cli import options
-from llmq.cli.console import err, out, print_json, table
+from llmq.cli.console import out, print_json, progress, table
 from llmq.errors import CHECK_FAILED, USAGE, LlmqError
-from llmq.evals import perplexity
 from llmq.evals.perplexity import DEFINITION, WINDOW, Perplexity, evaluate_perplexity
 
 if TYPE_CHECKING:
@@ -68,7 +64,7 @@ def evaluate(
         _run_tasks(model, tasks.split(","), task_folder, limit, dtype, device, revision, json=json)
         return
     compared = None
-    with _bar("scoring") as told:
+    with progress("windows") as told:
         if reference is None:
             result = evaluate_perplexity(
                 model, data=data, window=window, dtype=dtype, device=device, revision=revision, progress=told
@@ -102,13 +98,6 @@ def _share(text: str) -> float:
     if not (text.endswith("%") and share >= 0):
         raise LlmqError(f"{text!r} is not a share", "write it like --max-ppl-increase 1%", exit_code=USAGE)
     return share
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[perplexity.Progress]:
-    with Progress(*Progress.get_default_columns(), console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print(result: Perplexity, compared: Comparison | None) -> None:

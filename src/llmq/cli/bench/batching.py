@@ -82,9 +82,10 @@ def _print(report: BatchingReport) -> None:
     out.print(grid)
     out.print()
     for growth in report.growth:
+        base, slope = growth.line
         out.print(
-            f"{growth.way.name}: twice the length takes {growth.doubling:.2f} × the time (2: linear, 4: quadratic); "
-            f"a token takes {1e3 * growth.gaps[0]:.1f} ms and {1e6 * growth.slope:+.1f} µs for each before it"
+            f"{growth.way.name}: twice the length takes {growth.doubling:.2f} × the time (2: linear, 4: quadratic); a "
+            f"token takes {1e3 * base:.1f} ms, and {1e3 * slope:+.3f} for each before it"
         )
     out.print()
     requests = report.requests
