@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -94,14 +95,15 @@ class Job:
         """(out_features, in_features) of a layer."""
         return shape_of(name, self.source.tensors)
 
-    @property
-    def layout(self) -> dict[str, Place]:
-        """Every tensor that will be written, part by part."""
+    def layout(self, dtypes: Mapping[str, str] = MappingProxyType({})) -> dict[str, Place]:
+        """Every tensor that will be written, part by part. ``dtypes``: safetensors' names for what tensors of layers
+        are stored in, by their names within a layer, where that is not what llmq stores them in."""
         places: dict[str, dict[str, Place]] = {part: {} for part in self.parts}
         format, infos = self.format, self.source.tensors.infos
         for name, scheme in self.schemes.items():
             for suffix, stored in format.layout(self.shape(name), scheme).items():
-                place = Place(stored.dtypes[0], stored.shape, stored.num_bytes)
+                as_stored = replace(stored, dtypes=(dtypes.get(suffix, stored.dtypes[0]),))
+                place = Place(as_stored.dtypes[0], as_stored.shape, as_stored.num_bytes)
                 places[self.part_of(name)][f"{name}.{suffix}"] = place
         for name in self.kept_tensors:
             places[self.part_of(name)][name] = Place(infos[name].dtype, infos[name].shape, infos[name].num_bytes)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -22,22 +21,22 @@ from llmq.checkpoint import folder as folders
 from llmq.checkpoint.formats import WRITER, write_configs
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.shards import Shards, lay_out
+from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
 from llmq.quant.activations import NotFinite
-from llmq.quant.affine import energy
-from llmq.quant.backends import Backend, preferences
-from llmq.quant.backends.run import run_backend
+from llmq.quant.backends import preferences
 from llmq.quant.blocks import Walk
 from llmq.quant.check import check_runs
 from llmq.quant.job import REST, Job
 from llmq.quant.journal import Journal
-from llmq.quant.methods import gptq, rtn
+from llmq.quant.methods import gptq
 from llmq.quant.needs import Needs, needs_of
 from llmq.quant.options import DEFAULTS, DYNAMIC, Calibration, QuantizeOptions, Rule
 from llmq.quant.prepare import prepare
 from llmq.quant.report import LayerReport, QuantizationReport, model_card
-from llmq.quant.rounding import check_weight, round_layers
-from llmq.quant.schemes import AWQ, GPTQ, choose
+from llmq.quant.rounding import load_weight, round_layers
+from llmq.quant.schemes import GPTQ, choose
+from llmq.quant.third_party import quantize_by
 from llmq.runtime.device import free_memory, peak_memory_bytes, peak_memory_of_children
 from llmq.runtime.loader import HEAD
 from llmq.scheme import Scheme
@@ -156,10 +155,15 @@ def _run_at_any_width(
 def _run(
     job: Job, output: Path, partial: Path, journal: Journal, spill: Path | None, tell: Progress
 ) -> QuantizationReport:
-    if not journal.parts:
-        lay_out(partial, job.layout)
-    with Shards(partial) as shards, torch.no_grad(), _full_fp32():
-        _do_parts(job, shards, journal, spill, tell)
+    backend = job.options.third_party
+    with torch.no_grad(), _full_fp32():
+        if backend is None:
+            if not journal.parts:
+                lay_out(partial, job.layout())
+            with Shards(partial) as shards:
+                _do_parts(job, shards, journal, spill, tell)
+        elif not journal.parts:
+            quantize_by(backend, job, partial, journal, _say(job, journal, tell))
     started = time.monotonic()
     folders.copy_side_files(job.folder, partial)
     format = job.format
@@ -173,35 +177,41 @@ def _run(
     write_configs(job.folder, partial, format, quantization)
     check_runs(partial, job.source.device, job.source.dtype)
     report = _report(
-        job, output, journal.layers, shards.tensors.num_bytes, journal.seconds + time.monotonic() - started
+        job, output, journal.layers, Tensors(partial).num_bytes, journal.seconds + time.monotonic() - started
     )
     card = model_card(report, job.options, job.folder / "README.md", from_hub=job.from_hub, writer=WRITER)
     (partial / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
+def _say(job: Job, journal: Journal, tell: Progress) -> Callable[[str, LayerReport | None], None]:
+    """What tells how far the run is: the words for where, and the layer just done."""
+    layers = len(journal.layers)
+
+    def say(what: str, layer: LayerReport | None) -> None:
+        nonlocal layers
+        layers += layer is not None
+        tell(Step(len(journal.parts), len(job.parts), layers, len(job.schemes), what, layer))
+
+    return say
+
+
 def _do_parts(job: Job, shards: Shards, journal: Journal, spill: Path | None, tell: Progress) -> None:
     """Do, and write, what is not done yet."""
     parts, done, layers, format = job.parts, len(journal.parts), journal.layers, job.format
     kept, wanted = job.by_part(job.kept_tensors), job.by_part(job.schemes)
-
-    def say(what: str, layer: LayerReport | None = None) -> None:
-        tell(Step(len(journal.parts), len(parts), len(layers), len(job.schemes), what, layer))
-
-    learns = job.windows is not None and job.options.third_party is None
+    say = _say(job, journal, tell)
     looks = any(part != REST or HEAD in job.schemes for part in parts[done:])  # at hidden states
-    walk = Walk(job, spill) if learns and looks else None
+    walk = Walk(job, spill) if job.windows is not None and looks else None
     for number, part in enumerate(parts):
         if number < done:
             if walk is not None:
-                say(f"passing {part} again")
+                say(f"passing {part} again", None)
                 walk.replay(number, shards.tensors)
             continue
         started, first = time.monotonic(), len(layers)
         changed: dict[str, Tensor] = {}
-        if job.options.third_party is not None:
-            made = _quantized_by(job.options.third_party, job, shards.tensors.folder, changed, say)
-        elif walk is not None and part != REST:
+        if walk is not None and part != REST:
             made = walk.quantize(number, changed)
         else:
             made = _quantized_alone(job, wanted[part], walk)
@@ -214,7 +224,7 @@ def _do_parts(job: Job, shards: Shards, journal: Journal, spill: Path | None, te
         shards.sync()
         journal.add(part, layers[first:], time.monotonic() - started)
         free_memory()
-        say(_summary(part, layers[first:]))
+        say(_summary(part, layers[first:]), None)
 
 
 def _summary(part: str, layers: Sequence[LayerReport]) -> str:
@@ -231,38 +241,7 @@ def _quantized_alone(
     """Layers that do not need the others of their block: all, where there are no data; the head, where there are."""
     for name in names:
         hessian = None if walk is None else walk.states.head_moment(job.source)
-        yield from round_layers({name: _weight(job, name)}, job.schemes, hessian, job.options)
-
-
-def _quantized_by(
-    backend: Backend, job: Job, folder: Path, changed: dict[str, Tensor], say: Callable[[str], None]
-) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-    """Have ``backend`` do the work, in a folder within ``folder``. What it hands back stands for itself: of layers that
-    it has scaled as well as rounded, nothing says how much of the difference is which. Tensors beside them that it has
-    scaled come into ``changed``."""
-    options, windows = job.options, job.windows
-    assert windows is not None
-    with TemporaryDirectory(dir=folder, prefix=".backend-") as scratch:
-        written = run_backend(backend, job.folder, options.choice, windows, job.source.device, Path(scratch), say)
-        if options.choice.method == AWQ:
-            for name in job.kept_tensors:
-                if name in written.tensors:
-                    changed[name] = written.tensors.load(name).to(job.source.tensors.load(name).dtype)
-        for name, scheme in job.schemes.items():
-            quantized = written.layer(name, job.shape(name), scheme)
-            weight = _weight(job, name).cpu()  # where what the backend wrote has been read to
-            plain, whole = rtn.quantize_weight(weight, scheme), energy(weight, None) or 1.0
-            error, rtn_error = (
-                math.nan if options.choice.method == AWQ else energy(each.dequantize().sub_(weight), None) / whole
-                for each in (quantized, plain)
-            )
-            yield quantized, LayerReport(name, options.choice.method, str(scheme), error, rtn_error)
-
-
-def _weight(job: Job, name: str) -> Tensor:
-    weight = job.source.tensors.load(f"{name}.weight", job.source.device).float()
-    check_weight(name, weight)
-    return weight
+        yield from round_layers({name: load_weight(job.source, name)}, job.schemes, hessian, job.options)
 
 
 def _report(

@@ -14,6 +14,7 @@ from llmq.quant.methods import awq, bnb, gptq, rtn
 from llmq.quant.options import QuantizeOptions
 from llmq.quant.report import LayerReport
 from llmq.quant.schemes import AWQ, BNB, GPTQ, RTN
+from llmq.runtime.loader import Source
 from llmq.scheme import Scheme
 
 
@@ -39,6 +40,13 @@ def round_layers(
             used, quantized, error = RTN, plain, rtn_error
         whole = energy(weight, hessian) or 1.0
         yield quantized, LayerReport(name, used, str(quantized.scheme), error / whole, rtn_error / whole)
+
+
+def load_weight(source: Source, name: str) -> Tensor:
+    """The weight of layer ``name``, fp32 on the source's device. LlmqError as ``check_weight``."""
+    weight = source.tensors.load(f"{name}.weight", source.device).float()
+    check_weight(name, weight)
+    return weight
 
 
 def check_weight(name: str, weight: Tensor) -> None:

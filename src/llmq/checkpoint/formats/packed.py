@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 HEAD = "lm_head"
 WORD_BITS = 32
 SCALE_TYPES = ("F16", "BF16", "F32")
-DTYPE_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
+DTYPE_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 DAMAGED = "the folder's quantization_config contradicts its weights, or is damaged"
 DAMAGED_CONFIG = "the folder's config.json is damaged"
 ORIGINAL = "quantize the original model by llmq"
