@@ -1,37 +1,60 @@
-"""A text → the windows of tokens that calibrate a model."""
+"""A text → the windows of tokens that calibrate a model.
+
+``--calib-data`` is one of
+
+    FILE.txt     a text
+    FILE.jsonl   lines with a ``text``, a ``prompt``, or the ``messages`` of a conversation, which the model's own chat
+                 template makes a text of
+    NAME/DATA    a dataset of the hub, or the folder of one: rows as such lines are
+    demo         the Python sources shipped with llmq
+    self         what the model itself writes: see ``quant.self_calibration``
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmq.checkpoint.config import ModelConfig
-from llmq.checkpoint.folder import demo_folder
-from llmq.checkpoint.tokenizer import load_tokenizer
+from llmq.checkpoint.folder import DEMO, HUB_ID, demo_folder
+from llmq.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from llmq.errors import LlmqError
-from llmq.quant.options import Calibration
+from llmq.quant.options import SELF, Calibration
+from llmq.quant.self_calibration import Progress, self_text
 
 CHARACTERS_PER_TOKEN = 32
 """Characters read for each token wanted: several times what a token takes, so that there is a choice of windows."""
-DATA_HINT = '--calib-data takes a .txt file, or a .jsonl file with a "text" in each line'
+COLUMNS = "text", "prompt", "messages"
+DATA_HINT = '--calib-data takes a .txt file, a .jsonl file with "text", "prompt" or "messages" in each line, or self'
 
 
-def draw_windows(folder: Path, config: ModelConfig, calibration: Calibration) -> Tensor:
+def draw_windows(
+    folder: Path,
+    config: ModelConfig,
+    calibration: Calibration,
+    device: str = "cpu",
+    progress: Progress = lambda done, total, what: None,
+) -> Tensor:
     """Token ids int64 [windows, tokens] of windows that do not overlap, in random order.
 
     There are fewer than ``calibration.samples`` when the text has no more. Where the tokenizer begins a text with the
-    beginning-of-sequence token, so does every window, as every prompt will. Raises LlmqError when the text or the
-    tokenizer cannot be read, or the text is shorter than one window.
+    beginning-of-sequence token, so does every window, as every prompt will. ``device`` and ``progress`` are for a text
+    that the model has to write first. Raises LlmqError when the text or the tokenizer cannot be read, or the text is
+    shorter than one window.
     """
-    path = demo_folder() / "calibration.txt" if calibration.data is None else Path(calibration.data).expanduser()
+    data = calibration.data or SELF
     length = min(calibration.seqlen, config.context_length)
-    text = _read_text(path, calibration.samples * length * CHARACTERS_PER_TOKEN)
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode(text)
+    if data == SELF:
+        ids = self_text(folder, config, calibration, device, progress)
+    else:
+        ids = tokenizer.encode(_read_text(data, tokenizer, calibration.samples * length * CHARACTERS_PER_TOKEN))
     prefix = [ids.pop(0)] if ids[:1] == [tokenizer.bos_token_id] else []
     if ids and max(ids) >= config.vocab_size:
         raise LlmqError(
@@ -42,7 +65,7 @@ def draw_windows(folder: Path, config: ModelConfig, calibration: Calibration) ->
     available = len(ids) // body
     if not available:
         raise LlmqError(
-            f"{path.name} has {len(ids)} tokens, fewer than one window of {body}",
+            f"{Path(data).name} has {len(ids)} tokens, fewer than one window of {body}",
             "give a longer text by --calib-data, or shorter windows by --calib-seqlen",
         )
     generator = torch.Generator().manual_seed(calibration.seed)
@@ -52,31 +75,88 @@ def draw_windows(folder: Path, config: ModelConfig, calibration: Calibration) ->
     return torch.cat((torch.tensor(prefix, dtype=torch.int64).expand(len(chosen), -1), bodies), dim=1)
 
 
-def _read_text(path: Path, max_characters: int) -> str:
-    """The text of ``path``, about ``max_characters`` of it if it is longer."""
-    if path.suffix not in (".txt", ".jsonl"):
-        raise LlmqError(f"{path.name} is neither .txt nor .jsonl", DATA_HINT)
+def _read_text(data: str, tokenizer: Tokenizer, max_characters: int) -> str:
+    """The text that ``data`` names, about ``max_characters`` of it if it is longer."""
+    path = demo_folder() / "calibration.txt" if data == DEMO else Path(data).expanduser()
+    if path.suffix == ".txt":
+        with _explained(path), path.open(encoding="utf-8") as stream:
+            return stream.read(max_characters)
+    texts, left = [], max_characters
+    for where, row in _rows(data, path):
+        texts.append(_row_text(row, tokenizer, where))
+        left -= len(texts[-1])
+        if left <= 0:
+            break
+    return "\n\n".join(texts)
+
+
+def _rows(data: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row with the words for where it stands."""
+    if path.suffix == ".jsonl":
+        with _explained(path), path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield f"{path.name}, line {number}", _parsed(line)
+    elif path.is_dir() or (HUB_ID.fullmatch(data) and "/" in data and not path.exists()):
+        for number, row in enumerate(_dataset(data), start=1):
+            yield f"{data}, row {number}", row
+    else:
+        raise LlmqError(f"{path.name} is neither .txt nor .jsonl, nor a dataset of the hub", DATA_HINT)
+
+
+def _parsed(line: str) -> Any:
     try:
-        with path.open(encoding="utf-8") as stream:
-            if path.suffix == ".txt":
-                return stream.read(max_characters)
-            texts, left = [], max_characters
-            for text in _jsonl_texts(path, stream):
-                texts.append(text)
-                left -= len(text)
-                if left <= 0:
-                    break
-            return "\n\n".join(texts)
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _row_text(row: Any, tokenizer: Tokenizer, where: str) -> str:
+    value = next((row[name] for name in COLUMNS if name in row), None) if isinstance(row, Mapping) else None
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return _conversation_text(value, tokenizer, where)
+    raise LlmqError(f'{where}: not a JSON object with a "text", a "prompt" or "messages"', DATA_HINT)
+
+
+def _conversation_text(messages: list[Any], tokenizer: Tokenizer, where: str) -> str:
+    """By the chat template, without the beginning-of-sequence token: every window gets its own."""
+    if not tokenizer.chat_template:
+        raise LlmqError(f'{where} has "messages", and the model has no chat template', 'give lines with a "text"')
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are programs, and raise what they like
+        raise LlmqError(f"{where}: the chat template refuses the messages: {error}", DATA_HINT) from error
+    if tokenizer.bos_token_id is None:
+        return text
+    return text.removeprefix(tokenizer.decode([tokenizer.bos_token_id], skip_special_tokens=False))
+
+
+def _dataset(name: str) -> Iterable[Any]:
+    """The rows of the training split, or else of the first, read as they are asked for."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise LlmqError(
+            "datasets of the hub are read by the library datasets", "pip install 'llmq[datasets]', or give a file"
+        ) from None
+    try:
+        splits = load_dataset(name, streaming=True)
+        split = "train" if "train" in splits else next(iter(splits))
+        yield from splits[split]
+    except Exception as error:  # the library raises whatever its many readers raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LlmqError(
+            f"the dataset {name} cannot be read: {reason}", "check its name and the network, or give a file"
+        ) from error
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever keeps a file from being read, as an LlmqError."""
+    try:
+        yield
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise LlmqError(f"{path} cannot be read: {reason}", DATA_HINT) from None
-
-
-def _jsonl_texts(path: Path, lines: Iterator[str]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield str(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise LlmqError(f'{path.name}, line {number}: not a JSON object with a "text"', DATA_HINT) from None

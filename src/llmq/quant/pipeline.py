@@ -35,16 +35,20 @@ from llmq.quant.calibration import draw_windows
 from llmq.quant.check import check_generates
 from llmq.quant.folding import linear, round_inputs
 from llmq.quant.methods import autoround, awq, bnb, gptq, rtn, smoothquant
+from llmq.quant.model_card import model_card
 from llmq.quant.options import DEFAULTS, DYNAMIC, Calibration, QuantizeOptions, Rule
-from llmq.quant.report import LayerReport, QuantizationReport, model_card
-from llmq.quant.schemes import AUTOROUND, AWQ, BNB, CALIBRATED, GPTQ, RTN, SMOOTHQUANT, choose
+from llmq.quant.plot import write_plot
+from llmq.quant.recipe import RECIPE, recipe_text
+from llmq.quant.report import LayerReport, QuantizationReport, write_report
+from llmq.quant.schemes import AUTOROUND, AWQ, BNB, GPTQ, RTN, SMOOTHQUANT, choose
 from llmq.runtime.decoder import DecoderLayer
 from llmq.runtime.device import peak_memory_bytes, peak_memory_of_children, resolve_device, resolve_dtype
 from llmq.runtime.loader import HEAD, Source, block_name, load_layer
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
 Progress = Callable[[int, int, str], None]
-"""Called with (layers done, layers in all, name of the layer just done)."""
+"""Called with (layers done, layers in all, name of the layer just done), and before with tokens of calibration text
+that the model writes."""
 
 
 def quantize(
@@ -78,7 +82,7 @@ def quantize(
     rules = [*(overrides or {}).items(), *((pattern, None) for pattern in ignore)]
     options = QuantizeOptions(
         choose(*preferences(backend, scheme, method, format)),
-        calibration,
+        calibration.of(model),
         tuple(Rule(pattern, exception) for pattern, exception in rules),
         clip,
         act_order,
@@ -88,7 +92,7 @@ def quantize(
         backend,
     )
     folders.check_output(output, overwrite=overwrite)
-    job = _prepare(model, folders.resolve(model, revision), options)
+    job = _prepare(model, folders.resolve(model, revision), options, progress or _silent)
     folders.check_disk_space(output, job.predicted_bytes)
     try:
         return _run(job, output, overwrite=overwrite, progress=progress)
@@ -100,6 +104,10 @@ def quantize(
     return _run(wide, output, overwrite=overwrite, progress=progress)
 
 
+def _silent(done: int, total: int, what: str) -> None:
+    """Nobody asked."""
+
+
 def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) -> QuantizationReport:
     started = time.monotonic()
     format = job.format
@@ -107,7 +115,7 @@ def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) 
     changed: dict[str, Tensor] = {}
     with folders.write_folder(output, overwrite=overwrite) as partial, torch.no_grad(), _full_fp32():
         writer = ShardWriter(partial)
-        tell = progress or (lambda done, total, what: None)
+        tell = progress or _silent
         backend = job.options.third_party
         if backend is None:
             made = job.quantized_layers(changed)
@@ -135,6 +143,9 @@ def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) 
         report = _report(job, output, layers, writer.num_bytes, time.monotonic() - started)
         card = model_card(report, job.options, job.folder / "README.md", from_hub=_is_hub_id(job.model), writer=WRITER)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        write_report(partial, report)
+        write_plot(partial, report)
+        (partial / RECIPE).write_text(recipe_text(job.options), encoding="utf-8")
     return report
 
 
@@ -345,7 +356,7 @@ def _e4m3_scale(largest: Tensor) -> Tensor:
 # Checks
 
 
-def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
+def _prepare(model: str, folder: Path, options: QuantizeOptions, progress: Progress) -> Job:
     """Everything that can be found out before the first layer is quantized. Raises LlmqError for what is wrong."""
     config, tensors, device = read_config(folder), Tensors(folder), resolve_device(options.device)
     if config.quantization is not None:
@@ -376,8 +387,7 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
     if not fitting:
         raise LlmqError("every linear layer is ignored: nothing is left to quantize", "ignore fewer by --ignore")
     format_for(options.choice.format, fitting)
-    learns = options.choice.method in CALIBRATED or options.third_party is not None or options.kv_cache is not None
-    windows = draw_windows(folder, config, options.calibration) if learns else None
+    windows = draw_windows(folder, config, options.calibration, device, progress) if options.calibrated else None
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
     return Job(
