@@ -11,13 +11,16 @@ offloading, sizes of chunks) is read over. https://github.com/vllm-project/llm-c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
 from llmq.errors import USAGE, LlmqError, either
-from llmq.quant.options import DYNAMIC, FP8, OFF, STATIC
+from llmq.quant.options import DYNAMIC, FP8, OFF, STATIC, Rule
 from llmq.quant.schemes import AWQ, GPTQ, PRESETS, RTN, SMOOTHQUANT, scheme_settings
 from llmq.scheme import BITS, E4M3, INT, WHOLE_ROW, WHOLE_TENSOR, Scheme
+
+Allowed = Mapping[str, Collection[Any]]
+"""Keys → the values that mean what llmq does, the plainest first."""
 
 ROUNDING, SMOOTHING, COMPENSATING, SCALING = (
     "QuantizationModifier",
@@ -29,7 +32,7 @@ METHODS = {ROUNDING: RTN, COMPENSATING: GPTQ, SCALING: AWQ, SMOOTHING: SMOOTHQUA
 SCHEMES = {
     "W4A16": Scheme(4, 128),
     "W4A16_ASYM": Scheme(4, 128, symmetric=False),
-    "W8A16": Scheme(8, WHOLE_ROW),
+    "W8A16": Scheme(8, 128),
     "W8A8": PRESETS["w8a8"].scheme,
     "INT8": PRESETS["w8a8"].scheme,
     "FP8_DYNAMIC": PRESETS["fp8"].scheme,
@@ -42,11 +45,19 @@ HOW = {
 DAMPENING = 0.01
 """Of their GPTQ by default, and of llmq's always."""
 ORDERS = {None: OFF, False: OFF, "static": STATIC, "weight": STATIC, "dynamic": DYNAMIC, "group": DYNAMIC}
-TOKEN = {"dynamic": True, "strategy": "token", "symmetric": True}
-KV_CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+STORAGE = {
+    "observer_kwargs", "scale_dtype", "zp_dtype", "block_structure", "group_size", "actorder", "format",
+}  # fmt: skip
+"""Keys beside the numbers, which say nothing where they are left to their defaults, or how numbers are stored."""
+MINMAX = (None, "minmax", "memoryless_minmax")
+TOKEN: Allowed = {
+    "num_bits": (8,), "strategy": ("token",), "dynamic": (True,), "symmetric": (True, None), "observer": MINMAX,
+}  # fmt: skip
+KV_CACHE: Allowed = {
+    "num_bits": (8,), "type": ("float",), "strategy": ("tensor",), "dynamic": (False, None), "symmetric": (True, None),
+    "observer": MINMAX,
+}  # fmt: skip
 LINEAR, HEAD = "Linear", "lm_head"
-
-Fields = Mapping[str, Any]
 
 
 def is_recipe(document: Mapping[Any, Any]) -> bool:
@@ -67,7 +78,7 @@ def translate(document: Mapping[Any, Any]) -> dict[str, Any]:
     elif methods == [SMOOTHING]:
         flags["alpha"] = own.pop("smoothing_strength", 0.5)
     elif methods == [SCALING]:
-        _same(SCALING, own, {"duo_scaling": True, "n_grid": 20})
+        _same(SCALING, own, {"duo_scaling": (True, None), "n_grid": (20,)})
     layers = own if ROUNDING not in modifiers or methods == [ROUNDING] else own | modifiers[ROUNDING]
     return flags | _layers(layers)
 
@@ -86,7 +97,7 @@ def _modifiers(document: Mapping[Any, Any]) -> Iterator[tuple[str, dict[str, Any
 
 def _compensation(own: dict[str, Any]) -> dict[str, Any]:
     """The flags of GPTQ. Theirs too has groups in static order unless told otherwise."""
-    _same(COMPENSATING, own, {"dampening_frac": DAMPENING})
+    _same(COMPENSATING, own, {"dampening_frac": (DAMPENING, None)})
     asked = [own.pop("actorder")] if "actorder" in own else []
     groups = [
         _mapping(name, group) for name, group in _mapping("config_groups", own.get("config_groups") or {}).items()
@@ -115,10 +126,10 @@ def _layers(fields: dict[str, Any]) -> dict[str, Any]:
     general = [scheme for scheme, targets in groups if LINEAR in targets]
     overrides = [] if general else ["re:.*=none"]
     if general and HEAD not in left_out:
-        overrides.append(f"{HEAD}={general[0]}")
+        overrides.append(str(Rule(HEAD, general[0])))
     # Of several groups that name a layer, theirs is the first; of several rules, llmq's is the last.
     for scheme, targets in reversed(groups):
-        overrides += [f"{target}={scheme}" for target in targets if target != LINEAR]
+        overrides += [str(Rule(target, scheme)) for target in targets if target != LINEAR]
     flags |= scheme_settings((general or [groups[0][0]])[0])
     flags |= {"override": overrides} if overrides else {}
     others = [name for name in left_out if name != HEAD]
@@ -145,42 +156,37 @@ def _preset(name: str) -> Scheme:
     return SCHEMES[name.upper()]
 
 
-def _scheme(group: Fields) -> Scheme:
+def _scheme(group: Mapping[str, Any]) -> Scheme:
     """What a group of ``config_groups`` asks for: ``weights`` and ``input_activations``, as QuantizationArgs of
     compressed-tensors."""
     if group.get("output_activations") is not None:
         _refuse("output_activations")
     weights, inputs = (dict(_mapping(key, group.get(key) or {})) for key in ("weights", "input_activations"))
-    weights.pop("actorder", None)
     strategy, size = weights.pop("strategy", None), weights.pop("group_size", None)
     number, bits = weights.pop("type", "int"), weights.pop("num_bits", 8)
-    sizes = {"channel": WHOLE_ROW, "tensor": WHOLE_TENSOR, "group": size, None: size or WHOLE_TENSOR}
     symmetric = weights.pop("symmetric", True)
-    _settled("weights", weights, {"dynamic": False, "observer": "minmax"})
-    if strategy not in sizes:
-        _refuse(f"strategy: {strategy}", f"there are {either(filter(None, sizes))}")
-    if (number, bits) not in {("float", 8)} | {("int", bits) for bits in BITS[INT]}:
-        _refuse(f"weights of type {number} and {bits} bits")
+    sizes = {"channel": WHOLE_ROW, "tensor": WHOLE_TENSOR, "group": size, None: size or WHOLE_TENSOR}
+    if strategy not in sizes or (number, bits) not in {("float", 8), *(("int", bits) for bits in BITS[INT])}:
+        _refuse(f"weights of type {number}, {bits} bits and strategy {strategy}")
+    _settled("weights", weights, {"dynamic": (False, None), "observer": MINMAX})
     if inputs:
-        _settled("input_activations", inputs, TOKEN | {"num_bits": 8, "type": number, "observer": None})
-    return Scheme(
-        bits, sizes[strategy], symmetric, INT if number == "int" else E4M3, 8 if group.get("input_activations") else 16
-    )
+        _settled("input_activations", inputs, {**TOKEN, "type": (number,)})
+    activation_bits = 8 if group.get("input_activations") else 16
+    return Scheme(bits, sizes[strategy], symmetric, INT if number == "int" else E4M3, activation_bits)
 
 
-def _same(where: str, fields: dict[str, Any], expected: Fields) -> None:
-    """Take out of ``fields`` what is ``expected``. Whatever is not, is refused."""
-    for name, value in expected.items():
-        found = fields.pop(name, None)
-        if found is not None and found != value:
-            _refuse(f"{where}: {name}: {found}", f"llmq does {value}")
+def _same(where: str, fields: dict[str, Any], allowed: Allowed) -> None:
+    """Take what is ``allowed`` out of ``fields``. Other values for these keys are refused."""
+    for name, values in allowed.items():
+        if name in fields and (found := fields.pop(name)) not in values:
+            _refuse(f"{where}: {name}: {found}", f"llmq does {next(iter(values))}")
 
 
-def _settled(where: str, fields: dict[str, Any], expected: Fields) -> None:
-    """``_same``, after which nothing may be left."""
-    _same(where, fields, expected)
+def _settled(where: str, fields: dict[str, Any], allowed: Allowed) -> None:
+    """``_same``, after which nothing of importance may be left."""
+    _same(where, fields, allowed)
     for name, value in fields.items():
-        if value not in (None, {}):
+        if value not in (None, {}) and name not in STORAGE:
             _refuse(f"{where}: {name}: {value}")
 
 
