@@ -197,7 +197,7 @@ def test_windows_of_the_model_s_own_text_are_whole_and_the_same_for_the_same_see
     windows = draw(folder, SELF, samples=3, seqlen=64)
     assert windows.shape == (3, 64)
     assert (windows[:, 0] == BYTES).all()
-    assert ("user: " in "".join(readable(folder, window) for window in windows)) == template
+    assert ("assistant:" in "".join(readable(folder, window) for window in windows)) == template
     (kept,) = cache.iterdir()
     kept.unlink()
     assert torch.equal(draw(folder, SELF, samples=3, seqlen=64), windows)

@@ -115,7 +115,7 @@ def _row_text(row: Any, tokenizer: Tokenizer, where: str) -> str:
     value = next((row[name] for name in COLUMNS if name in row), None) if isinstance(row, Mapping) else None
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
+    if isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
         return _conversation_text(value, tokenizer, where)
     raise LlmqError(f'{where}: not a JSON object with a "text", a "prompt" or "messages"', DATA_HINT)
 
