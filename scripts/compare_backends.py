@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="score fewer than all")
     parser.add_argument("--calib-samples", type=int, default=128)
     parser.add_argument("--calib-seqlen", type=int, default=512, help="AutoAWQ leaves out windows that are longer")
+    parser.add_argument("--device", default="cpu", help="to quantize on")
     parser.add_argument("--only", nargs="+", default=[], metavar="BACKEND")
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
@@ -94,7 +95,7 @@ def main() -> None:
             output = Path(scratch) / "quantized"
             command = [sys.executable, "-m", "llmq", "quantize", arguments.model, "-o", str(output), "--json"]
             command += ["--backend", backend, *settings, "--calib-samples", str(arguments.calib_samples)]
-            command += ["--calib-seqlen", str(arguments.calib_seqlen), "--device", "cpu"]
+            command += ["--calib-seqlen", str(arguments.calib_seqlen), "--device", arguments.device]
             # A process of its own: the most memory that one has had is never less than what it had before.
             report = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
             found = predict(output, windows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import typer.main
 
 from llmq import __version__
 from llmq.cli import app
+from llmq.cli.options import ENGINE_FLAGS
+from llmq.engine.options import API_ONLY, EngineOptions
 
 HEAVY = {"torch", "transformers", "triton"}
 
@@ -59,6 +62,17 @@ def test_help(command: tuple[str, ...]) -> None:
     assert result.returncode == 0, result.stderr
     assert " ".join(("Usage: llmq", *command)) in " ".join(result.stdout.split())
     assert result.stderr.split() == ["loaded:"]
+
+
+def test_every_option_of_the_engine_is_a_flag_of_whatever_runs_it() -> None:
+    assert set(ENGINE_FLAGS) == {field.name for field in fields(EngineOptions)} - set(API_ONLY)
+    group: Any = typer.main.get_command(app)
+    for command in (
+        group.commands["generate"],
+        group.commands["serve"],
+        group.commands["bench"].commands["throughput"],
+    ):
+        assert set(ENGINE_FLAGS) <= {parameter.name for parameter in command.params}
 
 
 def test_the_version_alone_is_printed() -> None:

@@ -353,6 +353,31 @@ def test_a_folder_of_another_number_than_its_config_says_is_refused(tmp_path: Pa
 # Several schemes in one folder
 
 
+def test_what_other_runtimes_merge_is_named_as_its_parts_are() -> None:
+    """vLLM and SGLang ask about ``qkv_proj``, of which no folder has a tensor, and about a layer's class before that
+    of its parts."""
+    attention = [f"model.layers.0.self_attn.{letter}_proj" for letter in "qkv"]
+    others = [
+        *(f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+        "model.layers.1.mlp.down_proj",
+    ]
+    schemes = dict.fromkeys(attention, Scheme(8, 128)) | dict.fromkeys(others, Scheme(4, 128))
+    ignored = [f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj")]
+
+    def config(name: str, schemes: dict[str, Scheme]) -> dict[str, Any]:
+        return format_for(name, schemes).config_dict(quantized=list(schemes), ignored=ignored, writer="llmq:0")
+
+    merged = Gptq.read(config("gptq", schemes))
+    assert merged.scheme_of("model.layers.0.self_attn.qkv_proj") == Scheme(8, 128)
+    assert merged.scheme_of("model.layers.1.mlp.gate_up_proj") is None
+    awq = config("awq", dict.fromkeys(schemes, Scheme(4, 128, False)))
+    assert "model.layers.1.mlp.gate_up_proj" in awq["modules_to_not_convert"]
+    groups = config("compressed-tensors", schemes)["config_groups"].values()
+    assert sorted(target for group in groups for target in group["targets"]) == sorted(schemes)
+    alone = config("compressed-tensors", dict.fromkeys(schemes, Scheme(4, 128)))["config_groups"]
+    assert [group["targets"] for group in alone.values()] == [["Linear"]]
+
+
 def test_gptq_rules_are_matched_as_gptqmodel_does() -> None:
     """In the order in which they stand; what a rule does not say is as in the rest of the folder."""
     form = Gptq.read(

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llmq import memory
 from llmq.cli import options
 from llmq.cli.console import err, print_json
-from llmq.engine.options import EngineOptions, LoadFormat, Preemption, QueueOrder, SchedulerPolicy
+from llmq.engine.options import EngineOptions
 from llmq.engine.request import EarlyStopping, SamplingParams, Truncation
 from llmq.errors import USAGE, LlmqError
 
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
     from llmq.llm import LLM, RequestOutput
 
 _SAMPLING = SamplingParams()
-_ENGINE = EngineOptions()
 
 
+@options.with_engine_flags
 def generate(
     model: options.Model,
     prompt: Annotated[list[str] | None, typer.Option("-p", "--prompt", help="A prompt; may be repeated.")] = None,
@@ -84,22 +83,8 @@ def generate(
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print a lone prompt's text as it comes.")
     ] = True,
-    max_num_seqs: options.MaxNumSeqs = _ENGINE.max_num_seqs,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = _ENGINE.max_num_batched_tokens,
-    block_size: options.BlockSize = _ENGINE.block_size,
-    kv_cache_memory: options.KVCacheMemory = None,
-    gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
-    max_model_len: options.MaxModelLen = _ENGINE.max_model_len,
-    prefix_caching: options.PrefixCaching = _ENGINE.prefix_caching,
-    swap_space: options.SwapSpace = _ENGINE.swap_space / 2**30,
-    scheduler: options.Scheduler = _ENGINE.scheduler,
-    delay_factor: options.DelayFactor = _ENGINE.delay_factor,
-    max_prefill_steps: options.MaxPrefillSteps = _ENGINE.max_prefill_steps,
-    max_skips: options.MaxSkips = _ENGINE.max_skips,
-    preemption: options.Preemption = _ENGINE.preemption,
-    queue: options.Queue = _ENGINE.queue,
-    load_format: options.LoadFormat = _ENGINE.load_format,
-    enforce_eager: options.EnforceEager = _ENGINE.enforce_eager,
+    *,
+    engine: EngineOptions,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -138,24 +123,6 @@ def generate(
         length_penalty=length_penalty,
         early_stopping=cast(EarlyStopping, early_stopping),
         truncate=cast(Truncation, truncate),
-    )
-    engine = EngineOptions(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_memory=None if kv_cache_memory is None else memory.parse_bytes(kv_cache_memory),
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_model_len=max_model_len,
-        prefix_caching=prefix_caching,
-        swap_space=memory.parse_bytes(f"{swap_space:f}GiB"),
-        scheduler=cast(SchedulerPolicy, scheduler),
-        delay_factor=delay_factor,
-        max_prefill_steps=max_prefill_steps,
-        max_skips=max_skips,
-        preemption=cast(Preemption, preemption),
-        queue=cast(QueueOrder, queue),
-        load_format=cast(LoadFormat, load_format),
-        enforce_eager=enforce_eager,
     )
 
     from llmq.batchfile import STDIO, Job, open_output, read_jobs, to_prompt

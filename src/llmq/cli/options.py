@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter
+from typing import Annotated, Any
 
 import typer
+
+from llmq.engine.options import EngineOptions
+from llmq.memory import parse_bytes
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or 'demo'.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)]
@@ -12,11 +19,6 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that may run at once.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens that one step may compute.")]
-BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")]
-KVCacheMemory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="KV cache, e.g. 512MiB. [default: what is free]", show_default=False)
-]
 GpuMemoryUtilization = Annotated[float, typer.Option(help="Share of the GPU's whole memory to use.")]
 MaxModelLen = Annotated[
     int | None,
@@ -24,24 +26,72 @@ MaxModelLen = Annotated[
         help="Tokens of a sequence, prompt and completion. [default: the model's context]", show_default=False
     ),
 ]
-PrefixCaching = Annotated[
-    bool,
-    typer.Option("--prefix-caching/--no-prefix-caching", help="Share what prompts that begin alike have computed."),
-]
-SwapSpace = Annotated[
-    float, typer.Option(metavar="GIB", help="Main memory, in GiB, that preempted requests are moved to.")
-]
-Scheduler = Annotated[str, typer.Option(help="mixed, or prefill-first: prompts and next tokens in steps of their own.")]
-DelayFactor = Annotated[
-    float, typer.Option(help="prefill-first: hold prompts back this many times the last prompt step's time.")
-]
-MaxPrefillSteps = Annotated[
-    int, typer.Option(help="prefill-first: prompt steps in a row while others wait for their next token.")
-]
-MaxSkips = Annotated[int, typer.Option(help="Requests that may pass one that came first and does not fit yet.")]
-Preemption = Annotated[str, typer.Option(help="When blocks run out: auto, recompute or swap.")]
-Queue = Annotated[str, typer.Option(help="fcfs: by arrival; priority: by a prompt's priority, then by arrival.")]
 LoadFormat = Annotated[
     str, typer.Option(help="auto, or dummy: random weights of config.json's shapes, to measure speed with.")
 ]
-EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Run without CUDA graphs.")]
+
+ENGINE_FLAGS: dict[str, Any] = {
+    "max_num_seqs": MaxNumSeqs,
+    "max_num_batched_tokens": Annotated[int, typer.Option(help="Tokens that one step may compute.")],
+    "block_size": Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")],
+    "kv_cache_memory": Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="KV cache, e.g. 512MiB. [default: what is free]", show_default=False),
+    ],
+    "gpu_memory_utilization": GpuMemoryUtilization,
+    "max_model_len": MaxModelLen,
+    "prefix_caching": Annotated[
+        bool,
+        typer.Option("--prefix-caching/--no-prefix-caching", help="Share what prompts that begin alike have computed."),
+    ],
+    "swap_space": Annotated[
+        float, typer.Option(metavar="GIB", help="Main memory, in GiB, that preempted requests are moved to.")
+    ],
+    "scheduler": Annotated[
+        str, typer.Option(help="mixed, or prefill-first: prompts and next tokens in steps of their own.")
+    ],
+    "delay_factor": Annotated[
+        float, typer.Option(help="prefill-first: hold prompts back this many times the last prompt step's time.")
+    ],
+    "max_prefill_steps": Annotated[
+        int, typer.Option(help="prefill-first: prompt steps in a row while others wait for their next token.")
+    ],
+    "max_skips": Annotated[int, typer.Option(help="Requests that may pass one that came first and does not fit yet.")],
+    "preemption": Annotated[str, typer.Option(help="When blocks run out: auto, recompute or swap.")],
+    "queue": Annotated[str, typer.Option(help="fcfs: by arrival; priority: by a prompt's priority, then by arrival.")],
+    "load_format": LoadFormat,
+    "enforce_eager": Annotated[bool, typer.Option("--enforce-eager", help="Run without CUDA graphs.")],
+}
+"""The fields of EngineOptions that are flags, in the order of ``--help``."""
+
+
+def with_engine_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """``command``, which takes EngineOptions as ``engine``, as one that takes each of ENGINE_FLAGS in that place."""
+    signature = inspect.signature(command, eval_str=True)
+    flags = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=_default(name), annotation=flag)
+        for name, flag in ENGINE_FLAGS.items()
+    ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        engine = _engine_options({name: given.pop(name) for name in ENGINE_FLAGS})
+        command(**given, engine=engine)
+
+    parameters = [one for own in signature.parameters.values() for one in (flags if own.name == "engine" else [own])]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _default(name: str) -> Any:
+    value = getattr(EngineOptions(), name)
+    return value / 2**30 if name == "swap_space" else value
+
+
+def _engine_options(flags: dict[str, Any]) -> EngineOptions:
+    cache = flags["kv_cache_memory"]
+    sizes = {
+        "kv_cache_memory": None if cache is None else parse_bytes(cache),
+        "swap_space": parse_bytes(f"{flags['swap_space']:f}GiB"),
+    }
+    return EngineOptions(**flags | sizes)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
-from llmq import memory
 from llmq.cli import options
-from llmq.engine.options import EngineOptions, LoadFormat, Preemption, QueueOrder, SchedulerPolicy
+from llmq.engine.options import EngineOptions
 from llmq.serve.options import ServeOptions
 
-_ENGINE = EngineOptions()
 _SERVE = ServeOptions()
 API_KEY = "LLMQ_API_KEY"
 
 
+@options.with_engine_flags
 def serve(
     model: options.Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: of all networks.")] = _SERVE.host,
@@ -34,22 +33,8 @@ def serve(
         float | None, typer.Option(metavar="SECONDS", help="Longest that a request may take.", show_default=False)
     ] = _SERVE.request_timeout,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the access log.")] = False,
-    max_num_seqs: options.MaxNumSeqs = _ENGINE.max_num_seqs,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = _ENGINE.max_num_batched_tokens,
-    block_size: options.BlockSize = _ENGINE.block_size,
-    kv_cache_memory: options.KVCacheMemory = None,
-    gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
-    max_model_len: options.MaxModelLen = _ENGINE.max_model_len,
-    prefix_caching: options.PrefixCaching = _ENGINE.prefix_caching,
-    swap_space: options.SwapSpace = _ENGINE.swap_space / 2**30,
-    scheduler: options.Scheduler = _ENGINE.scheduler,
-    delay_factor: options.DelayFactor = _ENGINE.delay_factor,
-    max_prefill_steps: options.MaxPrefillSteps = _ENGINE.max_prefill_steps,
-    max_skips: options.MaxSkips = _ENGINE.max_skips,
-    preemption: options.Preemption = _ENGINE.preemption,
-    queue: options.Queue = _ENGINE.queue,
-    load_format: options.LoadFormat = _ENGINE.load_format,
-    enforce_eager: options.EnforceEager = _ENGINE.enforce_eager,
+    *,
+    engine: EngineOptions,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -68,24 +53,6 @@ def serve(
         max_queue=max_queue,
         request_timeout=request_timeout,
         log_prompts=log_prompts,
-    )
-    engine = EngineOptions(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_memory=None if kv_cache_memory is None else memory.parse_bytes(kv_cache_memory),
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_model_len=max_model_len,
-        prefix_caching=prefix_caching,
-        swap_space=memory.parse_bytes(f"{swap_space:f}GiB"),
-        scheduler=cast(SchedulerPolicy, scheduler),
-        delay_factor=delay_factor,
-        max_prefill_steps=max_prefill_steps,
-        max_skips=max_skips,
-        preemption=cast(Preemption, preemption),
-        queue=cast(QueueOrder, queue),
-        load_format=cast(LoadFormat, load_format),
-        enforce_eager=enforce_eager,
     )
 
     from llmq.serve.server import serve as run

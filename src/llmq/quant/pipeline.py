@@ -250,7 +250,7 @@ class Job:
                 changed |= {name: written.tensors.load(name) for name in self.kept_tensors if name in written.tensors}
             for name, scheme in self.schemes.items():
                 quantized = written.layer(name, _shape(name, self.source.tensors), scheme)
-                weight = self._weight(name)
+                weight = self._weight(name).cpu()  # where what the backend wrote has been read to
                 plain, whole = rtn.quantize_weight(weight, scheme), energy(weight, None) or 1.0
                 error, rtn_error = (
                     nan if options.choice.method == AWQ else energy(each.dequantize().sub_(weight), None) / whole

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmq.checkpoint.formats.merged import with_merged
 from llmq.checkpoint.formats.packed import (
     HEAD,
     SCALE_TYPES,
@@ -150,7 +151,7 @@ class Awq:
             "group_size": self.scheme.group_size,
             "zero_point": True,
             "version": VERSION,
-            "modules_to_not_convert": [HEAD, *ignored],
+            "modules_to_not_convert": [HEAD, *with_merged(ignored)],
             "meta": {"quantizer": [writer]},
         }
 

@@ -38,7 +38,6 @@ from llmq.checkpoint.formats.packed import (
     check_layout,
     check_regex,
     check_symmetric,
-    most_common,
     natural_groups,
     num_words,
     pack_words,
@@ -119,10 +118,13 @@ class CompressedTensors:
 
     @classmethod
     def for_schemes(cls, schemes: Mapping[str, Scheme]) -> CompressedTensors:
-        """The format as it is written for layers, by their full names."""
-        default = most_common(schemes)
-        others = [(name, scheme) for name, scheme in schemes.items() if scheme != default]
-        return cls((*others, (CLASS, default)))
+        """The format as it is written for layers, by their full names.
+
+        Several schemes name all their layers: vLLM asks for the class of a layer before it asks for the parts that it
+        has merged, and would find the class's scheme for all.
+        """
+        one, *others = dict.fromkeys(schemes.values())
+        return cls(tuple(schemes.items()) if others else ((CLASS, one),))
 
     @classmethod
     def read(cls, quantization: Mapping[str, Any]) -> CompressedTensors:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmq.checkpoint.formats.merged import with_merged
 from llmq.checkpoint.formats.packed import (
     DAMAGED_CONFIG,
     HEAD,
@@ -111,7 +112,12 @@ class Gptq:
     def for_schemes(cls, schemes: Mapping[str, Scheme]) -> Gptq:
         """The version in which layers, by their full names, are written: one for all of a folder."""
         default = most_common(schemes)
-        rules = [(f"{re.escape(name)}$", scheme) for name, scheme in schemes.items() if scheme != default]
+        rules = [
+            (f"{re.escape(name)}$", scheme)
+            for scheme in dict.fromkeys(schemes.values())
+            if scheme != default
+            for name in with_merged([name for name, its in schemes.items() if its == scheme])
+        ]
         symmetric = all(scheme.symmetric for scheme in schemes.values())
         return cls(default, V1 if symmetric else V2, tuple(rules), head=HEAD in schemes)
 
@@ -232,7 +238,7 @@ class Gptq:
             left_out, prefix = _within_block(ignored), r".*\."
             if not left_out.isdisjoint(_within_block(quantized)):  # not the same in all blocks: whole names
                 left_out, prefix = set(ignored), ""
-            dynamic |= {f"-:{prefix}{re.escape(name)}$": {} for name in sorted(left_out)}
+            dynamic |= {f"-:{prefix}{re.escape(name)}$": {} for name in with_merged(sorted(left_out))}
             fields["modules_in_block_to_quantize"] = [sorted(quantized if not prefix else _within_block(quantized))]
         return fields | ({"dynamic": dynamic} if dynamic else {})
 

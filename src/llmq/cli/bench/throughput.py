@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,30 +10,25 @@ from llmq.bench.metrics import PERCENTILES
 from llmq.bench.workload import Workload
 from llmq.cli import options
 from llmq.cli.console import out, print_json, table
-from llmq.engine.options import EngineOptions, LoadFormat
+from llmq.engine.options import EngineOptions
 from llmq.errors import LlmqError
-from llmq.memory import format_bytes, parse_bytes
+from llmq.memory import format_bytes
 
 if TYPE_CHECKING:
     from llmq.bench.throughput import ThroughputReport
 
 _WORKLOAD = Workload()
-_ENGINE = EngineOptions()
 
 
+@options.with_engine_flags
 def throughput(
     model: options.Model,
     num_prompts: Annotated[int, typer.Option(help="Requests, all there at the start.")] = _WORKLOAD.num_prompts,
     input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = _WORKLOAD.input_len,
     output_len: Annotated[int, typer.Option(help="Tokens generated for each.")] = _WORKLOAD.output_len,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = _WORKLOAD.seed,
-    max_num_seqs: options.MaxNumSeqs = _ENGINE.max_num_seqs,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = _ENGINE.max_num_batched_tokens,
-    block_size: options.BlockSize = _ENGINE.block_size,
-    kv_cache_memory: options.KVCacheMemory = None,
-    gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
-    load_format: options.LoadFormat = _ENGINE.load_format,
-    enforce_eager: options.EnforceEager = _ENGINE.enforce_eager,
+    *,
+    engine: EngineOptions,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -44,15 +39,6 @@ def throughput(
     llmq bench throughput demo --num-prompts 32 --output-len 64
     """
     workload = Workload(num_prompts, input_len, output_len, seed)
-    engine = EngineOptions(
-        max_num_seqs,
-        max_num_batched_tokens,
-        block_size,
-        None if kv_cache_memory is None else parse_bytes(kv_cache_memory),
-        gpu_memory_utilization,
-        load_format=cast(LoadFormat, load_format),
-        enforce_eager=enforce_eager,
-    )
 
     from llmq.bench.throughput import bench_throughput
 
