@@ -24,8 +24,8 @@ def can_plot() -> bool:
 
 def write_plot(folder: Path, report: QuantizationReport) -> None:
     """The picture as a file of ``folder``; none where matplotlib is missing, or no error is known."""
-    kinds = errors_by_kind(report.layers)
-    if not kinds or not can_plot():
+    curves = {kind: by_block(layers) for kind, layers in errors_by_kind(report.layers).items()}
+    if not curves or not can_plot():
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -33,14 +33,15 @@ def write_plot(folder: Path, report: QuantizationReport) -> None:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
-    for number, (kind, layers) in enumerate(kinds.items()):
-        errors = by_block(layers)
+    for number, (kind, errors) in enumerate(curves.items()):
         style = {"marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)]}
         colour, hollow = COLOURS[number % len(COLOURS)], "white" if number % 2 else None
         axes.plot(list(errors), list(errors.values()), color=colour, markerfacecolor=hollow, label=kind, **style)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("decoder block")
+    axes.set_xlabel(
+        "decoder block (−1: the head)" if any(-1 in errors for errors in curves.values()) else "decoder block"
+    )
     axes.set_ylabel(f"relative squared error of the\n{report.error_of}")
     axes.set_title(f"{report.model}: {report.scheme} by {report.method}")
     axes.grid(True, which="major", alpha=0.3)
