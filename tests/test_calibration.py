@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import llmq
 from tiny_models import BYTES, save_tiny
 
 from llmq.checkpoint.config import read_config
@@ -245,6 +246,19 @@ def test_a_large_model_on_a_cpu_is_told_how_long_it_will_take(folder: Path, monk
     assert 0 < few < many
     draw(folder, SELF, samples=8, seqlen=64)
     assert self_calibration.expected_seconds(folder, calibration) is None
+
+
+def test_quantize_calibrates_a_model_on_its_own_text_and_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_calibration, "LARGE", 1000)
+    small = ("--calib-samples", 2, "--calib-seqlen", 32, "--device", "cpu")
+    done = llmq("quantize", folder, "-o", tmp_path / "out", *small)
+    assert done.code == 0, done.err
+    assert "to write its own calibration text will take the model about 0 minutes here; --calib-data FILE" in done.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 windows of 32 tokens of text that the model wrote itself, seed 0" in card
+    assert "--calib-data self" in card
 
 
 @pytest.mark.slow
