@@ -32,6 +32,7 @@ from llmq.errors import LlmqError
 from llmq.evals.divergence import predict, window_divergences
 from llmq.evals.perplexity import DEMO_TEXT, cut, read_text
 from llmq.quant import llm_compressor
+from llmq.quant.methods.gptq import DAMP_PERCENT
 from llmq.quant.options import WEIGHT_SCHEMES, QuantizeOptions, Rule
 from llmq.quant.recipe import RECIPE, Recipe, read_recipe, shipped_recipes
 from llmq.quant.schemes import choose
@@ -384,6 +385,10 @@ def test_a_recipe_of_theirs_comes_to_these_flags(
 )
 def test_what_llmq_does_not_do_is_refused_by_name(tmp_path: Path, modifiers: dict[str, Any], named: str) -> None:
     assert named in refusal(tmp_path, stage(**modifiers)).message
+
+
+def test_their_dampening_is_read_as_what_llmq_dampens_by() -> None:
+    assert llm_compressor.DAMPENING == DAMP_PERCENT
 
 
 def test_a_recipe_of_theirs_quantizes(tmp_path: Path, tiny: Path) -> None:
