@@ -205,6 +205,14 @@ def test_windows_of_the_model_s_own_text_are_whole_and_the_same_for_the_same_see
     assert not torch.equal(draw(folder, SELF, samples=3, seqlen=64, seed=1), windows)
 
 
+def test_whoever_waits_is_told_how_far_the_model_is(tmp_path: Path) -> None:
+    folder, told = save_tiny(tmp_path / "model"), []
+    draw_windows(folder, read_config(folder), Calibration(SELF, 8, 64), on_stage=told.append)
+    assert told[0] == "writing calibration text: 0 %"
+    assert told[-1] == "writing calibration text: 100 %"
+    assert len(told) == len(set(told)) <= 21
+
+
 def test_a_model_without_a_beginning_of_sequence_writes_too(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", bos_token_id=None)
     (folder / "chat_template.jinja").unlink()

@@ -26,7 +26,7 @@ from llmq.checkpoint.folder import DEMO, HUB_ID, demo_folder
 from llmq.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from llmq.errors import LlmqError
 from llmq.quant.options import SELF, Calibration
-from llmq.quant.self_calibration import Progress, self_text
+from llmq.quant.self_calibration import OnStage, self_text
 
 CHARACTERS_PER_TOKEN = 32
 """Characters read for each token wanted: several times what a token takes, so that there is a choice of windows."""
@@ -39,12 +39,12 @@ def draw_windows(
     config: ModelConfig,
     calibration: Calibration,
     device: str = "cpu",
-    progress: Progress = lambda done, total, what: None,
+    on_stage: OnStage = lambda what: None,
 ) -> Tensor:
     """Token ids int64 [windows, tokens] of windows that do not overlap, in random order.
 
     There are fewer than ``calibration.samples`` when the text has no more. Where the tokenizer begins a text with the
-    beginning-of-sequence token, so does every window, as every prompt will. ``device`` and ``progress`` are for a text
+    beginning-of-sequence token, so does every window, as every prompt will. ``device`` and ``on_stage`` are for a text
     that the model has to write first. Raises LlmqError when the text or the tokenizer cannot be read, or the text is
     shorter than one window.
     """
@@ -52,7 +52,7 @@ def draw_windows(
     length = min(calibration.seqlen, config.context_length)
     tokenizer = load_tokenizer(folder)
     if data == SELF:
-        ids = self_text(folder, config, calibration, device, progress)
+        ids = self_text(folder, config, calibration, device, on_stage)
     else:
         ids = tokenizer.encode(_read_text(data, tokenizer, calibration.samples * length * CHARACTERS_PER_TOKEN))
     prefix = [ids.pop(0)] if ids[:1] == [tokenizer.bos_token_id] else []

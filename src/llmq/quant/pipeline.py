@@ -47,8 +47,7 @@ from llmq.runtime.loader import HEAD, Source, block_name, load_layer
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
 Progress = Callable[[int, int, str], None]
-"""Called with (layers done, layers in all, name of the layer just done), and before with tokens of calibration text
-that the model writes."""
+"""Called with (layers done, layers in all, name of the layer just done), and with what is going on before the first."""
 
 
 def quantize(
@@ -92,7 +91,8 @@ def quantize(
         backend,
     )
     folders.check_output(output, overwrite=overwrite)
-    job = _prepare(model, folders.resolve(model, revision), options, progress or _silent)
+    tell = progress or _silent
+    job = _prepare(model, folders.resolve(model, revision), options, lambda stage: tell(0, 1, stage))
     folders.check_disk_space(output, job.predicted_bytes)
     try:
         return _run(job, output, overwrite=overwrite, progress=progress)
@@ -356,7 +356,7 @@ def _e4m3_scale(largest: Tensor) -> Tensor:
 # Checks
 
 
-def _prepare(model: str, folder: Path, options: QuantizeOptions, progress: Progress) -> Job:
+def _prepare(model: str, folder: Path, options: QuantizeOptions, on_stage: Callable[[str], None]) -> Job:
     """Everything that can be found out before the first layer is quantized. Raises LlmqError for what is wrong."""
     config, tensors, device = read_config(folder), Tensors(folder), resolve_device(options.device)
     if config.quantization is not None:
@@ -387,7 +387,7 @@ def _prepare(model: str, folder: Path, options: QuantizeOptions, progress: Progr
     if not fitting:
         raise LlmqError("every linear layer is ignored: nothing is left to quantize", "ignore fewer by --ignore")
     format_for(options.choice.format, fitting)
-    windows = draw_windows(folder, config, options.calibration, device, progress) if options.calibrated else None
+    windows = draw_windows(folder, config, options.calibration, device, on_stage) if options.calibrated else None
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
     return Job(

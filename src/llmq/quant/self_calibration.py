@@ -46,17 +46,14 @@ VERSION = 1
 LARGE = 10**9
 """Parameters from which on a CPU is too slow not to be warned of."""
 INSTEAD = "--calib-data FILE takes a text of yours, --calib-data demo the Python sources shipped with llmq"
-WHAT = "tokens of its own calibration text"
 MARK = "\N{SNOWMAN}"
 """What no chat template writes by itself."""
 
-Progress = Callable[[int, int, str], None]
-"""Called with (tokens written, tokens in all, ``WHAT``)."""
+OnStage = Callable[[str], None]
+"""Called with what is going on, whenever another twentieth is written."""
 
 
-def self_text(
-    folder: Path, config: ModelConfig, calibration: Calibration, device: str, progress: Progress
-) -> list[int]:
+def self_text(folder: Path, config: ModelConfig, calibration: Calibration, device: str, on_stage: OnStage) -> list[int]:
     """Token ids, as many as the windows take or a few more, the beginning-of-sequence token first where the tokenizer
     puts one there.
 
@@ -69,7 +66,7 @@ def self_text(
         ids: list[int] = json.loads(path.read_text(encoding="utf-8"))
         return ids
     _check_fits(folder, config, device)
-    ids = _write(folder, config, wanted, seed, device, progress)
+    ids = _write(folder, config, wanted, seed, device, on_stage)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".partial-{os.getpid()}")
     unfinished.write_text(json.dumps(ids), encoding="utf-8")
@@ -123,22 +120,22 @@ def _check_fits(folder: Path, config: ModelConfig, device: str) -> None:
         )
 
 
-def _write(folder: Path, config: ModelConfig, wanted: int, seed: int, device: str, progress: Progress) -> list[int]:
+def _write(folder: Path, config: ModelConfig, wanted: int, seed: int, device: str, on_stage: OnStage) -> list[int]:
     context = min(config.context_length, 2 * MAX_DOCUMENT)
     llm = LLM(str(folder), device=device, options=EngineOptions(max_num_seqs=SEATS, max_model_len=context))
     try:
         start, opening = _start(llm), _opening(llm)
         ids = [token for token in start if token == llm.tokenizer.bos_token_id]
-        documents = 0
+        documents, told = 0, _Told(on_stage, wanted)
         while len(ids) < wanted:
             mean = len(ids) / documents if documents else MAX_DOCUMENT
             first = (seed << 32) + documents
             seeds = range(first, first + ceil((wanted - len(ids)) / mean))
-            progress(len(ids), wanted, WHAT)
-            tell = partial(_tell, progress, len(ids), wanted)
+            tell = partial(told, len(ids))
             for document in _conversations(llm, opening, seeds, tell) if opening else _texts(llm, start, seeds, tell):
                 ids += document
             documents += len(seeds)
+        told(wanted, 0)
         return ids
     finally:
         del llm
@@ -147,8 +144,17 @@ def _write(folder: Path, config: ModelConfig, wanted: int, seed: int, device: st
             torch.cuda.empty_cache()
 
 
-def _tell(progress: Progress, before: int, wanted: int, tokens: int) -> None:
-    progress(min(before + tokens, wanted), wanted, WHAT)
+class _Told:
+    """Whom to tell how many tokens there are: those of earlier rounds, and of this one."""
+
+    def __init__(self, on_stage: OnStage, wanted: int) -> None:
+        self._on_stage, self._wanted, self._twentieths = on_stage, wanted, -1
+
+    def __call__(self, before: int, tokens: int) -> None:
+        done = min(20 * (before + tokens) // self._wanted, 20)
+        if done > self._twentieths:
+            self._twentieths = done
+            self._on_stage(f"writing calibration text: {5 * done} %")
 
 
 def _start(llm: LLM) -> list[int]:
