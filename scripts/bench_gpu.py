@@ -4,7 +4,10 @@ decode    tokens/s of 128 steps behind prompts of 1,024 tokens, at 1, 8, 32 and 
 prefill   tokens/s of 128 prompts of 1,024 tokens
 workload  output tokens/s of nano-vllm's bench.py: 256 random prompts of 100 to 1,024 tokens, 100 to 1,024 tokens each
           behind them, temperature 0.6, end of text ignored, seed 0; the second run
+kv        by type of the KV cache: the tokens that it has room for in KV_MEMORY, and decode at KV_LOADS
 profile   where the time of one decode step goes, at 1 and 128 sequences
+pressure  256 requests in a pool for 20 of them, by swap and by recompute, beside all at once: seconds, and whether the
+          tokens are the same, as --deterministic has them
 
     python scripts/bench_gpu.py --shape qwen3-0.6b --only decode workload --json bench.json
 """
@@ -28,8 +31,9 @@ import torch
 
 from llmq import LLM, SamplingParams
 from llmq.checkpoint.config import ModelConfig
-from llmq.engine.options import EngineOptions
+from llmq.engine.options import KV_CACHE_DTYPES, EngineOptions
 from llmq.memory import block_linear_bytes, kv_bytes_per_token
+from llmq.runtime.experts import GroupedExperts
 from llmq.runtime.linear import resident_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -61,6 +65,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
     },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "torch_dtype": "bfloat16",
+    },
 }
 
 
@@ -85,6 +107,9 @@ SCHEMES: dict[str, dict[str, Any] | None] = {
 BATCHES = (1, 8, 32, 128)
 PROMPT, STEPS = 1024, 128
 LENGTHS = (100, 1024)
+KV_MEMORY = 32 * 2**30
+KV_LOADS = ((128, 1024), (8, 16384), (1, 65536))
+"""Sequences, and tokens of the prompt of each."""
 
 # (shape, scheme) → decode at BATCHES, prefill, workload: vLLM 0.26's tokens/s on an H200, and what is asked of llmq.
 VLLM = {
@@ -120,7 +145,8 @@ class Roofline:
         multiplied."""
         config = llm.config
         itemsize = llm.dtype.itemsize
-        read = resident_bytes(llm.decoder) + batch * tokens * kv_bytes_per_token(config, itemsize)
+        read = resident_bytes(llm.decoder) - idle_expert_bytes(llm, batch)
+        read += batch * tokens * kv_bytes_per_token(config, llm.kv_dtype)
         if not config.tied_embeddings:
             read -= config.vocab_size * config.hidden_size * itemsize  # of the embedding only a row each is read
         return float(batch / max(read / self.bandwidth, batch * self._operations(config) / self.rates[16]))
@@ -130,8 +156,20 @@ class Roofline:
 
     @staticmethod
     def _operations(config: ModelConfig, *, head: bool = True) -> float:
-        weights: int = config.num_layers * block_linear_bytes(config, None, 1)
+        weights: float = config.num_layers * block_linear_bytes(config, None, 1)
+        if config.experts is not None:
+            own = 3 * config.hidden_size * config.experts.intermediate_size
+            weights -= config.num_layers * own * (config.experts.count - config.experts.per_token)
         return 2.0 * (weights + (config.vocab_size * config.hidden_size if head else 0))
+
+
+def idle_expert_bytes(llm: LLM, batch: int) -> float:
+    """Of experts that no token of a batch is sent to, if each is as likely as any other."""
+    experts = llm.config.experts
+    if experts is None:
+        return 0.0
+    idle = (1 - experts.per_token / experts.count) ** batch
+    return idle * sum(resident_bytes(each) for each in llm.decoder.modules() if isinstance(each, GroupedExperts))
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -148,14 +186,14 @@ def _seconds(work: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def load(shape: str, scheme: str, **options: Any) -> LLM:
+def load(shape: str, scheme: str, fields: dict[str, Any] | None = None, **options: Any) -> LLM:
     """A model of dummy weights, and on stderr, how long it took."""
     gc.collect()  # the model before, which holds most of the card
     torch.cuda.empty_cache()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        fields = SHAPES[shape] | ({"quantization_config": SCHEMES[scheme]} if SCHEMES[scheme] else {})
-        (Path(folder) / "config.json").write_text(json.dumps(fields))
+        quantization = {"quantization_config": SCHEMES[scheme]} if SCHEMES[scheme] else {}
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape] | quantization | (fields or {})))
         llm = LLM(
             folder,
             device="cuda",
@@ -192,6 +230,25 @@ def decode(llm: LLM, batch: int) -> float:
     return batch * STEPS / (steps[STEPS] - steps[0])
 
 
+def kv(shape: str, scheme: str, roofline: Roofline) -> None:
+    """Print one line for each type of the KV cache and each load: tokens in the same memory, and tokens/s over the
+    last STEPS steps."""
+    print(f"\n| {shape} {scheme}, KV cache | tokens in {KV_MEMORY >> 30} GiB | sequences × prompt | tokens/s "
+          "| of the roofline |\n|---|---|---|---|---|")  # fmt: skip
+    context = {"max_position_embeddings": max(prompt for _, prompt in KV_LOADS) + 2 * STEPS}
+    for kv_cache_dtype in KV_CACHE_DTYPES:
+        llm = load(shape, scheme, context, kv_cache_dtype=kv_cache_dtype, kv_cache_memory=KV_MEMORY)
+        room = llm.stats.total_blocks * llm.options.block_size
+        for batch, prompt in KV_LOADS:
+            extra = -(-batch * prompt // llm.options.max_num_batched_tokens) + 16
+            outputs = llm.generate(prompts(llm, batch, prompt), greedy(STEPS + extra))
+            times = min((output.completions[0].token_times for output in outputs), key=min)
+            speed = batch * STEPS / (times[-1] - times[-1 - STEPS])
+            share = speed / roofline.decode(llm, batch, prompt + STEPS)
+            print(f"| {kv_cache_dtype} | {room:,} | {batch} × {prompt:,} | {speed:,.0f} | {share:.0%} |", flush=True)
+        del llm
+
+
 def prefill(llm: LLM) -> float:
     started = time.perf_counter()
     llm.generate(prompts(llm, BATCHES[-1], PROMPT), greedy(1))
@@ -209,10 +266,43 @@ def workload(llm: LLM) -> float:
     return sum(len(output.completions[0].token_ids) for output in outputs) / duration
 
 
-def measure(shape: str, scheme: str, parts: list[str], roofline: Roofline) -> dict[str, Any]:
+def pressure(shape: str, scheme: str) -> dict[str, float]:
+    """Seconds of each run, whose tokens are the same."""
+    noise = random.Random(0)
+    asked = [[noise.randint(0, 10_000) for _ in range(noise.randint(100, 300))] for _ in range(256)]
+    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=noise.randint(100, 300)) for _ in asked]
+    spent: dict[str, float] = {}
+    bytes_of_20 = 0
+    first: list[list[int]] = []
+    for preemption in ("none", "swap", "recompute"):
+        options: dict[str, Any] = {"deterministic": True, "watermark": 0.0}
+        if preemption != "none":
+            options |= {"preemption": preemption, "swap_space": 2**34, "kv_cache_memory": bytes_of_20}
+        llm = load(shape, scheme, **options)
+        bytes_of_20 = 20 * (-(-400 // llm.options.block_size)) * llm.limits.block_bytes
+        started = time.perf_counter()
+        tokens = [output.completions[0].token_ids for output in llm.generate(asked, params)]
+        spent[preemption] = time.perf_counter() - started
+        first = first or tokens
+        same = "the same tokens" if tokens == first else "OTHER TOKENS"
+        times = f"{spent[preemption]:.1f} s, {llm.stats.preemptions} preemptions"
+        print(f"{shape} {scheme}, preemption {preemption}: {times}, {same}")
+        del llm
+    return spent
+
+
+def measure(
+    shape: str, scheme: str, parts: list[str], roofline: Roofline, *, deterministic: bool = False
+) -> dict[str, Any]:
     """The row of ``shape`` and ``scheme``: name → tokens/s, and its share of the roofline."""
-    llm = load(shape, scheme)
     found: dict[str, Any] = {}
+    if "pressure" in parts:
+        found["pressure"] = pressure(shape, scheme)
+    if "kv" in parts:
+        kv(shape, scheme, roofline)
+    if not set(parts) - {"pressure", "kv"}:
+        return found
+    llm = load(shape, scheme, deterministic=deterministic)
     if "decode" in parts:
         for batch in BATCHES:
             decode(llm, batch)
@@ -292,7 +382,7 @@ def host(llm: LLM, steps: int) -> None:
         return inner
 
     hooks = [(owner, name, timed(owner, name)) for owner, name in (
-        (llm._scheduler, "presume"), (llm._scheduler, "schedule"), (llm._runner, "launch"), (llm._runner, "_hidden"),
+        (llm._scheduler, "presume"), (llm._scheduler, "schedule"), (llm._runner, "launch"), (llm._runner, "_run"),
         (llm._scheduler, "update"))]  # fmt: skip
     started = time.perf_counter()
     for _ in range(steps):
@@ -319,10 +409,11 @@ def table(results: dict[tuple[str, str], dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llama-3.1-8b", "qwen3-0.6b"])
     parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=["bf16"])
-    parts = ["decode", "prefill", "workload", "profile"]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parts = ["decode", "prefill", "workload", "kv", "profile"]
+    parser.add_argument("--only", nargs="+", choices=[*parts, "pressure"], default=parts)
+    parser.add_argument("--deterministic", action="store_true", help="run so, to see what it costs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -333,7 +424,9 @@ def main() -> None:
     results = {}
     for shape in arguments.shape:
         for scheme in arguments.scheme:
-            results[shape, scheme] = measure(shape, scheme, arguments.only, roofline)
+            results[shape, scheme] = measure(
+                shape, scheme, arguments.only, roofline, deterministic=arguments.deterministic
+            )
             table({(shape, scheme): results[shape, scheme]})
             gc.collect()
             torch.cuda.empty_cache()

@@ -24,10 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from llmq.checkpoint.folder import DEMO, demo_folder, resolve
+from llmq.checkpoint.folder import DEMO, resolve
 from llmq.checkpoint.tokenizer import load_tokenizer
 from llmq.evals.divergence import Predictions, predict, window_divergences
-from llmq.evals.perplexity import DEMO_TEXT, WINDOW, cut, read_text
+from llmq.evals.held_out import held_out
+from llmq.evals.perplexity import WINDOW, cut
 from llmq.quant.options import Calibration
 from llmq.quant.pipeline import quantize
 from llmq.quant.schemes import PRESETS
@@ -70,7 +71,7 @@ def cells() -> Iterator[tuple[str, str, str]]:
 
 def held_out_windows(windows: int | None) -> list[list[int]]:
     """The first ``windows`` windows of the demo's evaluation text, or all."""
-    token_ids = load_tokenizer(resolve(DEMO)).encode(read_text(demo_folder() / DEMO_TEXT))
+    token_ids = load_tokenizer(resolve(DEMO)).encode(held_out().text)
     return [list(window) for window in cut(token_ids, WINDOW)][:windows]
 
 

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,24 +35,30 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from rounded_caches import empty_cache, rounded_caches
 from tiny_models import VARIANTS, save_variant
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention
 from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
+from llmq.runtime.kernels.grouped import GroupedWeight, block_m_for, grouped_matmul, grouped_matmul_reference
 from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
-from llmq.runtime.kernels.kv_write import write_kv
+from llmq.runtime.kernels.invariant import invariant_matmul
+from llmq.runtime.kernels.kv_write import Scales, write_kv, write_kv_reference
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows, quantize_rows_reference
 from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
+from llmq.runtime.kernels.routing import choose, choose_reference, combine, sort_by_expert, sort_by_expert_reference
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
-from llmq.runtime.kernels.w8a8 import Weight8, pack_w8a8, w8a8_matmul
-from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
+from llmq.runtime.kernels.split_k import SplitSums, whole
+from llmq.runtime.kernels.w8a8 import LIBRARY_ROWS, Weight8, pack_w8a8, w8a8_matmul, w8a8_product
+from llmq.runtime.kernels.wna16 import SUM_ROWS, pack_wna16, wna16_matmul, wna16_product
 from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 FP8_TOLERANCE = 4e-4  # whatever the type: Hopper's matrix unit has fewer bits than fp32 for sums of FP8
+FP8_LIBRARY_TOLERANCE = 4e-3  # where they stay in it all along
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN = float("nan")
 Rows = Sequence[tuple[int, int]]  # (queries, tokens in the cache) of each row
@@ -93,11 +99,14 @@ class Paged:
     query_starts: Tensor
     kv_lengths: Tensor
     rows: Rows
+    scales: Scales | None = None
+    numbers: tuple[Tensor, Tensor] | None = None
+    """What a cache of 8 bits stands for."""
 
     @staticmethod
     def draw(
         rows: Rows, heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype,
-        num_blocks: int = 0, interleaved: bool = False, poisoned: bool = True,
+        num_blocks: int = 0, interleaved: bool = False, poisoned: bool = True, number: str | None = None,
     ) -> Paged:  # fmt: skip
         counts = [-(-kv // block_size) for _, kv in rows]
         num_blocks = max(num_blocks, sum(counts) + 1)
@@ -127,15 +136,20 @@ class Paged:
                     page = int(tables[row, kv // block_size])
                     key_cache[page, kv % block_size :] = NAN
                     value_cache[page, kv % block_size :] = NAN
+        scales = numbers = None
+        if number is not None:
+            codes, scales, stands_for = rounded_caches((key_cache, value_cache), number)
+            (key_cache, value_cache), numbers = codes, (stands_for[0], stands_for[1])
         starts = torch.tensor([0] + [queries for queries, _ in rows]).cumsum(0).int()
         return Paged(
             torch.randn(int(starts[-1]), heads, head_dim, dtype=dtype, device="cuda"), key_cache, value_cache,
             tables.cuda(), starts.cuda(), torch.tensor([kv for _, kv in rows], dtype=torch.int32).cuda(), rows,
+            scales, numbers,
         )  # fmt: skip
 
     def run(
         self, window: int | None = None, split: int | None = None,
-        scale: float | None = None, softcap: float | None = None, loose: bool = False,
+        scale: float | None = None, softcap: float | None = None, loose: bool = False, batch_invariant: bool = False,
     ) -> Tensor:  # fmt: skip
         """``loose``: the bound is not the longest row but four times that, as in a CUDA graph for many lengths."""
         most = max(kv for _, kv in self.rows)
@@ -145,6 +159,7 @@ class Paged:
             max_kv_length=4 * most if loose else most, scale=scale, softcap=softcap, split=split,
             longest=self.kv_lengths.max()[None] if loose else None,
             order=self.kv_lengths.argsort(descending=True).int() if loose else None,
+            batch_invariant=batch_invariant, scales=self.scales,
         )  # fmt: skip
 
     def exact(self, window: int | None, scale: float | None = None, softcap: float | None = None) -> Tensor:
@@ -156,7 +171,7 @@ class Paged:
                 blocks = self.block_tables[row, : -(-kv // block_size)].long()
                 key, value = (
                     cache[blocks].flatten(0, 1)[:kv].double().transpose(0, 1)
-                    for cache in (self.key_cache, self.value_cache)
+                    for cache in self.numbers or (self.key_cache, self.value_cache)
                 )
                 query = self.query[start : start + queries].double().view(queries, kv_heads, -1, head_dim)
                 scores = torch.einsum("qhgd,hkd->hgqk", query, key) * (scale or 1 / math.sqrt(head_dim))
@@ -188,11 +203,12 @@ class AttentionCase:
     scale: float | None = None
     softcap: float | None = None
     loose: bool = False
+    number: str | None = None  # of a cache of 8 bits
 
     def check(self) -> Outcome:
         paged = Paged.draw(
             self.rows, self.heads, self.kv_heads, self.head_dim, self.block_size, self.dtype,
-            self.num_blocks, self.interleaved,
+            self.num_blocks, self.interleaved, number=self.number,
         )  # fmt: skip
         scores = (self.scale, self.softcap)
         return compare(
@@ -223,6 +239,37 @@ class WriteCase:
         for cache, source in zip(caches, (key, value), strict=True):
             wrong += int((cache[slots // self.block_size, slots % self.block_size] != source).sum())
             wrong += int(cache.isfinite().sum()) - source.numel()
+        return Outcome(float(wrong), 0.0, True)
+
+
+@dataclass
+class RoundedWriteCase:
+    """Codes and scales of 8 bits, written alone and behind the rotation, are those of a CPU."""
+
+    tokens: int
+    kv_heads: int
+    head_dim: int
+    number: str
+    dtype: torch.dtype
+
+    def check(self) -> Outcome:
+        blocks = self.tokens // 16 + 2
+        wide = torch.randn(self.tokens, 3 * self.kv_heads, self.head_dim, device="cuda").to(self.dtype)
+        query, key, value = wide.chunk(3, dim=1)
+        turn = torch.ones(self.tokens, 1, self.head_dim // 2, device="cuda")
+        slots = torch.randperm(16 * blocks, device="cuda")[: self.tokens]
+        kept: list[tuple[Tensor, ...]] = []
+        for device in ("cuda", "cuda", "cpu"):
+            codes, scales = empty_cache(self.number, blocks, 16, self.kv_heads, self.head_dim)
+            codes, scales = codes.to(device), (scales[0].to(device), scales[1].to(device))
+            if device == "cpu":
+                write_kv_reference(key.cpu(), value.cpu(), codes[0], codes[1], slots.cpu(), scales)
+            elif not kept:
+                write_kv(key, value, codes[0], codes[1], slots, scales)
+            else:
+                rope_and_write(query, key, value, (turn, 0 * turn), codes[0], codes[1], slots, scales=scales)
+            kept.append((codes.view(torch.uint8).cpu(), scales[0].cpu(), scales[1].cpu()))
+        wrong = sum(int((ours != right).sum()) for own in kept[:2] for ours, right in zip(own, kept[2], strict=True))
         return Outcome(float(wrong), 0.0, True)
 
 
@@ -311,8 +358,8 @@ class LinearCase:
         x = torch.randn(self.batch, 2 * self.in_features, device="cuda").to(self.dtype)[:, : self.in_features]
         bias = torch.randn(self.out_features, device="cuda").to(self.dtype) if self.bias else None
         exact = F.linear(x.double(), weight.dequantize().double(), None if bias is None else bias.double())
-        # A long batch multiplies by the weight in the type of x: the weight is rounded too, not the output alone.
-        return compare(lambda: wna16_matmul(x, packed, bias), exact, 1.2 if self.batch > 256 else 1.0)
+        # Many rows are multiplied by the weight in the type of x: the weight is rounded too, not the output alone.
+        return compare(lambda: wna16_matmul(x, packed, bias), exact, 1.2 if self.batch > SUM_ROWS else 1.0)
 
 
 @dataclass
@@ -346,6 +393,76 @@ class DrawCase:
         return Outcome((first != expected).float().mean().item(), 0.01, torch.equal(first, second))
 
 
+@dataclass
+class RoutingCase:
+    """Experts, order and tiles are those of a CPU; the weights and the sum of the answers nearly."""
+
+    tokens: int
+    experts: int
+    per_token: int
+    dtype: torch.dtype
+
+    def check(self) -> Outcome:
+        logits = torch.randn(self.tokens, self.experts, device="cuda")
+        weights, chosen = choose(logits, self.per_token, True)
+        exact, expected = choose_reference(logits.cpu(), self.per_token, True)
+        block_m = block_m_for(chosen.numel(), [], self.experts)
+        ours = sort_by_expert(chosen, self.experts, block_m)
+        theirs = sort_by_expert_reference(chosen.cpu(), self.experts, block_m)
+        wrong = int((chosen.cpu() != expected).sum())
+        for part in ("order", "starts", "tile_experts", "tile_starts"):
+            wrong += int((getattr(ours, part).cpu() != getattr(theirs, part)).sum())
+        wrong += int((weights.cpu() - exact).abs().max() > 1e-6)
+        answers = torch.randn(chosen.numel(), 2048, device="cuda").to(self.dtype)
+        mixed = torch.einsum("tkw,tk->tw", answers.double().view(self.tokens, self.per_token, -1), weights.double())
+        outcome = compare(lambda: combine(answers, weights), mixed)
+        return outcome if wrong == 0 else Outcome(math.inf, 0.0, True)
+
+
+@dataclass
+class GroupedCase:
+    """The products of all experts; one of them, with half of all tokens, the rest shared out by chance."""
+
+    tokens: int
+    experts: int
+    per_token: int
+    out_features: int
+    in_features: int
+    scheme: Scheme | None
+    dtype: torch.dtype
+    gated: bool
+
+    def check(self) -> Outcome:
+        logits = torch.randn(self.tokens, self.experts, device="cuda")
+        logits[::2, 1] = 9.0
+        chosen = choose(logits, self.per_token, True)[1]
+        shape = (self.experts * self.out_features, self.in_features)
+        drawn = torch.randn(self.tokens if self.gated else chosen.numel(), self.in_features, device="cuda")
+        plain = drawn.to(self.dtype)
+        x: Tensor | QuantizedRows = plain
+        exact_x = plain.double()
+        weight: GroupedWeight
+        if self.scheme is None:
+            weight = torch.randn(shape, device="cuda").to(self.dtype)
+            exact_weight = weight.double()
+        else:
+            codes = draw_weight(*shape, self.scheme)
+            exact_weight = codes.dequantize().double()
+            if self.scheme.activation_bits == 8:
+                weight, rows = pack_w8a8(codes), quantize_rows(plain, self.scheme.number)
+                x, exact_x = rows, rows.codes.double() * rows.scales.double()
+            else:
+                weight = pack_wna16(codes, self.dtype)
+        routing = sort_by_expert(chosen, self.experts, block_m_for(chosen.numel(), [weight], self.experts))
+        exact = grouped_matmul_reference(exact_x, exact_weight, routing, torch.float64, gated=self.gated)
+        outcome = compare(lambda: grouped_matmul(x, weight, routing, self.dtype, gated=self.gated), exact)
+        # Gate, up and silu are rounded on the way.
+        outcome.tolerance *= 2 if self.gated else 1
+        if self.scheme is not None and self.scheme.number == E4M3:
+            outcome.tolerance = max(outcome.tolerance, FP8_TOLERANCE)
+        return outcome
+
+
 def w8a8_scheme(number: str) -> Scheme:
     return Scheme(8, -1, number=number, activation_bits=8)
 
@@ -374,7 +491,8 @@ class RoundedCase:
         exact = sums * x.scales.double() * weight.scales.double() + (0 if bias is None else bias.double())
         outcome = compare(lambda: w8a8_matmul(x, weight, bias, self.dtype), exact)
         if self.number == E4M3:
-            outcome.tolerance = max(outcome.tolerance, FP8_TOLERANCE)
+            by_library = self.dtype == BF16 and self.batch > LIBRARY_ROWS
+            outcome.tolerance = max(outcome.tolerance, FP8_LIBRARY_TOLERANCE if by_library else FP8_TOLERANCE)
         return outcome
 
 
@@ -409,6 +527,29 @@ class RowsCase:
 
 
 @dataclass
+class SplitCase:
+    """A norm that adds the splits of a product gives the bits of one behind a kernel that does."""
+
+    batch: int
+
+    def check(self) -> Outcome:
+        x = torch.randn(self.batch, 4096, device="cuda", dtype=BF16)
+        bias, weight = torch.randn(2, 4096, device="cuda", dtype=BF16)
+        products = [wna16_product(x, pack_wna16(draw_weight(4096, 4096, Scheme()), BF16), bias)]
+        for number in (INT, E4M3):
+            rounded = pack_w8a8(draw_weight(4096, 4096, w8a8_scheme(number)))
+            products.append(w8a8_product(quantize_rows(x, number), rounded, bias, BF16))
+        wrong = sum(not isinstance(product, SplitSums) for product in products)
+        for product in products:
+            ours, theirs = x.clone(), x.clone()
+            wrong += int(
+                (add_rms_norm(ours, product, weight, 1e-5) != add_rms_norm(theirs, whole(product), weight, 1e-5)).sum()
+            )
+            wrong += int((ours != theirs).sum())
+        return Outcome(float(wrong), 0.0, True)
+
+
+@dataclass
 class AloneCase:
     """With a fixed split, a row's result does not depend on the rest of the batch."""
 
@@ -424,11 +565,11 @@ class AloneCase:
             )  # fmt: skip
             wrong += int((alone[0] != together[row]).sum())
         packed = pack_wna16(draw_weight(4096, 4096, Scheme()), BF16)
-        x = torch.randn(200, 4096, device="cuda", dtype=BF16)
+        x = torch.randn(SUM_ROWS, 4096, device="cuda", dtype=BF16)
         together = wna16_matmul(x, packed)
-        for batch in (1, 8, 9, 16, 17, 33, 100):
+        for batch in (1, 8, 9, 16, 17, 33, 64):
             wrong += int((wna16_matmul(x[:batch], packed) != together[:batch]).sum())
-        for number, batches in ((INT, (1, 8, 16, 17, 64, 65, 257, 400)), (E4M3, (1, 8, 9, 16)), (E4M3, (17, 32, 64))):
+        for number, batches in ((INT, (1, 8, 16, 17, 64, 65, 257, 400)), (E4M3, (1, 8)), (E4M3, (9, 16, 17, 32, 64))):
             weight = pack_w8a8(draw_weight(4096, 4096, w8a8_scheme(number)))
             rows = quantize_rows(torch.randn(max(batches), 4096, device="cuda"), number)
             together = w8a8_matmul(rows, weight, None, BF16)
@@ -436,6 +577,74 @@ class AloneCase:
                 part = QuantizedRows(rows.codes[:batch], rows.scales[:batch])
                 wrong += int((w8a8_matmul(part, weight, None, BF16) != together[:batch]).sum())
         return Outcome(float(wrong), 0.0, True)
+
+
+def draw_grouped(out_features: int, in_features: int, scheme: Scheme | None, dtype: torch.dtype) -> GroupedWeight:
+    if scheme is None:
+        return torch.randn(out_features, in_features, device="cuda").to(dtype)
+    weight = draw_weight(out_features, in_features, scheme)
+    return pack_w8a8(weight) if scheme.activation_bits == 8 else pack_wna16(weight, dtype)
+
+
+@dataclass
+class InvariantCase:
+    """What --deterministic runs: a row has the same bits in products of any number of rows, and a query in a step of
+    any number of its row's tokens."""
+
+    def check(self) -> Outcome:
+        wrong = [
+            *(self.products(scheme, BF16) for scheme in (Scheme(4), Scheme(4, 32, False), Scheme(8, -1),
+                                                         w8a8_scheme(INT), w8a8_scheme(E4M3))),
+            *(self.products(None, dtype) for dtype in (BF16, FP16, FP32)),
+            *(self.attention(window, softcap) for window in (None, 300) for softcap in (None, 30.0)),
+            *(self.experts(scheme) for scheme in (None, Scheme(4), w8a8_scheme(E4M3))),
+        ]  # fmt: skip
+        return Outcome(float(sum(wrong)), 0.0, True)
+
+    @staticmethod
+    def products(scheme: Scheme | None, dtype: torch.dtype) -> int:
+        x = torch.randn(1000, 4096, device="cuda").to(dtype)
+        weight = draw_grouped(1024, 4096, scheme, dtype)
+        rows = quantize_rows(x, weight.number) if isinstance(weight, Weight8) else x
+        together = invariant_matmul(rows, weight, None, dtype)
+        wrong = 0
+        for batch in (1, 8, 16, 17, 32, 33, 64, 65, 128, 129, 400):
+            part = QuantizedRows(*(each[:batch] for each in rows)) if isinstance(rows, QuantizedRows) else rows[:batch]
+            wrong += int((invariant_matmul(part, weight, None, dtype) != together[:batch]).sum())
+        return wrong
+
+    @staticmethod
+    def attention(window: int | None, softcap: float | None) -> int:
+        lengths = (3000, 17, 8192, 300)
+        whole = Paged.draw([(kv, kv) for kv in lengths], 32, 8, 128, 64, BF16)
+        together = whole.run(window, softcap=softcap, batch_invariant=True)
+        ends = whole.query_starts.tolist()
+        wrong = 0
+        for queries in (1, 5, 200):
+            rows = [(min(queries, kv), kv) for kv in lengths]
+            at = torch.cat([torch.arange(end - own, end) for end, (own, _) in zip(ends[1:], rows, strict=True)]).cuda()
+            starts = torch.tensor([0] + [own for own, _ in rows]).cumsum(0).int().cuda()
+            part = replace(whole, query=whole.query[at], query_starts=starts, rows=rows)
+            wrong += int((part.run(window, softcap=softcap, batch_invariant=True) != together[at]).sum())
+        return wrong
+
+    @staticmethod
+    def experts(scheme: Scheme | None) -> int:
+        x, logits = torch.randn(700, 512, device="cuda").to(BF16), torch.randn(700, 8, device="cuda")
+        weight = draw_grouped(8 * 256, 512, scheme, BF16)
+
+        def run(tokens: int, gated: bool) -> Tensor:
+            chosen = choose(logits[:tokens], 2, True)[1]
+            rows = quantize_rows(x[:tokens], weight.number) if isinstance(weight, Weight8) else x[:tokens]
+            routing = sort_by_expert(chosen, 8, block_m_for(chosen.numel(), [weight], 8))
+            return grouped_matmul(rows, weight, routing, BF16, gated=gated)
+
+        wrong = 0
+        for gated in (True, False):
+            together = run(700, gated)
+            for tokens in (1, 9, 70, 200):
+                wrong += int((run(tokens, gated) != together[: 2 * tokens]).sum())
+        return wrong
 
 
 @dataclass
@@ -551,6 +760,22 @@ def all_cases() -> list[Case]:
             for window in (None, 128):
                 cases.append(AttentionCase(chunks, 8, 4, 256, 64, dtype, window, scale=0.15, softcap=softcap))
                 cases.append(AttentionCase(decode, 8, 4, 256, 64, dtype, window, scale=0.15, softcap=softcap))
+    for number in (E4M3, INT):
+        for rows in (mixed, decode, edges, chunks, [(1, 1088)] * 128):
+            for window in (None, 100):
+                cases.append(AttentionCase(rows, 32, 8, 128, 64, BF16, window, loose=True, number=number))
+                cases.append(AttentionCase(rows, 8, 2, 128, 16, BF16, window, number=number))
+        for dtype in (BF16, FP16, FP32):
+            for head_dim in (64, 80, 256):
+                cases.append(AttentionCase(chunks, 14, 2, head_dim, 64, dtype, number=number))
+        for softcap in (5.0, 50.0):
+            cases.append(AttentionCase(chunks, 8, 4, 256, 64, BF16, 128, scale=0.15, softcap=softcap, number=number))
+        cases.append(AttentionCase(chunks + edges, 32, 8, 128, 64, BF16, split=256, number=number))
+        cases.append(AttentionCase([(1, 32768), (1, 32767), (1, 31000), (1, 5)], 32, 8, 128, 64, BF16, number=number))
+        cases.append(AttentionCase([(256, 32768)], 32, 8, 128, 64, BF16, number=number))
+        for dtype in (BF16, FP16, FP32):
+            for tokens, kv_heads, head_dim in ((1, 8, 128), (300, 3, 64), (7, 2, 80)):
+                cases.append(RoundedWriteCase(tokens, kv_heads, head_dim, number, dtype))
     cases.append(AttentionCase([(1, 131072)], 32, 8, 128, 64, BF16))
     cases.append(AttentionCase(chunks, 32, 8, 128, 64, BF16, num_blocks=40000))  # 2.6e9 elements
     for block_size, head_dim, kv_heads, interleaved in ((16, 128, 8, True), (64, 64, 3, False), (48, 80, 2, True)):
@@ -608,6 +833,20 @@ def all_cases() -> list[Case]:
         for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
             for batch in (1, 16, 32, 64, 128, 256, 1000):
                 cases.append(RoundedCase(batch, out_features, in_features, number, BF16))
+    for tokens in (1, 7, 130, 3000):
+        for experts, per_token in ((8, 2), (128, 8), (60, 4)):
+            cases.append(RoutingCase(tokens, experts, per_token, BF16))
+    for tokens in (1, 30, 200, 1000, 3000):
+        for dtype in (BF16, FP16, FP32):
+            for kind in (None, Scheme(4), Scheme(4, 32, False), Scheme(8, -1), Scheme(4, 64, number=NF4),
+                         w8a8_scheme(INT), w8a8_scheme(E4M3)):  # fmt: skip
+                for gated in (True, False):
+                    cases.append(GroupedCase(tokens, 16, 4, 200, 512, kind, dtype, gated))
+    for tokens in (1, 32, 128, 1000):
+        cases.append(GroupedCase(tokens, 128, 8, 1536, 2048, None, BF16, True))
+        cases.append(GroupedCase(tokens, 128, 8, 2048, 768, Scheme(4), BF16, False))
+    for kind in (None, Scheme(8, -1), w8a8_scheme(INT)):
+        cases.append(GroupedCase(5, 3, 2, 90, 300, kind, BF16, True))
     for rows in (decode, edges, chunks, [(1, 1088)] * 128, [(1, 30_000), *[(1, 70)] * 40]):
         for window in (None, 100):
             cases.append(AttentionCase(rows, 32, 8, 128, 64, BF16, window, loose=True))
@@ -616,7 +855,9 @@ def all_cases() -> list[Case]:
             for out_features, in_features in ((6144, 4096), (28672, 4096), (4096, 14336), (1024, 3072), (33, 256)):
                 cases.append(DenseCase(batch, out_features, in_features, dtype))
         cases += [DrawCase(vocabulary, dtype) for vocabulary in (100, 4096, 128_256, 151_936)]
-    return [*map(ModelCase, VARIANTS), *cases, AloneCase(), GraphCase()]
+    return [
+        *map(ModelCase, VARIANTS), *cases, *map(SplitCase, (20, 128)), AloneCase(), InvariantCase(), GraphCase()
+    ]  # fmt: skip
 
 
 def run_case(index: int) -> tuple[int, Outcome | str]:
@@ -627,13 +868,15 @@ def run_case(index: int) -> tuple[int, Outcome | str]:
         return index, traceback.format_exc(limit=-3)
 
 
-def check() -> bool:
-    """Run all cases, in several processes, for most of the time goes into compiling. True if all are well."""
+def check(match: str) -> bool:
+    """Run all cases in whose description ``match`` is, in several processes, for most of the time goes into compiling.
+    True if all are well."""
     cases, begun = all_cases(), time.perf_counter()
+    chosen = [index for index, case in enumerate(cases) if match in str(case)]
     worst: dict[tuple[str, str], float] = {}
     failed = 0
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
-        for index, outcome in pool.map(run_case, range(len(cases)), chunksize=4):
+        for index, outcome in pool.map(run_case, chosen, chunksize=4):
             case = cases[index]
             key = (type(case).__name__, str(getattr(case, "dtype", "")).removeprefix("torch."))
             if isinstance(outcome, str) or not outcome.ok:
@@ -641,7 +884,9 @@ def check() -> bool:
                 print(f"FAILED {case}\n    {outcome}", flush=True)
             else:
                 worst[key] = max(worst.get(key, 0.0), outcome.error)
-    print(f"{len(cases) - failed} of {len(cases)} checks passed in {time.perf_counter() - begun:.0f} s; worst errors:")
+    print(
+        f"{len(chosen) - failed} of {len(chosen)} checks passed in {time.perf_counter() - begun:.0f} s; worst errors:"
+    )
     for (name, dtype), error in sorted(worst.items()):
         print(f"    {name:15} {dtype:9} {error:.2e}")
     return failed == 0
@@ -678,13 +923,16 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 10)
 
 
-def decode_calls(batch: int, context: int, heads: int, kv_heads: int, head_dim: int, block: int) -> list[Paged]:
+def decode_calls(
+    batch: int, context: int, heads: int, kv_heads: int, head_dim: int, block: int, number: str | None = None
+) -> list[Paged]:
     size = batch * context * kv_heads * head_dim * 4
     copies = max(1, min(40, 2**30 // size))
-    return [
-        Paged.draw([(1, context)] * batch, heads, kv_heads, head_dim, block, BF16, poisoned=False)
-        for _ in range(copies)
-    ]
+    shape = ([(1, context)] * batch, heads, kv_heads, head_dim, block, BF16)
+    calls = [Paged.draw(*shape, poisoned=False, number=number) for _ in range(copies)]
+    for paged in calls:
+        paged.numbers = None  # they would fill the card
+    return calls
 
 
 def time_decode(bandwidth: float) -> None:
@@ -706,6 +954,13 @@ def time_decode(bandwidth: float) -> None:
             rate = batch * context * kv_heads * head_dim * 4 / spent
             print(f"  {name:27} {batch:6} {context:8} {spent * 1e6:7.1f} {rate / 1e9:7.0f} {rate / bandwidth:8.0%}",
                   flush=True)  # fmt: skip
+    for number in (E4M3, INT):
+        for batch, context in ((128, 1024), (8, 16384), (1, 65536)):
+            inputs = decode_calls(batch, context, 32, 8, 128, 64, number)
+            spent = seconds([paged.run for paged in inputs])
+            rate = batch * context * 8 * (2 * 128 + 8 * (number == INT)) / spent
+            print(f"  32/8 heads of 128, {number:8} {batch:6} {context:8} {spent * 1e6:7.1f} {rate / 1e9:7.0f} "
+                  f"{rate / bandwidth:8.0%}", flush=True)  # fmt: skip
 
 
 def visible(queries: int, kv: int) -> int:
@@ -751,9 +1006,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", action="store_true", help="the checks alone")
     parser.add_argument("--speed", action="store_true", help="the timings alone")
+    parser.add_argument("--match", default="", help="only the checks in whose description this is: number='e4m3'")
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    well = options.speed or check()
+    well = options.speed or check(options.match)
     if not options.checks:
         torch.manual_seed(0)
         bandwidth = copy_bandwidth()

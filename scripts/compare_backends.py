@@ -6,7 +6,7 @@
 
 Each pair is quantized to 4 bits in groups of 128 by the same method into the same format, and scored on held-out
 windows: perplexity, and the mean KL from the original's predictions. The last column is the native mean KL over the
-backend's, with the middle 95 % of a paired bootstrap over the windows.
+backend's, with its interval by ``llmq.evals.bootstrap``.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from statistics import fmean
 
 import torch
 
-from llmq.checkpoint.folder import DEMO, demo_folder, resolve
+from llmq.checkpoint.folder import DEMO, resolve
 from llmq.checkpoint.tokenizer import load_tokenizer
+from llmq.evals.bootstrap import Interval, interval
 from llmq.evals.divergence import predict, window_divergences
-from llmq.evals.perplexity import DEMO_TEXT, WINDOW, cut, read_text
+from llmq.evals.held_out import held_out
+from llmq.evals.perplexity import WINDOW, cut
 from llmq.memory import format_bytes
 from llmq.quant.backends import BACKENDS, BITSANDBYTES, NATIVE
 from llmq.quant.backends.environment import is_installed
 
-RESAMPLES = 10_000
 W4 = ("--scheme", "w4a16")
 GPTQ, AWQ = (*W4, "--sym", "--method", "gptq"), (*W4, "--asym", "--method", "awq")
 RUNS = (
@@ -56,13 +57,10 @@ class Score:
     peak_memory: int
 
 
-def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """The middle 95 % of Σ ours / Σ theirs over windows drawn again, with replacement, for both alike."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(ours), (RESAMPLES, len(ours)), generator=generator)
-    ratios = torch.tensor(ours)[drawn].sum(1) / torch.tensor(theirs)[drawn].sum(1)
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
+def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
+    """Of Σ ours / Σ theirs, both over the same windows."""
+    own, other = torch.tensor(ours), torch.tensor(theirs)
+    return interval(lambda drawn: own[drawn].sum() / other[drawn].sum(), len(own))
 
 
 def row(backend: str, settings: Sequence[str], score: Score, native: Score | None) -> str:
@@ -78,7 +76,7 @@ def row(backend: str, settings: Sequence[str], score: Score, native: Score | Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=DEMO)
-    parser.add_argument("--data", type=Path, default=demo_folder() / DEMO_TEXT, help="held-out text")
+    parser.add_argument("--data", help="held-out text")
     parser.add_argument("--windows", type=int, help="score fewer than all")
     parser.add_argument("--calib-samples", type=int, default=128)
     parser.add_argument("--calib-seqlen", type=int, default=512, help="AutoAWQ leaves out windows that are longer")
@@ -86,7 +84,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="BACKEND")
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
-    token_ids = load_tokenizer(folder).encode(read_text(arguments.data))
+    token_ids = load_tokenizer(folder).encode(held_out(arguments.data).text)
     windows = [list(window) for window in cut(token_ids, WINDOW)][: arguments.windows]
     original = predict(folder, windows)
 

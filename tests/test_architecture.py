@@ -123,7 +123,7 @@ def test_what_the_engine_runs_is_described_as_it_runs_it(tmp_path: Path, variant
     folder = save_variant(tmp_path / variant, variant)
     config, architecture = read_config(folder), describe(read_json(folder / "config.json"))
     assert 4 * architecture.parameters == memory.weight_bytes(config, None, 4)
-    assert sum(layer.token_elements for layer in architecture.layers) == memory.kv_bytes_per_token(config, 1)
+    assert sum(layer.token_elements for layer in architecture.layers) == memory.kv_bytes_per_token(config, "fp8")
     assert architecture.windows == config.windows
     assert architecture.context_length == config.context_length
     assert architecture.mlp_elements == config.mlp_elements

@@ -35,6 +35,7 @@ COMMANDS = [
     ("memplan",),
     ("eval",),
     ("bench", "throughput"),
+    ("bench", "latency"),
     ("quantize", "-o", "never-written"),
     ("convert", "-o", "never-written", "--format", "awq"),
     ("inspect",),

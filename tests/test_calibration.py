@@ -16,11 +16,12 @@ from command_line import llmq
 from tiny_models import BYTES, save_tiny
 
 from llmq.checkpoint.config import read_config
-from llmq.checkpoint.folder import DEMO, demo_folder, resolve
+from llmq.checkpoint.folder import DEMO, resolve
 from llmq.checkpoint.tokenizer import load_tokenizer
 from llmq.errors import LlmqError
 from llmq.evals.divergence import predict, window_divergences
-from llmq.evals.perplexity import DEMO_TEXT, cut, read_text
+from llmq.evals.held_out import held_out
+from llmq.evals.perplexity import cut
 from llmq.quant import self_calibration
 from llmq.quant.calibration import draw_windows
 from llmq.quant.options import SELF, Calibration
@@ -272,12 +273,12 @@ def test_quantize_calibrates_a_model_on_its_own_text_and_says_so(
 @pytest.mark.slow
 def test_demo_s_own_text_calibrates_within_10_percent_of_real_text(tmp_path: Path) -> None:
     """KL from the original on held-out text, at 3 bits by GPTQ, from 16 windows of 512 tokens of either."""
-    token_ids = load_tokenizer(resolve(DEMO)).encode(read_text(demo_folder() / DEMO_TEXT))
-    held_out = [list(window) for window in cut(token_ids, 512)][:16]
-    original = predict(resolve(DEMO), held_out)
+    token_ids = load_tokenizer(resolve(DEMO)).encode(held_out().text)
+    windows = [list(window) for window in cut(token_ids, 512)][:16]
+    original = predict(resolve(DEMO), windows)
     kl = {}
     for data in (DEMO, SELF):
         calibration = Calibration(data, samples=16, seqlen=512)
         quantize(DEMO, tmp_path / data, scheme="w3a16", method="gptq", calibration=calibration, device="cpu")
-        kl[data] = fmean(window_divergences(original, predict(tmp_path / data, held_out)))
+        kl[data] = fmean(window_divergences(original, predict(tmp_path / data, windows)))
     assert kl[SELF] < 1.1 * kl[DEMO]

@@ -50,7 +50,7 @@ def test_the_commands_are_found() -> None:
         ("inspect",),
         ("memplan",),
         ("generate",),
-        ("bench", "throughput"),
+        *(("bench", name) for name in ("latency", "throughput", "serve", "sweep", "kernels", "diff")),
         ("eval",),
         ("env",),
     } <= set(COMMANDS)

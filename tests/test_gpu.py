@@ -78,6 +78,34 @@ def test_preemption_changes_no_token(preemption: str, tmp_path: Path) -> None:
         assert [sample.token_ids for sample in one.completions] == [sample.token_ids for sample in other.completions]
 
 
+def deterministic(folder: Path, dtype: str = "bfloat16", **options: Any) -> LLM:
+    settings = EngineOptions(deterministic=True, **{"block_size": 16, "prefix_caching": False} | options)
+    return LLM(str(folder), device="cuda", dtype=dtype, options=settings)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe"])
+def test_deterministic_tokens_depend_on_the_request_alone(architecture: str, tmp_path: Path) -> None:
+    """And their log-probabilities: alone, with others, in chunks, and after a preemption."""
+    folder = save_tiny(tmp_path / "model", architecture)
+    params = SamplingParams(max_tokens=24, temperature=1.2, top_p=0.9, seed=3, logprobs=1, ignore_eos=True)
+
+    def answers(prompts: list[list[int]], **options: Any) -> list[object]:
+        llm = deterministic(folder, **options)
+        outputs = llm.generate(prompts, params)
+        assert (llm.stats.preemptions > 0) == ("preemption" in options)
+        return [(one.completions[0].token_ids, one.completions[0].logprobs) for one in outputs]
+
+    prompts = random_prompts()[:9]
+    together = answers(prompts)
+    assert answers(prompts[::-1])[::-1] == together
+    assert answers(prompts[5:6]) == together[5:6]
+    assert answers(prompts, max_num_batched_tokens=50) == together
+    assert answers(prompts, prefix_caching=True, enforce_eager=True) == together
+    for preemption in ("recompute", "swap"):
+        pressed = {"kv_cache_memory": 200_000, "swap_space": 2**24, "preemption": preemption}
+        assert answers(prompts, **pressed) == together
+
+
 def test_penalties_and_beams_are_those_of_a_cpu(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "llama")
     penalized = SamplingParams(

@@ -22,16 +22,22 @@ FLOORS = (
     {"__main__"},
     {"cli"},
     {"batchfile"},
-    {"bench", "evals", "quant", "serve"},
+    {"bench"},
+    {"evals", "quant", "serve"},
     {"llm", "memplan"},
     {"engine", "runtime"},
     {"checkpoint"},
-    {"errors", "memory", "plan", "scheme"},
+    {"errors", "memory", "plan", "scheme", "texts"},
 )
 """From the top down: a room imports what is on the floors below it. Those on the ground may import each other."""
 
-TORCH_FREE = {"engine", "memplan", "checkpoint", "errors", "memory", "plan", "scheme"}
-USES_TORCH_IN_FUNCTIONS = ("checkpoint.tensors", "checkpoint.quantized_weight", "checkpoint.formats")
+TORCH_FREE = {"engine", "memplan", "checkpoint", "errors", "memory", "plan", "scheme", "texts"}
+USES_TORCH_IN_FUNCTIONS = (
+    "checkpoint.tensors",
+    "checkpoint.shards",
+    "checkpoint.quantized_weight",
+    "checkpoint.formats",
+)
 TORCH = {"torch", "triton", "safetensors.torch"}
 HEAVY = {"torch", "triton", "transformers"}
 

@@ -15,14 +15,20 @@ compiler = pytest.importorskip("triton.backends.compiler")
 from llmq.runtime.kernels import (  # noqa: E402
     attention_triton,
     dense_triton,
+    grouped_triton,
+    grouped_wna16_triton,
     gumbel_triton,
     norm_triton,
     rope_triton,
+    round_columns_triton,
+    routing_triton,
     silu_triton,
     w8a8_triton,
     wna16_triton,
 )
 from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
+from llmq.runtime.kernels.split_k_triton import REDUCE_ROWS  # noqa: E402
+from llmq.runtime.kernels.wna16 import SUM_ROWS  # noqa: E402
 from llmq.scheme import E4M3, INT, NF4  # noqa: E402
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -74,30 +80,47 @@ def loop_instructions(compiled: Any, folder: Path) -> int:
 
 
 def attention(
-    capability: int, head_dim: int, block_size: int, group: int, decode: bool, windowed: bool, *, capped: bool = False
+    capability: int,
+    head_dim: int,
+    block_size: int,
+    group: int,
+    decode: bool,
+    windowed: bool,
+    *,
+    capped: bool = False,
+    cache: str = "bf16",
 ) -> Any:
-    launch = (attention_triton.decode_launch if decode else attention_triton.prefill_launch)(group, head_dim, 2)
-    pointers = dict.fromkeys(("query", "key_cache", "value_cache", "out"), "*bf16")
-    pointers |= dict.fromkeys(("block_tables", "query_starts", "kv_lengths", "longest", "order"), "*i32")
+    launch = attention_triton.prefill_launch(group, head_dim, 2)
+    if decode:
+        launch = attention_triton.decode_launch(group, head_dim, 2, room=True)
+    pointers = {"query": "*bf16", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": "*bf16"}
+    scales = dict.fromkeys(("key_scales", "value_scales"))
+    pointers |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(
+        ("block_tables", "query_starts", "kv_lengths", "longest", "order"), "*i32"
+    )
     pointers |= dict.fromkeys(("means", "logsums"), "*fp32")
     return compile_for(
         capability, attention_triton.attention_kernel, pointers | {"scale": "fp32", "cap_scale": "fp32"},
         launch.warps, launch.stages,
         GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
         WINDOWED=windowed, CAPPED=capped, DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
-        PDL=capability >= 90,
+        PDL=capability >= 90, **(scales if cache == "bf16" else {}),
     )  # fmt: skip
 
 
-def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT) -> Any:
-    launch = wna16_triton.launch_for(bits, rows, 2)
+def wna16(
+    capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT, gated: bool = False
+) -> Any:
+    scaled = rows > SUM_ROWS and (bits, dtype, number) == (4, "bf16", INT)
+    launch = wna16_triton.SCALED[128] if scaled else wna16_triton.launch_for(bits, rows, 2)
     pointers = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | {"words": "*i16", "meta": "*i32", "table": "*fp32"}
     constants = {} if number == NF4 else {"table": None}
     return compile_for(
         capability, wna16_triton.wna16_kernel, pointers | {"sums": "*fp32", "counters": "*i32"}, launch.warps, 3,
         **constants, WHOLE_STEPS=True, BITS=bits, NUMBER=number, PER_GROUP=per_group, BF16_SCALE=False, SPLIT=True,
-        REDUCED=False, ASM=True, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
-        PDL=capability >= 90,
+        REDUCED=rows > REDUCE_ROWS and not gated, GATED=gated, ASM=True, SCALED=scaled,
+        JOINED=scaled or (bits == 4 and rows > 8 and per_group in (0, 4)),
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, PDL=capability >= 90,
     )  # fmt: skip
 
 
@@ -144,6 +167,18 @@ def test_attention_on_hopper(
     assert spilled_bytes(compiled, tmp_path) == 0
 
 
+@pytest.mark.parametrize(("cache", "most"), [("fp8e4nv", 3.6), ("i8", 5.3)])
+@pytest.mark.parametrize("decode", [True, False])
+def test_attention_over_8_bits_on_hopper(decode: bool, cache: str, most: float, tmp_path: Path) -> None:
+    compiled = attention(90, 128, 64, 4, decode, False, cache=cache)
+    assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
+    launch = attention_triton.decode_launch(4, 128, 2, room=True)
+    if decode:
+        # Reading 8 bits at full bandwidth leaves time for 7.8 of them, if nothing ever waits.
+        assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * 2 * launch.tile * 128
+
+
 @pytest.mark.parametrize("decode", [True, False])
 def test_capped_attention_on_hopper(decode: bool, tmp_path: Path) -> None:
     compiled = attention(90, 256, 64, 2, decode, True, capped=True)
@@ -153,7 +188,8 @@ def test_capped_attention_on_hopper(decode: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "rows", "per_group", "dtype", "number", "most"),
-    [(4, 1, 4, "bf16", INT, 3), (4, 16, 4, "bf16", INT, 3), (4, 64, 4, "bf16", INT, 3.5), (4, 16, 1, "fp16", INT, 4),
+    [(4, 1, 4, "bf16", INT, 3), (4, 16, 4, "bf16", INT, 3), (4, 64, 4, "bf16", INT, 3.5), (4, 128, 4, "bf16", INT, 5.5),
+     (4, 128, 1, "bf16", INT, 6), (4, 128, 0, "bf16", INT, 5.5), (4, 16, 1, "fp16", INT, 4),
      (8, 1, 0, "bf16", INT, 4.5), (8, 16, 2, "fp16", INT, 4.5), (8, 64, 4, "bf16", INT, 5),
      (8, 1, 0, "bf16", E4M3, 8), (8, 16, 4, "fp16", E4M3, 8), (4, 8, 2, "bf16", NF4, 9)],
 )  # fmt: skip
@@ -163,12 +199,24 @@ def test_wna16_on_hopper(
     compiled = wna16(90, bits, rows, per_group, dtype, number)
     assert (MATRIX[90] if rows > 8 else "mma.sync") in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
-    launch = wna16_triton.launch_for(bits, rows, 2)
+    launch = wna16_triton.SCALED[128] if rows > SUM_ROWS else wna16_triton.launch_for(bits, rows, 2)
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * launch.block_n * wna16_triton.STEP
 
 
+@pytest.mark.parametrize("rows", [1, 16, 32])
+def test_a_product_that_ends_in_a_gate_stays_out_of_memory(rows: int, tmp_path: Path) -> None:
+    assert spilled_bytes(wna16(90, 4, rows, 4, "bf16", gated=True), tmp_path) == 0
+
+
+def test_a_step_of_int4_is_one_product_that_the_next_steps_weights_need_not_wait_for() -> None:
+    ptx = wna16(90, 4, 128, 4, "bf16").asm["ptx"]
+    assert re.search(r"wgmma\.wait_group\.sync\.aligned\s+7", ptx)
+    ptx = wna16(90, 4, 32, 4, "bf16").asm["ptx"]
+    assert ptx.count("wgmma.wait_group") == 1
+
+
 @pytest.mark.parametrize("number", [INT, E4M3])
-@pytest.mark.parametrize("rows", [1, 32, 256, 1000])
+@pytest.mark.parametrize("rows", [1, 16, 32, 256, 1000])
 def test_w8a8_on_hopper(rows: int, number: str, tmp_path: Path) -> None:
     kernel, launch = w8a8_triton.kernel_for(rows, number)
     compiled = w8a8(90, kernel, launch, number)
@@ -183,15 +231,77 @@ def test_w8a8_on_hopper(rows: int, number: str, tmp_path: Path) -> None:
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= 2.2 * products
 
 
+def grouped(capability: int, gated: bool, block_m: int, code: str) -> tuple[Any, float]:
+    """The kernel of dense weights, or of 8 bits; and the instructions of its loop for each product of a weight."""
+    size = 2 if code == "bf16" else 1
+    launch = grouped_triton.launch_for(gated, block_m, size)
+    types = dict.fromkeys(("order", "starts", "tile_experts", "tile_starts"), "*i32")
+    types |= {"x": f"*{code}", "weight": f"*{code}", "x_scales": "*fp32", "weight_scales": "*fp32", "out": "*bf16"}
+    scales: dict[str, Any] = {"x_scales": None, "weight_scales": None} if code == "bf16" else {}
+    scales["bias"] = None
+    compiled = compile_for(
+        capability, grouped_triton.grouped_kernel, types, launch.warps, 3, **scales, GATED=gated, WHOLE_STEPS=True,
+        BLOCK_M=block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k // size, STAGES=launch.stages,
+        PDL=capability >= 90,
+    )  # fmt: skip
+    return compiled, (1 + gated) * launch.block_n * launch.block_k / size / launch.warps / 32
+
+
+def grouped_wna16(capability: int, gated: bool, block_m: int, bits: int, per_group: int) -> tuple[Any, float]:
+    launch = grouped_wna16_triton.launch_for(gated, block_m, 2)
+    types = dict.fromkeys(("order", "starts", "tile_experts", "tile_starts", "meta"), "*i32")
+    types |= {"x": "*bf16", "words": "*i16", "out": "*bf16"}
+    compiled = compile_for(
+        capability, grouped_wna16_triton.grouped_wna16_kernel, types, launch.warps, 3, table=None, bias=None,
+        GATED=gated, WHOLE_STEPS=True, BITS=bits, NUMBER=INT, PER_GROUP=per_group, BF16_SCALE=False, ASM=True,
+        BLOCK_M=block_m,
+        BLOCK_N=launch.block_n, STAGES=launch.stages, PDL=capability >= 90,
+    )  # fmt: skip
+    return compiled, (1 + gated) * launch.block_n * wna16_triton.STEP / launch.warps / 32
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("block_m", "code"), [(16, "bf16"), (64, "bf16"), (128, "bf16"), (16, "i8"), (64, "fp8e4nv")])
+def test_products_of_all_experts_on_hopper(gated: bool, block_m: int, code: str, tmp_path: Path) -> None:
+    compiled, weights = grouped(90, gated, block_m, code)
+    assert (MATRIX[90] if block_m >= 64 else "mma") in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
+    assert loop_instructions(compiled, tmp_path) <= 3 * weights * max(1, block_m // 64)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    ("block_m", "bits", "per_group", "most"), [(16, 4, 4, 4), (16, 4, 1, 5.5), (64, 4, 4, 4.5), (64, 8, 0, 5.5)]
+)
+def test_packed_products_of_all_experts_on_hopper(
+    gated: bool, block_m: int, bits: int, per_group: int, most: float, tmp_path: Path
+) -> None:
+    compiled, weights = grouped_wna16(90, gated, block_m, bits, per_group)
+    assert MATRIX[90] in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
+    assert loop_instructions(compiled, tmp_path) <= most * weights
+
+
+def test_sorting_by_expert_stays_out_of_memory(tmp_path: Path) -> None:
+    types = dict.fromkeys(("chosen", "order", "starts", "tile_experts", "tile_starts"), "*i32")
+    constants = {"BLOCK_M": 16, "BINS": 256, "CHUNK": routing_triton.CHUNK, "PDL": True}
+    assert spilled_bytes(compile_for(90, routing_triton.sort_kernel, types, 4, 3, **constants), tmp_path) == 0
+    types = {"logits": "*bf16", "weights": "*fp32", "chosen": "*i32"}
+    constants = {"PER_TOKEN": 8, "RENORMALIZED": True, "SLOTS": 8, "BLOCK": 128, "PDL": True}
+    assert spilled_bytes(compile_for(90, routing_triton.choose_kernel, types, 1, 3, **constants), tmp_path) == 0
+
+
 @pytest.mark.parametrize("launch", [dense_triton.WIDE, dense_triton.NARROW])
 @pytest.mark.parametrize("block_m", [16, 32])
+@pytest.mark.parametrize("gated", [False, True])
 def test_a_dense_product_is_read_ahead_and_stays_out_of_memory(
-    launch: dense_triton.Launch, block_m: int, tmp_path: Path
+    launch: dense_triton.Launch, block_m: int, gated: bool, tmp_path: Path
 ) -> None:
     pointers = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16") | {"sums": "*fp32", "counters": "*i32"}
     compiled = compile_for(
-        90, dense_triton.dense_kernel, pointers, launch.warps, 3, SPLIT=True, BLOCK_M=block_m, BLOCK_N=launch.block_n,
-        BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=dense_triton.PREFETCHED, PDL=True,
+        90, dense_triton.dense_kernel, pointers, launch.warps, 3, SPLIT=True, GATED=gated, BLOCK_M=block_m,
+        BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=dense_triton.PREFETCHED,
+        PDL=True,
     )  # fmt: skip
     assert "mma" in compiled.asm["ptx"]
     assert "cp.async.cg" in compiled.asm["ptx"]
@@ -212,9 +322,13 @@ def test_joining_splits_stays_out_of_memory(chunk: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", [80, 100])
 def test_other_gpus(capability: int) -> None:
     assert MATRIX[capability] in attention(capability, 128, 64, 4, False, False).asm["ptx"]
-    assert "mma.sync" in attention(capability, 128, 64, 4, True, False).asm["ptx"]
+    for cache in ("bf16", "i8", *(["fp8e4nv"] if capability > 80 else [])):
+        assert "mma.sync" in attention(capability, 128, 64, 4, True, False, cache=cache).asm["ptx"]
     assert "mma" in wna16(capability, 4, 16, 4, "bf16").asm["ptx"]
     assert "mma" in wna16(capability, 8, 16, 4, "bf16", E4M3).asm["ptx"]
+    for block_m in (16, 64):
+        assert "mma" in grouped(capability, True, block_m, "bf16")[0].asm["ptx"]
+        assert "mma" in grouped_wna16(capability, True, block_m, 4, 4)[0].asm["ptx"]
     for rows in (16, 64, 1000):
         assert "mma" in w8a8(capability, *w8a8_triton.kernel_for(rows, INT), INT).asm["ptx"]
 
@@ -226,9 +340,22 @@ def test_kernels_of_hopper_start_before_the_one_before_has_ended() -> None:
         assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents") < ptx.index("mma")
 
 
+@pytest.mark.parametrize("sums", ["fp32", "i32"])
+def test_a_norm_that_adds_splits_stays_out_of_memory(sums: str, tmp_path: Path) -> None:
+    pointers = dict.fromkeys(("residual", "weight", "out"), "*bf16") | {"x": f"*{sums}", "eps": "fp32"}
+    scales: dict[str, Any] = dict.fromkeys(("x_scales", "weight_scales")) if sums == "fp32" else {}
+    pointers |= dict.fromkeys(("x_scales", "weight_scales"), "*fp32")
+    compiled = compile_for(
+        90, norm_triton.add_rms_norm_kernel, pointers, 8, 3, **scales, bias=None, scales=None, ADD=True, SPLIT=True,
+        LARGEST=0.0, BLOCK=4096, PDL=True,
+    )  # fmt: skip
+    assert spilled_bytes(compiled, tmp_path) == 0
+
+
 def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
     pointers = dict.fromkeys(("residual", "x", "weight", "out"), "*bf16") | {"scales": "*fp32", "eps": "fp32"}
-    constants = {"ADD": True, "BLOCK": 4096, "PDL": True}
+    constants = {"ADD": True, "SPLIT": False, "BLOCK": 4096, "PDL": True}
+    constants |= dict.fromkeys(("x_scales", "weight_scales", "bias"))
     kernel = norm_triton.add_rms_norm_kernel
     assert "st.global.v4" in compile_for(90, kernel, pointers, 8, 3, LARGEST=0.0, **constants).asm["ptx"]
     pointers["out"] = "*i8"
@@ -240,11 +367,14 @@ def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
         ("query", "key", "value", "query_norm", "key_norm", "out", "key_cache", "value_cache"), "*bf16"
     )
     pointers |= {"cos": "*fp32", "sin": "*fp32", "slots": "*i64", "eps": "fp32"}
-    compiled = compile_for(
-        90, rope_triton.rope_and_write_kernel, pointers, 2, 3,
-        NORM=True, HALF=64, HALF_PADDED=64, REST=0, REST_PADDED=1, BLOCK_SIZE=64, BLOCK=8, PDL=True,
-    )  # fmt: skip
+    constants = {"NORM": True, "HALF": 64, "HALF_PADDED": 64, "REST": 0, "REST_PADDED": 1, "BLOCK_SIZE": 64, "BLOCK": 8}
+    scales = dict.fromkeys(("key_scales", "value_scales"))
+    compiled = compile_for(90, rope_triton.rope_and_write_kernel, pointers, 2, 3, **constants, **scales, PDL=True)
     assert "st.global.v4" in compiled.asm["ptx"]
+    for cache in ("i8", "fp8e4nv"):
+        pointers |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(("key_cache", "value_cache"), f"*{cache}")
+        compiled = compile_for(90, rope_triton.rope_and_write_kernel, pointers, 2, 3, **constants, PDL=True)
+        assert "st.global.v2" in compiled.asm["ptx"]
 
 
 def test_drawing_takes_few_registers_and_stays_out_of_memory(tmp_path: Path) -> None:
@@ -256,3 +386,13 @@ def test_drawing_takes_few_registers_and_stays_out_of_memory(tmp_path: Path) -> 
     )  # fmt: skip
     assert "ld.global.v4" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
+
+
+def test_the_errors_of_all_columns_stay_in_registers(tmp_path: Path) -> None:
+    pointers = dict.fromkeys(("columns", "factor", "scales", "zeros", "errors"), "*fp32")
+    compiled = compile_for(
+        90, round_columns_triton.round_columns_kernel, pointers | {"groups": "*i64", "codes": "*u8"}, 1, 3,
+        MAX_CODE=15, COLUMNS=128, ROWS=32,
+    )  # fmt: skip
+    assert spilled_bytes(compiled, tmp_path) == 0
+    assert "shfl" not in compiled.asm["ptx"]  # each thread sums what it has

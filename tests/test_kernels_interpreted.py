@@ -25,19 +25,31 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert run.returncode == 0, run.stdout + run.stderr
 
 else:
+    from rounded_caches import empty_cache, rounded_caches
     from test_kernels_reference import Rows, draw_paged, draw_weight
 
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
-    from llmq.runtime.kernels.dense import CHANNELS, dense_matmul
+    from llmq.runtime.kernels.dense import CHANNELS, dense_gated, dense_matmul
     from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
+    from llmq.runtime.kernels.grouped import GroupedWeight, grouped_matmul, grouped_matmul_reference
     from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
-    from llmq.runtime.kernels.kv_write import write_kv, write_kv_reference
+    from llmq.runtime.kernels.kv_write import read_pages, write_kv, write_kv_reference
     from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
     from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows, quantize_rows, quantize_rows_reference
     from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
+    from llmq.runtime.kernels.round_columns import round_columns, round_columns_reference
+    from llmq.runtime.kernels.routing import (
+        choose,
+        choose_reference,
+        combine,
+        combine_reference,
+        sort_by_expert,
+        sort_by_expert_reference,
+    )
     from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
-    from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference
-    from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference
+    from llmq.runtime.kernels.split_k import SplitSums, whole
+    from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference, w8a8_product
+    from llmq.runtime.kernels.wna16 import pack_wna16, wna16_gated, wna16_matmul, wna16_matmul_reference, wna16_product
     from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
     TOLERANCE = {torch.float16: 4e-4, torch.float32: 1e-6}
@@ -99,6 +111,45 @@ else:
         exact = paged_attention_reference(*(x.double() for x in narrow), *tables, **rest)
         # What tanh loses near 0 is small against the cap, not against the score.
         assert (out - exact).norm() <= (TOLERANCE[dtype] + 1e-7 * (softcap or 0.0)) * exact.norm()
+
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    @pytest.mark.parametrize(("rows", "window", "softcap"), [(EDGES, None, None), (MIXED, 5, None), (LONG, 40, 3.0),
+                                                            (CHUNKS, None, 3.0), (CHUNKS, 40, None)])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("heads", "head_dim", "block_size", "dtype"),
+        [((4, 2), 16, 16, torch.float32), ((3, 1), 20, 64, torch.float16)],
+    )
+    def test_attention_over_8_bits(
+        heads: tuple[int, int], head_dim: int, block_size: int, rows: Rows, window: int | None, softcap: float | None,
+        number: str, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(0)
+        query, keys, values, *tables = draw_paged(rows, *heads, head_dim, block_size)
+        query = query.to(dtype)
+        codes, scales, _ = rounded_caches((keys, values), number)
+        rest = {"window": window, "softcap": softcap, "scales": scales}
+        rest |= {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
+        exact = paged_attention_reference(query.double(), *codes, *tables, **rest)
+        out = paged_attention(query, *codes, *tables, **rest, split=128)
+        assert (out - exact).norm() <= (TOLERANCE[dtype] + 1e-7 * (softcap or 0.0)) * exact.norm()
+
+    def draw_kv(number: str, *shape: int) -> Tensor:
+        """Random; for e4m3 multiples of its numbers, as the interpreter rounds to it wrongly."""
+        x = torch.randn(*shape)
+        return x if number == INT else (x * 40).to(torch.float8_e4m3fn).float() / 128
+
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])
+    def test_write_kv_in_8_bits(kv_heads: int, head_dim: int, number: str) -> None:
+        torch.manual_seed(0)
+        key, value = draw_kv(number, 2, 5, kv_heads, head_dim)
+        slots = torch.tensor([3, 17, 4, 47, 16])
+        written = []
+        for write in (write_kv, write_kv_reference):
+            cache, scales = empty_cache(number, 3, 16, kv_heads, head_dim)
+            write(key, value, cache[0], cache[1], slots, scales)
+            written.append((cache.view(torch.uint8), *scales))
+        assert all(ours.equal(theirs) for ours, theirs in zip(*written, strict=True))
 
     @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])
     def test_write_kv(kv_heads: int, head_dim: int) -> None:
@@ -170,6 +221,70 @@ else:
         exact = w8a8_matmul_reference(x, weight, bias, torch.float64)
         assert (w8a8_matmul(x, weight, bias, torch.float32) - exact).norm() <= 1e-6 * exact.norm()
 
+    @pytest.mark.parametrize(("experts", "per_token"), [(6, 3), (33, 8)])
+    def test_choosing_experts_and_combining_their_answers(experts: int, per_token: int) -> None:
+        torch.manual_seed(0)
+        logits, answers = torch.randn(5, experts), torch.randn(5 * per_token, 70)
+        for renormalized in (True, False):
+            (weights, chosen), (exact, expected) = (
+                each(logits, per_token, renormalized) for each in (choose, choose_reference)
+            )
+            assert chosen.equal(expected)
+            torch.testing.assert_close(weights, exact)
+            torch.testing.assert_close(combine(answers, weights), combine_reference(answers, weights))
+
+    @pytest.mark.parametrize(("tokens", "experts", "per_token", "block_m"), [(1, 8, 2, 16), (700, 5, 3, 64)])
+    def test_sorting_by_expert(tokens: int, experts: int, per_token: int, block_m: int) -> None:
+        torch.manual_seed(0)
+        chosen = torch.randint(0, experts, (tokens, per_token)).int()
+        ours, theirs = (each(chosen, experts, block_m) for each in (sort_by_expert, sort_by_expert_reference))
+        for part in ("order", "starts", "tile_experts", "tile_starts"):
+            assert getattr(ours, part).equal(getattr(theirs, part))
+
+    @pytest.mark.parametrize("gated", [True, False])
+    @pytest.mark.parametrize(
+        ("scheme", "shape", "block_m", "dtype"),
+        [
+            (None, (48, 200), 16, torch.float16),
+            (None, (70, 256), 64, torch.float16),
+            (None, (40, 256), 16, torch.float32),
+            (Scheme(4, 128), (40, 256), 16, torch.float32),
+            (Scheme(4, 128), (70, 256), 64, torch.float16),
+            (Scheme(4, 32, False), (48, 160), 16, torch.float16),
+            (Scheme(4, 64, number=NF4), (48, 192), 16, torch.float16),
+            (Scheme(8, -1, False), (48, 200), 64, torch.float16),
+            (Scheme(8, 128, number=E4M3), (48, 256), 16, torch.float16),
+        ],
+        ids=str,
+    )
+    def test_grouped(
+        scheme: Scheme | None, shape: tuple[int, int], block_m: int, dtype: torch.dtype, gated: bool
+    ) -> None:
+        torch.manual_seed(0)
+        tokens, experts, per_token = 20, 3, 2
+        routing = sort_by_expert(choose(torch.randn(tokens, experts), per_token, True)[1], experts, block_m)
+        x = torch.randn(tokens if gated else tokens * per_token, 2 * shape[1]).to(dtype)[:, : shape[1]]
+        stacked = (experts * shape[0], shape[1])
+        wide = torch.randn(stacked).to(dtype)
+        weight: GroupedWeight = wide
+        exact_weight: GroupedWeight = wide.double()
+        if scheme is not None:
+            weight = exact_weight = pack_wna16(draw_weight(stacked, scheme, act_order=scheme.group_size == 128), dtype)
+        exact = grouped_matmul_reference(x.double(), exact_weight, routing, torch.float64, gated=gated)
+        out = grouped_matmul(x, weight, routing, dtype, gated=gated)
+        assert (out - exact).norm() <= (2 if gated else 1) * TOLERANCE[dtype] * exact.norm()
+
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    @pytest.mark.parametrize("gated", [True, False])
+    def test_grouped_products_of_8_bits(number: str, gated: bool) -> None:
+        torch.manual_seed(0)
+        routing = sort_by_expert(choose(torch.randn(20, 5), 2, True)[1], 5, 16)
+        weight = pack_w8a8(draw_weight((5 * 70, 300), Scheme(8, -1, number=number, activation_bits=8)))
+        x = quantize_rows(draw_rows(20 if gated else 40, 300, number, torch.float32), number)
+        exact = grouped_matmul_reference(x, weight, routing, torch.float64, gated=gated)
+        out = grouped_matmul(x, weight, routing, torch.float32, gated=gated)
+        assert (out - exact).norm() <= 1e-6 * exact.norm()
+
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("kind", ["narrow", "fp32"])
     @pytest.mark.parametrize("added", [True, False])
@@ -183,6 +298,37 @@ else:
         expected = add_rms_norm_reference(theirs, x if added else None, weight, 1e-5)
         assert ours.equal(theirs)
         assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+    @pytest.mark.parametrize(
+        ("batch", "inner", "channels"),
+        [(1, 100, 256), (20, 24, 256), (3, 24, 1024), (20, 24, 1024), (40, 24, 256)],  # splits, too; and too many rows
+    )
+    def test_a_product_that_ends_in_a_gate_gives_the_bits_of_two_kernels(batch: int, inner: int, channels: int) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(batch, channels).half()
+        dense = (torch.randn(2 * inner, channels) / channels**0.5).half()
+        expected = silu_mul(*dense_matmul(x, dense).chunk(2, dim=1))
+        assert (dense_gated(x, dense) - expected).norm() <= 4e-4 * expected.norm()
+        packed = pack_wna16(draw_weight((2 * inner, channels), Scheme()), torch.float16)
+        assert wna16_gated(x / 64, packed).equal(silu_mul(*wna16_matmul(x / 64, packed).chunk(2, dim=1)))
+
+    @pytest.mark.parametrize("number", [None, INT, E4M3])
+    def test_a_norm_adds_up_the_splits_of_a_product(number: str | None) -> None:
+        torch.manual_seed(0)
+        x, bias, weight = torch.randn(20, 2048), torch.randn(64), torch.randn(64)
+        if number is None:
+            product = wna16_product(x, pack_wna16(draw_weight((64, 2048), Scheme()), torch.float32), bias)
+        else:
+            packed = pack_w8a8(draw_weight((64, 2048), Scheme(8, -1, number=number, activation_bits=8)))
+            product = w8a8_product(quantize_rows(x, number), packed, bias, torch.float32)
+        assert isinstance(product, SplitSums)
+        reference = product._whole_reference()
+        assert (whole(product) - reference).norm() <= 1e-6 * reference.norm()
+        ours = torch.randn(20, 64)
+        theirs = ours.clone()
+        expected = add_rms_norm(theirs, whole(product), weight, 1e-5)
+        assert add_rms_norm(ours, product, weight, 1e-5).equal(expected)
+        assert ours.equal(theirs)
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_silu_mul(dtype: torch.dtype) -> None:
@@ -217,6 +363,28 @@ else:
         assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
         assert (ours - theirs).norm() <= TOLERANCE[dtype] * theirs.norm()
 
+    @pytest.mark.parametrize("number", [INT, E4M3])
+    @pytest.mark.parametrize("rotated", [20, 14])
+    @pytest.mark.parametrize("normed", [True, False])
+    def test_rope_and_write_in_8_bits(normed: bool, rotated: int, number: str) -> None:
+        torch.manual_seed(0)
+        parts = draw_kv(number, 4, 15, 20).split([9, 3, 3], dim=1)
+        # Turned by right angles, numbers of e4m3 stay numbers of e4m3.
+        quarters = torch.randint(0, 4, (4, 1, rotated // 2)) if number == E4M3 else torch.randn(4, 1, rotated // 2)
+        angles = quarters * torch.pi / 2
+        rotation = (angles.cos().round(), angles.sin().round()) if number == E4M3 else (angles.cos(), angles.sin())
+        norms = (torch.ones(20), torch.ones(20)) if normed and number == INT else None
+        slots = torch.tensor([3, 17, 4, 47])
+        written = []
+        for write in (rope_and_write, rope_and_write_reference):
+            cache, scales = empty_cache(number, 3, 16, 3, 20)
+            out = write(*parts, rotation, *cache, slots, norms=norms, eps=1e-5, scales=scales)
+            kept = zip(cache, scales, strict=True)
+            written.append((out, *(read_pages(*each, torch.arange(3), torch.float32) for each in kept)))
+        for ours, theirs in zip(*written, strict=True):
+            # A sum in another order may make another code, a step off.
+            assert (ours - theirs).norm() <= (1e-2 if normed else 1e-6) * theirs.norm()
+
     def same_rows(ours: QuantizedRows, theirs: QuantizedRows) -> bool:
         return ours.scales.equal(theirs.scales) and ours.codes.view(torch.uint8).equal(theirs.codes.view(torch.uint8))
 
@@ -238,6 +406,19 @@ else:
         assert residual.equal(total)
         gate, up = torch.randn(3, 2 * 1100).half().chunk(2, dim=1)
         assert same_rows(silu_mul_quantize(gate, up, number), quantize_rows(silu_mul(gate, up), number))
+
+    @pytest.mark.parametrize(("count", "out"), [(128, 40), (37, 32), (1, 5)])
+    def test_round_columns(count: int, out: int) -> None:
+        torch.manual_seed(0)
+        columns, factor = torch.randn(count, out), torch.randn(count, count).triu().mul_(0.05)
+        factor.diagonal().abs_().add_(1)
+        scales, zeros = torch.rand(3, out).add_(0.2), torch.randint(0, 15, (3, out)).float()
+        groups = torch.arange(count) % 3
+        codes, errors = round_columns(columns, factor, scales, zeros, groups, 15)
+        expected_codes, expected_errors = round_columns_reference(columns, factor, scales, zeros, groups, 15)
+        same = (codes == expected_codes).all(0)  # of a row with a tie, all that follows differs
+        assert same.float().mean() > 0.9
+        assert (errors - expected_errors)[:, same].norm() <= 1e-5 * expected_errors.norm()
 
     @pytest.mark.parametrize("vocabulary", [5, 1024, 9000])
     def test_draw_gumbel(vocabulary: int) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounded_caches import empty_cache, rounded_caches
 from torch import Tensor
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention_reference
 from llmq.runtime.kernels.gelu import gelu_mul
-from llmq.runtime.kernels.kv_write import write_kv_reference
+from llmq.runtime.kernels.kv_write import read_pages, write_kv_reference
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import LARGEST, quantize_rows
 from llmq.runtime.kernels.rope import rope_and_write
@@ -87,9 +89,20 @@ def test_attention_is_the_softmax_over_the_positions_seen(
 ) -> None:
     torch.manual_seed(0)
     arguments = draw_paged(rows, *heads, 8, block_size)
-    bounds = {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
+    bounds: dict[str, Any] = {"max_query_length": max(q for q, _ in rows), "max_kv_length": max(kv for _, kv in rows)}
     out = paged_attention_reference(*arguments, window=window, scale=scale, softcap=softcap, **bounds)
     assert close(out, attention_by_loops(arguments, window, scale, softcap))
+
+
+@pytest.mark.parametrize("number", [INT, E4M3])
+def test_attention_over_8_bits_is_that_over_the_numbers_they_stand_for(number: str) -> None:
+    torch.manual_seed(0)
+    rows = [(1, 9), (3, 7), (5, 5)]
+    query, keys, values, *tables = draw_paged(rows, 4, 2, 8, 4)
+    codes, scales, numbers = rounded_caches((keys, values), number)
+    bounds: dict[str, Any] = {"max_query_length": 5, "max_kv_length": 9}
+    out = paged_attention_reference(query, *codes, *tables, window=None, scales=scales, **bounds)
+    assert close(out, attention_by_loops((query, *numbers, *tables), None))
 
 
 def test_a_row_of_length_zero_is_padding_and_its_output_zero() -> None:
@@ -110,6 +123,27 @@ def test_keys_and_values_land_in_their_slots_and_nowhere_else(interleaved: bool)
         assert key_cache[slot // 4, slot % 4].equal(key[token])
         assert value_cache[slot // 4, slot % 4].equal(value[token])
     assert key_cache.count_nonzero() == key.count_nonzero()
+
+
+@pytest.mark.parametrize(("number", "most"), [(INT, 1 / 254), (E4M3, 1 / 16)])
+def test_a_rounded_key_is_off_by_half_a_step_at_most(number: str, most: float) -> None:
+    """Of a head of a token: a step of int8 is a 127th of its largest, one of e4m3 an eighth of the number itself."""
+    cache, scales = empty_cache(number, 3, 4, 2, 8)
+    key, value = torch.randn(2, 5, 2, 8) * torch.logspace(-2, 0, 5)[:, None, None]
+    slots = torch.tensor([11, 4, 5, 6, 7])
+    write_kv_reference(key, value, cache[0], cache[1], slots, scales)
+    for x, codes, scale in zip((key, value), cache, scales, strict=True):
+        kept = read_pages(codes, scale, torch.arange(3), torch.float32)
+        of = x.abs().amax(-1, keepdim=True) if number == INT else x.abs().clamp_min(2**-6 * float(scale))
+        assert ((kept.flatten(0, 1)[slots] - x).abs() <= most * 1.001 * of).all()
+        assert kept.count_nonzero() <= x.numel()
+
+
+def test_numbers_beyond_the_range_of_e4m3_become_its_largest() -> None:
+    cache, scales = empty_cache(E4M3, 1, 4, 1, 2)
+    key, value = torch.tensor([[[7.0, -1e9]]]), torch.zeros(1, 1, 2)
+    write_kv_reference(key, value, cache[0], cache[1], torch.tensor([2]), scales)
+    assert cache[0, 0, 2, 0].float().tolist() == [448.0, -448.0]
 
 
 def draw_weight(shape: tuple[int, int], scheme: Scheme, *, act_order: bool = False) -> QuantizedWeight:

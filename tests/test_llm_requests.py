@@ -17,6 +17,7 @@ from llmq import LLM, SamplingParams
 from llmq.checkpoint.folder import demo_folder
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import Request
+from llmq.engine.scheduler import Scheduler
 from llmq.llm import RequestOutput, TextDelta
 
 BLOCK = 16 * 2 * 2 * 2 * 32 * 4
@@ -107,6 +108,53 @@ def test_preemption_at_random_changes_no_token(
     pressed._scheduler.pressure = some_of(0.4, seed=1)
     assert tokens(pressed.generate(prompts(), params())) == expected
     assert pressed.stats.preemptions > 4
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_steps_planned_ahead_give_what_steps_that_wait_give(
+    tiny: Path, preemption: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"repetition_penalty": 0.5, "frequency_penalty": -1.5},
+        {"logprobs": 2, "stop_token_ids": tuple(range(0, 250, 20))},
+        {"min_tokens": 12, "stop_token_ids": tuple(range(0, 250, 3))},
+        {"n": 3, "stop_token_ids": tuple(range(0, 250, 10))},
+        {"n": 2, "best_of": 4, "repetition_penalty": 0.7},
+        {"prompt_logprobs": 1, "presence_penalty": 2.0, "temperature": 0.0},
+        {"n": 3, "ignore_eos": True},
+    ]
+    asked = [SamplingParams(max_tokens=24, seed=seed, **kind) for seed, kind in enumerate(kinds)]
+
+    def run() -> tuple[list[Any], list[float], int]:
+        small = LLM(
+            str(tiny),
+            device="cpu",
+            options=EngineOptions(
+                block_size=16,
+                max_num_batched_tokens=16,
+                kv_cache_memory=20 * BLOCK,
+                preemption=preemption,
+                swap_space=60 * BLOCK,
+            ),
+        )
+        small._scheduler.pressure = some_of(0.1, seed=6)
+        outputs = small.generate(prompts()[: len(kinds)], asked)
+        found = [(one.token_ids, one.finish_reason) for output in outputs for one in output.completions]
+        scores = [
+            token.logprob
+            for output in outputs
+            for part in (output.prompt_logprobs, *(one.logprobs for one in output.completions))
+            for token in part
+        ]
+        assert len(outputs[5].prompt_logprobs) == len(prompts()[5]) - 1
+        return found, scores, small.stats.preemptions
+
+    found, scores, preemptions = run()
+    assert preemptions > 4
+    monkeypatch.setattr(Scheduler, "foresees", False)
+    expected, expected_scores, _ = run()
+    assert found == expected
+    assert scores == pytest.approx(expected_scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["mistral-window", "full and sliding"])

@@ -19,7 +19,11 @@ from llmq.errors import USAGE, LlmqError
 from llmq.scheme import E4M3, GROUP_SIZES, NF4, Scheme
 
 GIB = 2**30
-BATCHES, TOKENS, DTYPES = st.integers(1, 512), st.integers(1, 200_000), st.sampled_from([1, 2, 4])
+BATCHES, TOKENS, KV_DTYPES = (
+    st.integers(1, 512),
+    st.integers(1, 200_000),
+    st.sampled_from(sorted(memory.KV_DTYPE_BYTES)),
+)
 BLOCK_SIZES = st.integers(1, 16).map(lambda number: 16 * number)
 SCHEMES = st.builds(Scheme, st.sampled_from([4, 8]), st.sampled_from(GROUP_SIZES), st.booleans())
 
@@ -42,9 +46,9 @@ def test_known_models_have_their_known_sizes(
 ) -> None:
     config = config_of(tmp_path, fields)
     assert memory.weight_bytes(config, None, config.dtype_bytes) == 2 * parameters
-    assert memory.kv_bytes_per_token(config, 2) == kv_bytes_per_token
+    assert memory.kv_bytes_per_token(config, "bfloat16") == kv_bytes_per_token
     textbook = memory.textbook_kv_bytes(3, 1024, config.num_layers, config.hidden_size, 2)
-    assert textbook == textbook_ratio * memory.kv_bytes(config, 3, 1024, 64, 2)
+    assert textbook == textbook_ratio * memory.kv_bytes(config, 3, 1024, 64, "bfloat16")
 
 
 def test_llama_2_7b_caches_two_gibibytes_of_4096_tokens_by_the_textbook() -> None:
@@ -107,47 +111,50 @@ def test_a_linear_whose_inputs_the_groups_do_not_divide_stays_dense() -> None:
 
 def test_sequences_take_whole_blocks_and_a_budget_holds_whole_blocks(tmp_path: Path) -> None:
     config = config_of(tmp_path, LLAMA_31_8B)
-    block = memory.block_bytes(config, 64, 2)
+    block = memory.block_bytes(config, 64, "bfloat16")
     assert block == 64 * 131_072
-    assert memory.kv_bytes(config, 2, 64, 64, 2) == 2 * block
-    assert memory.kv_bytes(config, 2, 65, 64, 2) == 4 * block
-    assert memory.pool_blocks(5 * block - 1, config, 64, 2) == 4
-    assert memory.pool_blocks(5 * block, config, 64, 2) == 5
+    assert memory.kv_bytes(config, 2, 64, 64, "bfloat16") == 2 * block
+    assert memory.kv_bytes(config, 2, 65, 64, "bfloat16") == 4 * block
+    assert memory.pool_blocks(5 * block - 1, config, 64, "bfloat16") == 4
+    assert memory.pool_blocks(5 * block, config, 64, "bfloat16") == 5
 
 
 # Laws
 
 
-@given(model_configs(), BATCHES, TOKENS, BLOCK_SIZES, DTYPES)
+@given(model_configs(), BATCHES, TOKENS, BLOCK_SIZES, KV_DTYPES)
 def test_kv_cache_grows_with_batch_tokens_layers_and_bytes(
-    config: ModelConfig, batch: int, tokens: int, block_size: int, dtype_bytes: int
+    config: ModelConfig, batch: int, tokens: int, block_size: int, kv_dtype: str
 ) -> None:
-    size = memory.kv_bytes(config, batch, tokens, block_size, dtype_bytes)
+    size = memory.kv_bytes(config, batch, tokens, block_size, kv_dtype)
     deeper = replace(config, num_layers=config.num_layers + 1)
-    assert memory.kv_bytes(config, batch + 1, tokens, block_size, dtype_bytes) > size
-    assert memory.kv_bytes(config, batch, tokens + 1, block_size, dtype_bytes) >= size
-    assert memory.kv_bytes(config, batch, tokens + block_size, block_size, dtype_bytes) > size
-    assert memory.kv_bytes(deeper, batch, tokens, block_size, dtype_bytes) > size
-    assert memory.kv_bytes(config, batch, tokens, block_size, 2 * dtype_bytes) == 2 * size
+    assert memory.kv_bytes(config, batch + 1, tokens, block_size, kv_dtype) > size
+    assert memory.kv_bytes(config, batch, tokens + 1, block_size, kv_dtype) >= size
+    assert memory.kv_bytes(config, batch, tokens + block_size, block_size, kv_dtype) > size
+    assert memory.kv_bytes(deeper, batch, tokens, block_size, kv_dtype) > size
+    assert memory.kv_bytes(config, batch, tokens, block_size, "float32") >= size
+    assert memory.kv_bytes(config, batch, tokens, block_size, "fp8") <= size
 
 
-@given(model_configs(), BATCHES, TOKENS, BLOCK_SIZES, DTYPES)
+@given(model_configs(), BATCHES, TOKENS, BLOCK_SIZES, KV_DTYPES)
 def test_a_sequence_wastes_less_than_a_block(
-    config: ModelConfig, batch: int, tokens: int, block_size: int, dtype_bytes: int
+    config: ModelConfig, batch: int, tokens: int, block_size: int, kv_dtype: str
 ) -> None:
-    content = batch * tokens * memory.kv_bytes_per_token(config, dtype_bytes)
-    waste = memory.kv_bytes(config, batch, tokens, block_size, dtype_bytes) - content
-    assert 0 <= waste < batch * memory.block_bytes(config, block_size, dtype_bytes)
+    content = batch * tokens * memory.kv_bytes_per_token(config, kv_dtype)
+    waste = memory.kv_bytes(config, batch, tokens, block_size, kv_dtype) - content
+    assert 0 <= waste < batch * memory.block_bytes(config, block_size, kv_dtype)
 
 
-@given(model_configs(), BATCHES, st.integers(1, 1000), BLOCK_SIZES, DTYPES)
+@given(model_configs(), BATCHES, st.integers(1, 1000), BLOCK_SIZES, st.sampled_from(["fp8", "bfloat16", "float32"]))
 def test_grouped_query_attention_never_caches_more_than_the_textbook(
-    config: ModelConfig, batch: int, blocks: int, block_size: int, dtype_bytes: int
+    config: ModelConfig, batch: int, blocks: int, block_size: int, kv_dtype: str
 ) -> None:
     assert config.num_kv_heads * config.head_dim <= config.hidden_size
     tokens = blocks * block_size
-    textbook = memory.textbook_kv_bytes(batch, tokens, config.num_layers, config.hidden_size, dtype_bytes)
-    real = memory.kv_bytes(config, batch, tokens, block_size, dtype_bytes)
+    textbook = memory.textbook_kv_bytes(
+        batch, tokens, config.num_layers, config.hidden_size, memory.KV_DTYPE_BYTES[kv_dtype]
+    )
+    real = memory.kv_bytes(config, batch, tokens, block_size, kv_dtype)
     assert real * (config.num_heads // config.num_kv_heads) == textbook
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -387,8 +388,8 @@ def test_quantizing_without_data_takes_less_than_with_it_and_the_disk_the_same()
         plan_quantization(LLAMA, Scheme(), method, calibrated=method != "rtn", samples=128, seqlen=2048)
         for method in ("rtn", "gptq", "autoround")
     ]
-    assert plans_[0].weights < plans_[1].weights < plans_[2].weights
-    assert plans_[0].host < plans_[1].host
+    assert plans_[0].device < plans_[1].device < plans_[2].device
+    assert plans_[0].states == 0 < plans_[1].states
     assert {plan_.disk for plan_ in plans_} == {plan(LLAMA, scheme=Scheme()).weights.on_disk}
 
 
@@ -559,7 +560,7 @@ def test_an_explanation_names_layers_engines_and_assumptions(llama: Path) -> Non
     ("flags", "warning"),
     [
         (("--num-gpus", 2), "llmq's engine runs on one GPU today"),
-        (("--kv-cache-dtype", "fp8"), "not in fp8"),
+        (("--kv-cache-dtype", "fp8"), ""),
         (("--num-gpus", 2, "--kv-cache-dtype", "fp8", "--engine", "vllm"), ""),
     ],
     ids=str,
@@ -574,7 +575,7 @@ def test_what_llmqs_engine_does_not_do_yet_is_said(llama: Path, flags: tuple[obj
 def test_the_phase_of_quantizing_is_planned_by_method(llama: Path) -> None:
     result = json.loads(llmq("memplan", llama, "--phase", "quantize", "--scheme", "w4a16", "--json").out)
     assert {method["method"] for method in result["methods"]} == {"gptq", "awq", "autoround", "rtn"}
-    assert llmq("memplan", llama, "--phase", "quantize", "--gpu-memory", "1GiB").code == CHECK_FAILED
+    assert llmq("memplan", llama, "--phase", "quantize", "--gpu-memory", "512MiB").code == CHECK_FAILED
 
 
 def test_gpus_are_listed_without_a_model() -> None:
@@ -642,8 +643,8 @@ def test_a_run_at_a_terminal_begins_with_its_plan(
     terminal = Console(file=talk, force_terminal=True, color_system=None, width=200)
     monkeypatch.setattr(f"llmq.cli.{command[0]}.err", terminal)
     assert llmq(command[0], "demo", *command[1:]).code == 0
-    first = talk.getvalue().splitlines()[0]
-    assert first.startswith("weights 19.01 MiB, KV cache" if command[0] == "generate" else "about ")
+    plan_ = "weights 19.01 MiB, KV cache" if command[0] == "generate" else "about "
+    assert any(line.startswith(plan_) for line in re.split(r"[\r\n]+", talk.getvalue())[:3])
 
 
 @pytest.mark.parametrize("flags", [(), ("--block-size", 16, "--max-num-batched-tokens", 64)], ids=str)

@@ -7,13 +7,17 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import llmq
+from packed_folders import linear_names, rounded, write_packed
 from tiny_models import VARIANTS, save_tiny, save_variant
 
 from llmq.checkpoint.folder import demo_folder
 from llmq.errors import FAILED, USAGE, LlmqError
 from llmq.evals import perplexity
-from llmq.evals.perplexity import DEMO_TEXT, cut, evaluate_perplexity
+from llmq.evals.held_out import DEMO_TEXT
+from llmq.evals.perplexity import cut, evaluate_perplexity
+from llmq.scheme import WHOLE_ROW, Scheme
 
 TEXT = "".join(chr(32 + number * 37 % 90) for number in range(400))
 
@@ -30,12 +34,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def transformers_perplexity(folder: Path, text: str, window: int) -> float:
-    """exp of the mean of the losses that transformers gives for each window."""
-    import torch
+def quantize_inputs(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """Each token to 8 bits and back."""
+    scale = inputs[0].abs().amax(-1, keepdim=True) / 127
+    return (inputs[0] / scale).round() * scale
+
+
+def transformers_perplexity(folder: Path, text: str, window: int, scheme: Scheme | None = None) -> float:
+    """exp of the mean of the losses that transformers gives for each window, with the decoder's weights as ``scheme``
+    rounds them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name in linear_names(folder) if scheme is not None else ():
+        linear = model.get_submodule(name)
+        linear.weight.data = rounded(linear.weight.data, scheme).dequantize()
+        if scheme.activation_bits == 8:
+            linear.register_forward_pre_hook(quantize_inputs)
     token_ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
     windows = token_ids[: len(token_ids) // window * window].view(-1, window)
     with torch.no_grad():
@@ -51,6 +66,24 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path, text: Path, variant:
     folder = save_variant(tmp_path, variant)
     result = evaluate_perplexity(str(folder), data=text, window=64, device="cpu")
     assert result.perplexity == pytest.approx(transformers_perplexity(folder, TEXT, 64), rel=1e-4)
+
+
+PACKED = [
+    ("gptq", Scheme(4, 128)),
+    ("compressed-tensors", Scheme(4, 128)),
+    ("compressed-tensors", Scheme(8, WHOLE_ROW, activation_bits=8)),
+]
+
+
+@pytest.mark.parametrize(("form", "scheme"), PACKED, ids=["gptq w4a16", "compressed-tensors w4a16", "w8a8"])
+def test_perplexity_of_a_quantized_model_is_that_of_transformers_with_what_its_codes_stand_for(
+    tiny: Path, tmp_path: Path, text: Path, form: str, scheme: Scheme
+) -> None:
+    folder = write_packed(tiny, tmp_path / "packed", form, dict.fromkeys(linear_names(tiny), scheme))
+    result = evaluate_perplexity(str(folder), data=text, window=64, device="cpu")
+    expected = transformers_perplexity(tiny, TEXT, 64, scheme)
+    assert result.perplexity == pytest.approx(expected, rel=1e-4)
+    assert abs(expected / transformers_perplexity(tiny, TEXT, 64) - 1) > 1e-3
 
 
 def test_neither_batches_of_windows_nor_pieces_of_logits_change_the_number(
@@ -112,7 +145,54 @@ def test_a_window_is_never_longer_than_the_models_context(tmp_path: Path, text: 
     assert evaluate_perplexity(str(folder), data=text, device="cpu").window == 128
 
 
+def test_the_interval_holds_what_other_windows_of_the_text_give(tiny: Path, text: Path) -> None:
+    result = evaluate_perplexity(str(tiny), data=text, window=40, device="cpu")
+    low, high = result.interval
+    assert low < result.perplexity < high
+    assert result.interval == evaluate_perplexity(str(tiny), data=text, window=40, device="cpu").interval
+
+
+def test_lines_of_a_jsonl_file_are_one_text(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": half}) + "\n" for half in (TEXT, TEXT[::-1])))
+    (tmp_path / "text.txt").write_text(f"{TEXT}\n\n{TEXT[::-1]}")
+    lines, whole = (
+        evaluate_perplexity(str(tiny), data=tmp_path / name, window=64, device="cpu")
+        for name in ("text.jsonl", "text.txt")
+    )
+    assert (lines.perplexity, lines.windows) == (whole.perplexity, whole.windows)
+
+
 # Failures
+
+
+def test_a_line_without_text_is_numbered(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(LlmqError, match="line 2"):
+        evaluate_perplexity(str(tiny), data=tmp_path / "text.jsonl")
+
+
+def test_a_dataset_that_the_hub_does_not_give_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(LlmqError, match="Salesforce/wikitext, and the hub gives no such dataset: Couldn't reach"):
+        evaluate_perplexity(str(tiny), data="Salesforce/wikitext:wikitext-2-raw-v1")
+
+
+def test_the_documents_of_a_dataset_are_joined_by_empty_lines(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": [TEXT, TEXT]})
+    asked: list[object] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *wanted, **more: asked.append((wanted, more)) or rows)
+    (tmp_path / "text.txt").write_text(f"{TEXT}\n\n{TEXT}")
+    found = evaluate_perplexity(str(tiny), data="Salesforce/wikitext:wikitext-2-raw-v1", window=64, device="cpu")
+    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
+    assert found.perplexity == evaluate_perplexity(str(tiny), data=tmp_path / "text.txt", window=64).perplexity
 
 
 def test_a_text_shorter_than_a_window_is_refused_and_a_window_that_fits_is_named(tiny: Path, text: Path) -> None:

@@ -21,11 +21,12 @@ from llmq.checkpoint.formats.gptq import Gptq
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
-from llmq.quant import activations, pipeline
+from llmq.quant import activations, pipeline, prepare
 from llmq.quant.activations import HiddenStates
 from llmq.quant.calibration import draw_windows
 from llmq.quant.methods import autoround, gptq
 from llmq.quant.options import Calibration
+from llmq.quant.pipeline import Step
 from llmq.quant.report import QuantizationReport
 from llmq.quant.schemes import AUTOROUND, AWQ, GPTQ, RTN, SMOOTHQUANT
 from llmq.runtime.decoder import CausalAttention, DecoderLayer
@@ -177,7 +178,7 @@ def test_learned_rounding_goes_from_block_to_block(
 def test_the_report_tells_each_layer_s_error_and_what_became_of_the_bytes(
     tmp_path: Path, tiny: Path, calibration: Calibration
 ) -> None:
-    seen: list[tuple[int, int, str]] = []
+    seen: list[Step] = []
     output = tmp_path / "out"
     report = quantize(
         str(tiny),
@@ -185,10 +186,16 @@ def test_the_report_tells_each_layer_s_error_and_what_became_of_the_bytes(
         scheme=W4,
         calibration=calibration,
         device="cpu",
-        progress=lambda done, total, name: seen.append((done, total, name)),
+        progress=seen.append,
     )
-    assert [layer.name for layer in report.layers] == [name for _, _, name in seen]
-    assert [(done, total) for done, total, _ in seen] == [(done, LINEARS) for done in range(1, LINEARS + 1)]
+    assert [step.layer for step in seen if step.layer] == list(report.layers)
+    assert [step.layers for step in seen if step.layer] == list(range(1, LINEARS + 1))
+    assert [(step.parts, step.layers) for step in seen if not step.layer] == [
+        (1, LINEARS // 2),
+        (2, LINEARS),
+        (3, LINEARS),
+    ]
+    assert {(step.of_parts, step.of_layers) for step in seen} == {(3, LINEARS)}
     assert all(layer.method == GPTQ and 0 < layer.error < layer.rtn_error < 0.05 for layer in report.layers)
     assert (report.calibration_samples, report.calibration_seqlen) == (8, 64)
     assert report.bytes_before == Tensors(tiny).num_bytes
@@ -300,14 +307,13 @@ def test_the_same_run_writes_the_same_bytes(
     assert first == second
 
 
-def test_micro_batches_of_any_size_give_the_same_hessian(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_batches_of_any_size_give_the_same_hessian(tiny: Path) -> None:
     source = open_source(tiny, "cpu", torch.float32)
     windows = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(0))
     block, seen = load_layer(source, 0), []
     with torch.inference_mode():
         for tokens in (1, 192, 4096):  # one window at a time; three, and two at last; all at once
-            monkeypatch.setattr(activations, "MICRO_BATCH_TOKENS", tokens)
-            states = HiddenStates(source, windows)
+            states = HiddenStates(source, windows, tokens)
             assert all(len(batch) <= max(tokens, 64) for batch in states.inputs)
             assert len(states.sample(states.tokens).inputs) == len(states.inputs)
             states.mix(block)
@@ -544,7 +550,7 @@ def test_activations_beyond_fp16_are_calibrated_in_fp32(
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"] *= 1e5
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(pipeline, "resolve_dtype", lambda *_: torch.float16)  # as a GPU would have it
+    monkeypatch.setattr(prepare, "resolve_dtype", lambda *_: torch.float16)  # as a GPU would have it
     report = quantize(str(source), tmp_path / "out", scheme=W4, calibration=calibration, device="cpu")
     assert "not finite in float16: calibrated in fp32" in report.warnings[0]
     assert all(layer.method == GPTQ and 0 < layer.error < 0.05 for layer in report.layers)
@@ -562,17 +568,6 @@ def test_a_tensor_that_is_missing_is_noticed_before_any_work(tmp_path: Path) -> 
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     refused(r"no matrix model\.layers\.1\.mlp\.down_proj\.weight", source, tmp_path / "out", scheme=W4)
-
-
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path, tiny: Path, interruption: type[BaseException]) -> None:
-    def interrupt(done: int, total: int, name: str) -> None:
-        if done == total // 2:
-            raise interruption
-
-    with pytest.raises(interruption):
-        quantize(str(tiny), tmp_path / "out", method=RTN, scheme=W4, device="cpu", progress=interrupt)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_defaults_are_known_without_torch() -> None:

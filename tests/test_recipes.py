@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from tiny_models import save_tiny
 
 from llmq.checkpoint.config import read_config
-from llmq.checkpoint.folder import DEMO, demo_folder, resolve
+from llmq.checkpoint.folder import DEMO, resolve
 from llmq.checkpoint.formats import open_format
 from llmq.checkpoint.tokenizer import load_tokenizer
 from llmq.cli.quantize import quantize as command
 from llmq.errors import LlmqError
 from llmq.evals.divergence import predict, window_divergences
-from llmq.evals.perplexity import DEMO_TEXT, cut, read_text
+from llmq.evals.held_out import held_out
+from llmq.evals.perplexity import cut
 from llmq.quant import llm_compressor
 from llmq.quant.methods.gptq import DAMP_PERCENT
 from llmq.quant.options import WEIGHT_SCHEMES, QuantizeOptions, Rule
@@ -122,9 +123,9 @@ def test_the_mixed_recipe_has_a_scheme_for_the_fused_layers_of_phi_3_too(tmp_pat
 @pytest.mark.slow
 def test_the_mixed_recipe_is_closer_to_the_original_than_3_bits_that_take_as_many(tmp_path: Path) -> None:
     """KL from demo on held-out text, from 8 windows of 512 tokens: against groups of 32, which take 3.50 bits."""
-    token_ids = load_tokenizer(resolve(DEMO)).encode(read_text(demo_folder() / DEMO_TEXT))
-    held_out = [list(window) for window in cut(token_ids, 512)][:16]
-    original = predict(resolve(DEMO), held_out)
+    token_ids = load_tokenizer(resolve(DEMO)).encode(held_out().text)
+    windows = [list(window) for window in cut(token_ids, 512)][:16]
+    original = predict(resolve(DEMO), windows)
     bits, kl = {}, {}
     runs = {"mixed": ["--recipe", "mixed-3-4-8"], "uniform": ["--scheme", "w3a16", "--group-size", 32]}
     for name, flags in runs.items():
@@ -132,7 +133,7 @@ def test_the_mixed_recipe_is_closer_to_the_original_than_3_bits_that_take_as_man
         done = llmq("quantize", DEMO, "-o", tmp_path / name, *flags, *small)
         assert done.code == 0, done.err
         bits[name] = json.loads(done.out)["effective_bits"]
-        kl[name] = fmean(window_divergences(original, predict(tmp_path / name, held_out)))
+        kl[name] = fmean(window_divergences(original, predict(tmp_path / name, windows)))
     assert bits["mixed"] < bits["uniform"]
     assert kl["mixed"] < kl["uniform"]
 

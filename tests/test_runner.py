@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmq.plan import PlanRow
+from llmq.plan import PlanRow, RowSampling
 from llmq.runtime.batch import batch_shape, fill, view
 from llmq.runtime.block_tables import BlockTables
-from llmq.runtime.graphs import MAX_ROWS, MIN_KV_LENGTH, padded_kv_length, padded_rows
+from llmq.runtime.graphs import (
+    MAX_TOKENS,
+    MIN_KV_LENGTH,
+    NOBODY,
+    padded_kv_length,
+    padded_rows,
+    padded_shape,
+    padded_size,
+)
+from llmq.runtime.runner import first_tokens
 
 tables = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 
@@ -63,9 +74,59 @@ def test_a_token_that_was_just_drawn_is_taken_from_where_it_was_drawn() -> None:
 
 
 def test_padding_is_little_and_sizes_are_few() -> None:
-    sizes = {rows: padded_rows(rows) for rows in range(1, MAX_ROWS + 1)}
-    assert all(rows <= padded <= max(rows + 7, 1.25 * rows) for rows, padded in sizes.items())
-    assert max(sizes.values()) == MAX_ROWS
+    sizes = {size: padded_size(size) for size in range(1, MAX_TOKENS + 1)}
+    assert all(size <= padded <= max(size + 7, 1.25 * size) for size, padded in sizes.items())
+    assert max(sizes.values()) == MAX_TOKENS
     assert len(set(sizes.values())) < 32
     assert {padded_kv_length(length) for length in range(1, MIN_KV_LENGTH + 1)} == {MIN_KV_LENGTH}
     assert padded_kv_length(MIN_KV_LENGTH + 1) == 2 * MIN_KV_LENGTH
+
+
+chunks = st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=12)
+
+
+def some_rows(lengths: list[int]) -> list[PlanRow]:
+    sampling = RowSampling(0.5, 0, 1.0, 7, None)
+    return [
+        PlanRow(number, 0, tuple(range(length)), ([1, 2, 3],), sampling, prompt_targets=tuple(range(1, length + 1)))
+        for number, length in enumerate(lengths)
+    ]
+
+
+@given(chunks)
+def test_a_step_is_padded_to_one_of_a_few_numbers_of_tokens_and_of_rows(lengths: list[int]) -> None:
+    rows = some_rows(lengths)
+    padded = padded_rows(rows)
+    shape = padded_shape(padded, drawn=8)
+    assert padded[: len(rows)] == rows
+    assert all(row.sequence_id == NOBODY and row.sampling is None for row in padded[len(rows) :])
+    assert (shape.tokens, shape.rows) == (padded_size(sum(lengths)), padded_size(shape.rows))
+    assert shape.max_query_length == (1 if max(lengths) == 1 else shape.tokens)
+    batch = view(torch.cat((torch.zeros(8), torch.frombuffer(fill(padded, shape, 16), dtype=torch.int32))).int(), shape)
+    assert {slot // 16 for slot in batch.slots[0].tolist()[sum(lengths) :]} <= {0}
+    assert batch.last[: len(rows)].tolist() == [end - 1 for end in accumulate(lengths)]
+
+
+@given(chunks, st.integers(1, 200))
+def test_a_step_in_parts_is_the_same_tokens_and_draws_where_a_row_ends(lengths: list[int], most: int) -> None:
+    rows, parts = some_rows(lengths), list[PlanRow]()
+    left = rows
+    while left:
+        part, left = first_tokens(left, most)
+        assert 0 < sum(len(row.tokens) for row in part) <= most
+        parts += part
+    for row in rows:
+        own = [part for part in parts if part.sequence_id == row.sequence_id]
+        assert tuple(token for part in own for token in part.tokens) == row.tokens
+        assert tuple(token for part in own for token in part.prompt_targets) == row.prompt_targets
+        assert [part.start for part in own] == list(accumulate((len(one.tokens) for one in own[:-1]), initial=0))
+        assert [part.sampling for part in own] == [None] * (len(own) - 1) + [row.sampling]
+
+
+def test_seeds_and_temperatures_travel_with_the_rows() -> None:
+    first, second = some_rows([1, 3])
+    rows = [first._replace(sampling=RowSampling(0.7, 0, 1.0, 2**62, None)), second._replace(sampling=None)]
+    shape = batch_shape(rows, drawn=4)
+    batch = view(torch.cat((torch.zeros(4).int(), torch.frombuffer(fill(rows, shape, 16), dtype=torch.int32))), shape)
+    assert batch.seeds.tolist() == [2**62, 0]
+    assert torch.equal(batch.temperatures, torch.tensor([0.7, 0.0]))

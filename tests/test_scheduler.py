@@ -25,7 +25,7 @@ from simulated_model import (
 from llmq.engine.request import Request
 from llmq.engine.scheduler import Scheduler
 from llmq.errors import LlmqError
-from llmq.plan import SampledToken, StepOutput, StepPlan
+from llmq.plan import SampledToken, StepOutput, StepPlan, TokenLogprobs
 
 
 def ids(queue: list[Request]) -> list[object]:
@@ -799,14 +799,40 @@ def test_what_a_stop_token_has_ended_draws_once_more_for_nobody() -> None:
     assert (sequence.output_ids, sequence.finish_reason) == ([EOS], "stop")
 
 
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_scores_of_a_prompt_are_kept_unless_it_is_to_start_over(preemption: str) -> None:
+    scheduler = make_scheduler(20, cpu_blocks=20, preemption=preemption, max_num_batched_tokens=8)
+    request = make_request(0, 20, 2, prompt_logprobs=0)
+    scheduler.add(request)
+    first = scheduler.schedule()
+    scheduler.presume(first)
+    scheduler.pressure = lambda running: request
+    scheduler.schedule()
+    scores = [TokenLogprobs(-1.0, ())] * 8
+    scheduler.update(first, StepOutput((), [(first.rows[0].sequence_id, scores)]))
+    assert request.prompt_logprobs == (scores if preemption == "swap" else [])
+
+
 @pytest.mark.parametrize(
-    "kind", [{"n": 2}, {"beam_width": 1}, {"presence_penalty": 0.5}, {"prompt_logprobs": 0}], ids=str
+    ("kind", "waits"),
+    [
+        ({"beam_width": 2}, [True, True, True]),
+        ({"n": 2}, [True, False, False]),
+        ({"presence_penalty": 0.5, "min_tokens": 2, "prompt_logprobs": 0}, [False, False, False]),
+    ],
+    ids=str,
 )
-def test_whose_next_step_hangs_on_its_tokens_makes_every_step_wait_while_it_is_there(kind: dict[str, Any]) -> None:
-    scheduler = make_scheduler(20)
-    scheduler.add(make_request(0, 5, 2))
-    assert scheduler.foresees
-    scheduler.add(make_request(1, 5, 2, **kind))
-    assert not scheduler.foresees
-    scheduler.abort(1)
-    assert scheduler.foresees
+def test_only_a_step_whose_tokens_decide_what_the_next_one_computes_is_waited_for(
+    kind: dict[str, Any], waits: list[bool]
+) -> None:
+    scheduler = make_scheduler(20, max_num_batched_tokens=8)
+    model = SimulatedModel(scheduler)
+    scheduler.add(make_request(0, 5, 5))
+    scheduler.add(make_request(1, 8, 3, **kind))
+    found = []
+    while not scheduler.idle:
+        assert scheduler.foresees
+        plan = scheduler.schedule()
+        found.append(not scheduler.foresees)
+        scheduler.update(plan, model.run(plan))
+    assert found[:5] == [False, *waits, False]  # the prompt of the second is in two steps

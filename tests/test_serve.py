@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +27,13 @@ POOL = 20 * 3 + 1
 """Blocks for twenty sequences of up to 48 tokens, and the reserved one."""
 SEEDED = SamplingParams(max_tokens=24, seed=7, ignore_eos=True)
 ASKED: dict[str, Any] = {"max_tokens": 24, "seed": 7, "extra_body": {"ignore_eos": True}}
+
+HISTOGRAMS = (
+    *("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
+    *("request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds"),
+    *("request_inference_time_seconds", "iteration_tokens_total", "request_prompt_tokens"),
+    *("request_generation_tokens", "request_params_n", "request_params_max_tokens"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +248,19 @@ def test_chat_logprobs_name_tokens_bytes_and_the_likeliest(client: OpenAI, llm: 
         assert all(entry.bytes is None or bytes(entry.bytes).decode() == entry.token for entry in content)
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_shows_a_stream_as_it_comes(server: Server, llm: LLM) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 24, "seed": 7, "ignore_eos": True, "stream": True})
+    headers = ["-H", f"Authorization: Bearer {KEYS[0]}", "-H", "Content-Type: application/json"]
+    command = ["curl", "-sSN", f"{server.url}/v1/completions", *headers, "-d", body]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    *events, done, end = shown.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    pieces = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events]
+    assert len(pieces) > 1
+    assert "".join(pieces) == texts(llm, ["x"], SEEDED)[0]
+
+
 # Many at once
 
 
@@ -285,13 +308,47 @@ def test_metrics_are_prometheus_s_and_count_what_happened(server: Server, client
     assert server.metric("generation_tokens_total") == before + 24
     assert server.metric("request_success_total", finished_reason="length") == ended + 1
     assert families["llmq:kv_cache_usage_perc"].type == "gauge"
-    for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"):
+    for name in HISTOGRAMS:
         family = families[f"llmq:{name}"]
         buckets = [sample.value for sample in family.samples if sample.name.endswith("_bucket")]
         (count,) = [sample.value for sample in family.samples if sample.name.endswith("_count")]
         assert family.type == "histogram"
         assert buckets == sorted(buckets)
         assert buckets[-1] == count > 0
+
+
+def test_metrics_split_a_request_into_its_phases_and_a_step_into_tokens(server: Server, client: OpenAI) -> None:
+    def sums() -> dict[str, float]:
+        return {name: server.metric(f"{name}_sum") for name in HISTOGRAMS}
+
+    before = sums()
+    client.completions.create(model="tiny", prompt="xy", **ASKED)
+    now = {name: value - before[name] for name, value in sums().items()}
+    waited, inference = now["request_queue_time_seconds"], now["request_inference_time_seconds"]
+    assert waited >= 0
+    assert inference == pytest.approx(now["request_prefill_time_seconds"] + now["request_decode_time_seconds"])
+    assert waited + inference <= now["e2e_request_latency_seconds"]
+    # Of the answer, the last token is not computed any more.
+    assert now["iteration_tokens_total"] == now["request_prompt_tokens"] + now["request_generation_tokens"] - 1
+    assert (now["request_params_n"], now["request_params_max_tokens"]) == (1, 24)
+
+
+SERVER = "from llmq.serve.app import create_app; load_tokenizer(resolve('demo'))"
+ENGINE = "from llmq.serve import worker; from llmq import LLM; LLM('demo', device='cpu', text=False)"
+
+
+@pytest.mark.parametrize(
+    ("process", "spared"), [(SERVER, "torch transformers"), (ENGINE, "torch._dynamo transformers")]
+)
+def test_neither_process_imports_what_takes_seconds(process: str, spared: str) -> None:
+    code = f"""
+import sys
+from llmq.checkpoint.folder import resolve
+from llmq.checkpoint.tokenizer import load_tokenizer
+{process}
+print(sorted(set({spared.split()!r}) & sys.modules.keys()))"""
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert loaded.stdout == "[]\n"
 
 
 def test_the_log_has_a_json_line_a_request_and_no_prompt(server: Server, client: OpenAI) -> None:

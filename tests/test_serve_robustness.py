@@ -72,6 +72,7 @@ def is_closed(server: Server) -> bool:
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
+SCHEMA = b'"response_format": {"type": "json_schema", "json_schema": {"schema":'
 BAD: list[tuple[str, Any, int, str | None]] = [
     (COMPLETIONS, b"{", 400, None),
     (COMPLETIONS, b"", 400, None),
@@ -100,6 +101,10 @@ BAD: list[tuple[str, Any, int, str | None]] = [
     (COMPLETIONS, {"prompt": "x", "stop_token_ids": [10**9]}, 400, "stop_token_ids"),
     (COMPLETIONS, {"prompt": "x", "suffix": "y"}, 400, "suffix"),
     (COMPLETIONS, {"prompt": "x", "logit_bias": {"1": 2}}, 400, "logit_bias"),
+    (COMPLETIONS, {"prompt": "x", "structured_outputs": {"regex": "a"}}, 400, "structured_outputs"),
+    (COMPLETIONS, {"prompt": "x", "response_format": {"type": "json_object"}, "min_tokens": 2}, 400, "json_schema"),
+    (COMPLETIONS, {"prompt": "x", "response_format": {"type": "json_schema"}}, 400, "response_format"),
+    (COMPLETIONS, b'{"prompt": "x", %s {"const": "\\ud800"}}}}' % SCHEMA, 400, "response_format"),
     (COMPLETIONS, {"prompt": "x", "stream_options": {}}, 400, "stream_options"),
     (COMPLETIONS, {"prompt": "x", "stream": True, "best_of": 2}, 400, "best_of"),
     (COMPLETIONS, {"prompt": "x" * CONTEXT}, 400, None),
@@ -309,6 +314,8 @@ def test_a_deadline_ends_a_request_and_a_dead_engine_the_server(tiny: Path, tmp_
         brief = server.http.post(COMPLETIONS, json={"prompt": [1, 2], "max_tokens": 1})
         assert (brief.status_code, brief.json()["usage"]["completion_tokens"]) == (200, 1)
         assert server.http.post(COMPLETIONS, json={"prompt": "text"}).status_code == 400
+        formed = server.http.post(COMPLETIONS, json={"prompt": [1], "response_format": {"type": "json_object"}})
+        assert (formed.status_code, formed.json()["error"]["param"]) == (400, "response_format")
         long = {**ENDLESS, "prompt": [1, 2]}
         assert server.http.post(COMPLETIONS, json=long).status_code == 504
         stream = server.http.post(COMPLETIONS, json={**long, "stream": True}).text

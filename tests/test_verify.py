@@ -16,7 +16,7 @@ from llmq.memplan.plan import Load, plan
 from llmq.memplan.source import open_model
 from llmq.scheme import E4M3, Scheme
 
-BASE: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 4096, "torch_dtype": "bfloat16", "eos_token_id": 1}
+BASE: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 8192, "torch_dtype": "bfloat16", "eos_token_id": 1}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {
         "architectures": ["LlamaForCausalLM"],
@@ -46,6 +46,40 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": 32,
     },
 }
+REAL_SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "gemma3-1b": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 512,
+        "vocab_size": 262144,
+    },
+}
+"""As wide as these models are, and a few layers deep."""
 SCHEMES = {
     "bf16": None,
     "w4a16": ("gptq", Scheme(4, 32)),
@@ -56,7 +90,7 @@ SCHEMES = {
 
 def config_alone(folder: Path, shape: str, scheme: str) -> Path:
     folder.mkdir()
-    fields = BASE | SHAPES[shape]
+    fields = BASE | (SHAPES | REAL_SHAPES)[shape]
     (folder / "config.json").write_text(json.dumps(fields))
     found, config = SCHEMES[scheme], open_model(str(folder)).config
     if found is not None and config is not None:
@@ -69,31 +103,39 @@ def config_alone(folder: Path, shape: str, scheme: str) -> Path:
     return folder
 
 
-def compare(folder: Path, *, tokens: int, device: str, kv_dtype: str = "auto") -> list[Line]:
+def compare(
+    folder: Path, *, tokens: int, device: str, kv_dtype: str = "auto", options: EngineOptions | None = None
+) -> list[Line]:
     result = plan(
         open_model(str(folder)),
         load=Load(batch_size=3, max_model_len=tokens, kv_cache_dtype=kv_dtype),
-        options=EngineOptions(block_size=16, max_num_seqs=4, max_num_batched_tokens=256),
+        options=options or EngineOptions(block_size=16, max_num_seqs=4, max_num_batched_tokens=256),
     )
     return verify(str(folder), result, device=device, load_format="dummy")
 
 
-@pytest.mark.parametrize("tokens", [16, 50, 200])
+@pytest.mark.parametrize(("tokens", "kv_dtype"), [(16, "auto"), (50, "fp8"), (50, "int8"), (200, "auto")])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_weights_and_pool_are_as_planned_to_the_byte(tmp_path: Path, shape: str, scheme: str, tokens: int) -> None:
-    lines = {
-        line.name: line for line in compare(config_alone(tmp_path / "m", shape, scheme), tokens=tokens, device="cpu")
-    }
+def test_weights_and_pool_are_as_planned_to_the_byte(
+    tmp_path: Path, shape: str, scheme: str, tokens: int, kv_dtype: str
+) -> None:
+    found = compare(config_alone(tmp_path / "m", shape, scheme), tokens=tokens, device="cpu", kv_dtype=kv_dtype)
+    lines = {line.name: line for line in found}
     for name in ("weights", "KV cache"):
         assert lines[name].predicted == lines[name].measured, name
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("tokens", [200, 2000, 8000])
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_on_a_gpu_every_line_of_a_plan_holds(tmp_path: Path, shape: str, scheme: str) -> None:
-    lines = compare(config_alone(tmp_path / "m", shape, scheme), tokens=200, device="cuda")
+@pytest.mark.parametrize("shape", REAL_SHAPES)
+def test_on_a_gpu_every_line_of_a_plan_holds(
+    tmp_path: Path, shape: str, scheme: str, tokens: int, kv_dtype: str
+) -> None:
+    folder = config_alone(tmp_path / "m", shape, scheme)
+    lines = compare(folder, tokens=tokens, device="cuda", kv_dtype=kv_dtype, options=EngineOptions())
     assert [(line.name, line.predicted, line.measured) for line in lines if not line.holds] == []
 
 

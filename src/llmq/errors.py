@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from functools import cache
 
 FAILED = 1
 USAGE = 2
@@ -18,6 +20,12 @@ class LlmqError(Exception):
         self.message = message
         self.hint = hint
         self.exit_code = exit_code
+
+
+@cache
+def note(text: str) -> None:
+    """Say on stderr, once in a process, what is done in place of what was asked for, and why."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def either(names: Iterable[object]) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import secrets
 import time
+import warnings
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -24,6 +26,7 @@ from llmq.engine.admission import Limits, Rejected, format_cache_size
 from llmq.engine.baselines import BATCHINGS, BaselineScheduler, Batching
 from llmq.engine.blocks import BlockManager
 from llmq.engine.detokenizer import Detokenizer
+from llmq.engine.grammar import Grammars
 from llmq.engine.options import EngineOptions
 from llmq.engine.outputs import TokenDelta
 from llmq.engine.request import FinishReason, SamplingParams
@@ -31,10 +34,19 @@ from llmq.engine.scheduler import EngineStats, Scheduler
 from llmq.engine.trace import open_trace
 from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.plan import StepPlan, TokenLogprobs, layer_groups
-from llmq.runtime.device import free_kv_cache_bytes, host_memory_bytes, resolve_device, resolve_dtype
+from llmq.runtime.device import (
+    KV_DTYPES,
+    check_deterministic,
+    check_weights_fit,
+    free_kv_cache_bytes,
+    host_memory_bytes,
+    resolve_device,
+    resolve_dtype,
+    resolve_kv_dtype,
+)
 from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.kv_cache import KVCache
-from llmq.runtime.loader import load_decoder, open_source
+from llmq.runtime.loader import load_decoder, load_kv_scales, open_source, resident_weight_bytes
 from llmq.runtime.runner import Result, Runner
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -132,21 +144,36 @@ class LLM:
         """``text=False``: load no tokenizer. Prompts are token ids then, and answers have no text."""
         self.options = options or EngineOptions()
         self.device = resolve_device(device)
+        if self.options.deterministic:
+            check_deterministic(self.device)
         self.folder = resolve(model, revision)
         self.config = read_config(self.folder)
         self.dtype = resolve_dtype(dtype, self.config, self.device)
+        self.kv_dtype = resolve_kv_dtype(self.options.kv_cache_dtype, self.dtype, self.device)
         dummy = self.options.load_format == "dummy"
         without = not text or (dummy and not has_tokenizer(self.folder))
         self._tokenizer = None if without else load_tokenizer(self.folder)
+        self._grammars = Grammars(self.folder, self.config.vocab_size, self.config.eos_token_ids)
         self.max_model_len = self._max_model_len()
+        weights = resident_weight_bytes(self.config, self.dtype)
+        check_weights_fit(self.device, weights, self.options.gpu_memory_utilization)
+        kv_scales = None
         if dummy:
             self.decoder = dummy_decoder(self.config.for_context(self.max_model_len), self.device, self.dtype)
         else:
-            self.decoder = load_decoder(open_source(self.folder, self.device, self.dtype, self.max_model_len))
+            source = open_source(self.folder, self.device, self.dtype, self.max_model_len)
+            self.decoder = load_decoder(source)
+            if self.kv_dtype == "fp8":
+                kv_scales = load_kv_scales(source)
+                if kv_scales is None:
+                    warnings.warn(f"{model} has no scales for an fp8 KV cache: they are taken for 1", stacklevel=2)
         cpu_blocks = self._cpu_blocks()
         num_blocks = self._num_blocks()
         options = self.options
-        self._cache = KVCache(self.config, num_blocks, options.block_size, self.dtype, self.device, cpu_blocks)
+        kept_as = KV_DTYPES[self.kv_dtype]
+        self._cache = KVCache(
+            self.config, num_blocks, options.block_size, kept_as, self.device, cpu_blocks, layer_scales=kv_scales
+        )
         self._blocks = BlockManager(
             num_blocks,
             options.block_size,
@@ -171,6 +198,7 @@ class LLM:
             max_sequences=options.max_num_seqs,
             max_tokens=self.max_model_len,
             enforce_eager=options.enforce_eager,
+            deterministic=options.deterministic,
         )
         self._flights: deque[tuple[StepPlan, Result]] = deque()
         """Steps that the device was given, and whose results have not been taken in: at most one between two steps."""
@@ -193,8 +221,8 @@ class LLM:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Of the pool on the device, the reserved block among them."""
-        return self._cache.pool.nbytes
+        """Of the pool on the device, scales and the reserved block among them."""
+        return self._cache.num_bytes
 
     def reset_stats(self) -> None:
         self._scheduler.reset_stats()
@@ -228,17 +256,23 @@ class LLM:
         kv_cache: bool = True,
     ) -> Iterator[RequestOutput]:
         """``generate``, each answer as soon as it is whole."""
+        with self.scheduled(batching, kv_cache=kv_cache):
+            yield from self._run(prompts, params, request_ids, streaming=False)
+
+    @contextmanager
+    def scheduled(self, batching: Batching, *, kv_cache: bool = True) -> Iterator[None]:
+        """Run what is submitted meanwhile in one of the ways of ``engine.baselines``. Nothing may be under way."""
         if batching not in BATCHINGS:
             raise LlmqError(f"there is no batching {batching!r}", f"choose {', '.join(BATCHINGS)}", exit_code=USAGE)
         if batching == "continuous" and kv_cache:
-            yield from self._run(prompts, params, request_ids, streaming=False)
+            yield
             return
         engine = self._scheduler
         windows, options = self._blocks.windows, self.options
         blocks = BlockManager(self._blocks.num_blocks, options.block_size, windows=windows, prefix_caching=False)
         self._scheduler = BaselineScheduler(options, blocks, batching=batching, kv_cache=kv_cache)
         try:
-            yield from self._run(prompts, params, request_ids, streaming=False)
+            yield
         finally:
             # Both have the same pool under them.
             self._blocks.forget_prefixes()
@@ -346,6 +380,7 @@ class LLM:
                 secrets.randbits(62) if params.seed is None else params.seed,
                 self.limits.max_total(len(output.prompt_token_ids), params),
                 frozenset(self.config.eos_token_ids),
+                None if params.json_schema is None else self._grammars.matcher(params.json_schema),
             )
             self._scheduler.add(new)
         except LlmqError as error:
@@ -363,16 +398,15 @@ class LLM:
         """Launch a step, and take in the one before: the device computes while the host works. Where a plan hangs on
         tokens that are not known yet, one after the other."""
         scheduler, flights = self._scheduler, self._flights
-        ahead = scheduler.foresees
-        if flights and not ahead:
-            yield from self._take_in(streaming, tokens)
-        elif flights:
+        if flights and scheduler.foresees:
             scheduler.presume(flights[-1][0])
+        elif flights:
+            yield from self._take_in(streaming, tokens)
         launched = scheduler.has_work
         if launched:
             plan = scheduler.schedule()
             flights.append((plan, self._runner.launch(plan)))
-        if flights and not (ahead and launched and len(flights) == 1):
+        if flights and not (launched and len(flights) == 1 and scheduler.foresees):
             yield from self._take_in(streaming, tokens)
         yield from self._hand_out(streaming)
 
@@ -509,7 +543,7 @@ class LLM:
 
     @property
     def _block_bytes(self) -> int:
-        return memory.pool_block_bytes(self.config, self.options.block_size, self.dtype.itemsize)
+        return memory.pool_block_bytes(self.config, self.options.block_size, self.kv_dtype)
 
     def _cpu_blocks(self) -> int:
         """Blocks in main memory. LlmqError when there is not that much of it."""
@@ -520,18 +554,18 @@ class LLM:
                 "lower --swap-space",
                 exit_code=CHECK_FAILED,
             )
-        return memory.pool_blocks(swap, self.config, self.options.block_size, self.dtype.itemsize)
+        return memory.pool_blocks(swap, self.config, self.options.block_size, self.kv_dtype)
 
     def _num_blocks(self) -> int:
         """Blocks of the pool: what there is memory for, up to what max_num_seqs full contexts can use."""
-        options, itemsize = self.options, self.dtype.itemsize
+        options = self.options
         budget = options.kv_cache_memory
         if budget is None:
             reserve = memory.activation_bytes(
-                self.config, options.max_num_batched_tokens, options.max_num_seqs, itemsize
+                self.config, options.max_num_batched_tokens, options.max_num_seqs, self.dtype.itemsize
             )
             budget = free_kv_cache_bytes(self.device, options.gpu_memory_utilization, reserve)
-        affordable = memory.pool_blocks(budget, self.config, options.block_size, itemsize)
+        affordable = memory.pool_blocks(budget, self.config, options.block_size, self.kv_dtype)
         groups = len(layer_groups(self.config.windows))
         useful = options.max_num_seqs * groups * memory.blocks_for(self.max_model_len, options.block_size)
         if affordable < groups + memory.RESERVED_BLOCKS:
@@ -545,4 +579,7 @@ class LLM:
 
 def _token_delta(live: _Live, sequence: request.Sequence) -> TokenDelta:
     logprobs = None if live.request.params.logprobs is None else sequence.logprobs[-1]
-    return TokenDelta(live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason)
+    waited = live.request.queue_seconds if sequence.num_output == 1 else None
+    return TokenDelta(
+        live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason, waited
+    )

@@ -66,11 +66,6 @@ def textbook_kv_bytes(batch: int, max_tokens: int, layers: int, d_model: int, dt
     return batch * max_tokens * layers * d_model * 2 * dtype_bytes
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int) -> int:
-    """Keys and values of one token in all layers, for the heads that the model really caches."""
-    return config.num_layers * config.num_kv_heads * config.head_dim * 2 * dtype_bytes
-
-
 KV_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "int8": 1}
 KV_SCALE_BYTES = {"int8": 4}
 """int8: for each token an fp32 scale for each head's keys, and one for its values. fp8 has two for a whole layer."""
@@ -81,28 +76,34 @@ def kv_token_bytes(elements: int, scales: int, kv_dtype: str) -> int:
     return elements * KV_DTYPE_BYTES[kv_dtype] + scales * KV_SCALE_BYTES.get(kv_dtype, 0)
 
 
+def kv_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
+    """Keys and values of one token in all layers, for the heads that the model really caches."""
+    heads = 2 * config.num_kv_heads
+    return config.num_layers * kv_token_bytes(heads * config.head_dim, heads, kv_dtype)
+
+
 def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype_bytes: int) -> int:
+def block_bytes(config: ModelConfig, block_size: int, kv_dtype: str) -> int:
     """One block of the pool: ``block_size`` tokens in all layers."""
-    return block_size * kv_bytes_per_token(config, dtype_bytes)
+    return block_size * kv_bytes_per_token(config, kv_dtype)
 
 
-def kv_bytes(config: ModelConfig, batch: int, tokens: int, block_size: int, dtype_bytes: int) -> int:
+def kv_bytes(config: ModelConfig, batch: int, tokens: int, block_size: int, kv_dtype: str) -> int:
     """What ``batch`` sequences of ``tokens`` tokens take of the pool, whole blocks each."""
-    return batch * blocks_for(tokens, block_size) * block_bytes(config, block_size, dtype_bytes)
+    return batch * blocks_for(tokens, block_size) * block_bytes(config, block_size, kv_dtype)
 
 
-def pool_block_bytes(config: ModelConfig, block_size: int, dtype_bytes: int) -> int:
+def pool_block_bytes(config: ModelConfig, block_size: int, kv_dtype: str) -> int:
     """One block of the pool as the engine hands them out: ``block_size`` tokens in the layers of one group."""
-    return block_bytes(config, block_size, dtype_bytes) // len(layer_groups(config.windows))
+    return block_bytes(config, block_size, kv_dtype) // len(layer_groups(config.windows))
 
 
-def pool_blocks(budget: int, config: ModelConfig, block_size: int, dtype_bytes: int) -> int:
+def pool_blocks(budget: int, config: ModelConfig, block_size: int, kv_dtype: str) -> int:
     """Blocks in a pool of ``budget`` bytes, the reserved one among them; or in the swap space of as many."""
-    return budget // pool_block_bytes(config, block_size, dtype_bytes)
+    return budget // pool_block_bytes(config, block_size, kv_dtype)
 
 
 # Weights

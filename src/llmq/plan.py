@@ -43,6 +43,12 @@ class RowSampling:
         return self.temperature == 0.0
 
     @property
+    def plain(self) -> bool:
+        """Whether one token is drawn from all of the vocabulary, and nothing else is asked for."""
+        cut = self.top_k or self.top_p < 1 or self.min_p
+        return not (cut or self.penalized or self.beams or self.logprobs is not None) and self.samples == 1
+
+    @property
     def penalized(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
@@ -70,7 +76,8 @@ def layer_groups(windows: Sequence[int | None]) -> tuple[LayerGroup, ...]:
 
 
 class History(NamedTuple):
-    """What a row has said so far, for the penalties of what it says again."""
+    """What a row has said so far, for the penalties of what it says again. The last id may be that of a token which the
+    step before draws, see ``PlanRow.tokens``."""
 
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
@@ -88,6 +95,7 @@ class PlanRow(NamedTuple):
     history         None unless the row is penalized
     prompt_targets  the tokens that follow ``tokens`` in the prompt, where their log-probabilities are asked for
     prompt_top      and for how many of the likeliest, beside them
+    allowed         a bit a token, in 32-bit words, the least first: what a grammar lets come next; None: all
     """
 
     sequence_id: int
@@ -99,6 +107,12 @@ class PlanRow(NamedTuple):
     history: History | None = None
     prompt_targets: tuple[int, ...] = ()
     prompt_top: int = 0
+    allowed: bytes | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it draws a token by its logits alone, or none."""
+        return not any(self[5:]) and (self.sampling is None or self.sampling.plain)
 
     @property
     def end(self) -> int:

@@ -8,17 +8,22 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from llmq import __version__
+from llmq.bench.nvml import Card
 from llmq.memplan.gpu import detect_gpus
 
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "typer", "rich", "pydantic")
 MEMINFO = Path("/proc/meminfo")
 CPUINFO = Path("/proc/cpuinfo")
+PACKAGE = Path(__file__).resolve().parents[1]
+GIT_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,8 @@ FEATURES = (
     Feature("matplotlib", "plots", "plots"),
     Feature("fastapi", "the HTTP server", "serve"),
     Feature("uvicorn", "the HTTP server", "serve"),
+    Feature("llguidance", "structured outputs", "serve"),
+    Feature("lm-eval", "tasks of llmq eval", "lm-eval"),
     Feature("gptqmodel", "tests against its reader", "test"),
     Feature("compressed-tensors", "tests against its reader", "test"),
 )
@@ -70,6 +77,35 @@ def describe() -> dict[str, Any]:
             if installed(feature.package) is None
         ],
     }
+
+
+def setting(name: str, card: Card | None) -> dict[str, Any]:
+    """What a measurement on the device called ``name``, which is ``card`` if it is one, has beside its figures."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "llmq": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": installed("torch"),
+        "triton": installed("triton"),
+        "device_name": name,
+        "driver": next((gpu.driver for gpu in detect_gpus()), None) if card else None,
+        "sm_clock_mhz": card.sm_clock if card else None,
+        "memory_clock_mhz": card.memory_clock if card else None,
+        "power_limit_w": card.power_limit if card else None,
+    }
+
+
+def commit() -> str | None:
+    """Of the checkout that llmq runs from, with a + where files differ from it; None where it is installed."""
+    if not (PACKAGE.parents[1] / ".git").exists():
+        return None
+    command = ("git", "-C", str(PACKAGE), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def installed(package: str) -> str | None:

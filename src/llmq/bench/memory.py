@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from dataclasses import dataclass, replace
 
 import torch
 
-from llmq.engine.options import EngineOptions, LoadFormat
+from llmq.engine.options import KV_CACHE_DTYPES, EngineOptions, KVCacheDtype, LoadFormat
 from llmq.engine.request import SamplingParams
 from llmq.errors import USAGE, LlmqError
 from llmq.llm import LLM
@@ -15,7 +16,7 @@ from llmq.memory import format_bytes
 from llmq.memplan.engines import LLMQ
 from llmq.memplan.plan import MemoryPlan
 from llmq.memplan.weights import dense_bytes
-from llmq.runtime.device import resolve_device, resolve_dtype
+from llmq.runtime.device import resolve_device, resolve_dtype, resolve_kv_dtype
 from llmq.runtime.linear import resident_bytes
 
 TOLERANCE, TOLERANCE_BYTES = 0.15, 200 * 2**20
@@ -70,10 +71,11 @@ def verify(
         raise LlmqError(f"llmq does not run {plan.architecture.model_type}", "its plan can only be computed")
     device = resolve_device(device)
     dtype = resolve_dtype("auto", plan.model.config, device)
-    # The engine's keys and values have the type that it computes in, and no step is larger than the batch is.
+    # Keys and values have the type that the engine computes in, or 8 bits, and no step is larger than the batch is.
+    kv_cache_dtype: KVCacheDtype = next((name for name in KV_CACHE_DTYPES if name == plan.kv_dtype), "auto")
     plan = replace(
         plan,
-        kv_dtype=str(dtype).removeprefix("torch."),
+        kv_dtype=resolve_kv_dtype(kv_cache_dtype, dtype, device),
         max_num_seqs=plan.batch_size,
         max_num_batched_tokens=min(plan.max_num_batched_tokens, plan.batch_size * plan.max_model_len),
     )
@@ -81,11 +83,14 @@ def verify(
         max_num_seqs=plan.batch_size,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         block_size=plan.block_size,
+        kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=plan.kv_cache + plan.reserved,
         max_model_len=plan.max_model_len,
         prefix_caching=False,
         load_format=load_format,
     )
+    gc.collect()  # what another engine left
+    held = 0 if device == "cpu" else torch.cuda.memory_allocated(device)
     llm = LLM(model, revision=revision, device=device, options=options)
     if llm.device != "cpu":
         torch.cuda.reset_peak_memory_stats(llm.device)
@@ -99,7 +104,7 @@ def verify(
             Line("activations", plan.activations.likely, None, exact=False),
         ]
     free, total = torch.cuda.mem_get_info(llm.device)
-    activations = torch.cuda.max_memory_allocated(llm.device) - weights - pool
+    activations = torch.cuda.max_memory_allocated(llm.device) - held - weights - pool
     return [
         Line("weights", plan.weights.resident, weights, exact=True),
         Line("KV cache", plan.kv_cache + plan.reserved, pool, exact=True),

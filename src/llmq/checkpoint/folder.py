@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fcntl import LOCK_EX, LOCK_NB, flock
 from importlib.resources import files
 from pathlib import Path
 
@@ -72,14 +73,14 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise LlmqError unless a folder may be written at ``output``."""
     if output.exists() and not overwrite:
         raise LlmqError(f"{output} exists already", "choose another --output, or pass --overwrite")
-    parent = _existing_parent(output)
+    parent = existing_parent(output)
     if not os.access(parent, os.W_OK):
         raise LlmqError(f"{parent} is not writable", "choose another --output")
 
 
 def check_disk_space(output: Path, needed: int) -> None:
     """Raise LlmqError when the disk under ``output`` has fewer than ``needed`` bytes free."""
-    free = shutil.disk_usage(_existing_parent(output)).free
+    free = shutil.disk_usage(existing_parent(output)).free
     if free < needed:
         raise LlmqError(
             f"writing {output} takes about {format_bytes(needed)} and the disk has {format_bytes(free)} free",
@@ -87,60 +88,100 @@ def check_disk_space(output: Path, needed: int) -> None:
         )
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above ``path`` that is there."""
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     return parent
 
 
+def partial_of(output: Path) -> Path:
+    """The folder beside ``output`` that it is until it is complete."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def journal_of(output: Path) -> Path:
+    """The file beside ``output`` that says what of it is done. Where there is one, a run that was stopped can go on."""
+    return output.with_name(f".{output.name}.journal")
+
+
 @contextmanager
-def write_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def write_folder(output: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes the name ``output`` once the block ends without an error.
 
-    Until then it stands beside it as ``.NAME.partial-PID``; what a killed run left there is removed by the next.
+    Until then it is ``partial_of(output)``. What a run leaves there that fails or is killed is removed; but
+    with a journal beside it, it is kept, and handed out again with ``resume``. Raises LlmqError when ``output`` exists,
+    or could go on, or is being written by another process.
     """
     output = output.absolute()
     check_output(output, overwrite=overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(output)
-    check_output(output, overwrite=overwrite)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        for path in partial.rglob("*"):
-            _sync(path)
-        replaced = output.with_name(f".{output.name}.partial-{os.getpid()}-replaced")
-        if output.exists():
-            check_output(output, overwrite=overwrite)
-            output.rename(replaced)
-        partial.rename(output)
-        _sync(output.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial, journal = partial_of(output), journal_of(output)
+    replaced = output.with_name(f".{output.name}.replaced")
+    with _locked(output):
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)  # killed between the two renames below: what stood here before comes back
+        check_output(output, overwrite=overwrite)
+        stopped = partial.exists() and journal.exists()
+        if stopped and not (resume or overwrite):
+            raise LlmqError(
+                f"a run that was to write {output} was stopped, and can go on",
+                "go on with it by --resume, or start over by --overwrite",
+            )
+        if not (stopped and resume):
+            _remove(journal, partial)
+        try:
+            partial.mkdir(exist_ok=True)
+            yield partial
+            for path in partial.rglob("*"):
+                _sync(path)
+            if output.exists():
+                check_output(output, overwrite=overwrite)
+                output.rename(replaced)
+            partial.rename(output)
+            _sync(output.parent)
+            _remove(journal, replaced)
+        finally:
+            if not journal.exists():
+                _remove(partial)
 
 
-def _remove_abandoned(output: Path) -> None:
-    for path in output.parent.glob(f".{output.name}.partial-*"):
-        owner, _, role = path.name.rpartition("partial-")[2].partition("-")
-        if owner.isdigit() and _is_running(int(owner)):
-            continue
-        if role == "replaced" and not output.exists():
-            path.rename(output)  # killed between the two renames: what stood here before comes back
-        else:
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Nobody else writes ``output`` meanwhile. The lock goes with the process, however it ends."""
+    path = output.with_name(f".{output.name}.lock")
+    while True:
+        file = path.open("a+")
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read()
+            file.close()
+            raise LlmqError(
+                f"{output} is being written by another process, {owner}", "wait for it, or choose another --output"
+            ) from None
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break
+        file.close()  # whoever had it before has just removed it
+    with file:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def _remove(*paths: Path) -> None:
+    """Remove files and folders, as far as they are there."""
+    for path in paths:
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -28,12 +28,16 @@ MAX_HEADER_BYTES = 100 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of one tensor. ``dtype`` is safetensors' name for it: F32, BF16, I32, …"""
+    """What a header says of one tensor. ``dtype`` is safetensors' name for it: F32, BF16, I32, …
+
+    ``offset`` is where in the file its bytes begin; of a file on the hub it is not known.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    offset: int = 0
 
 
 class Tensors:
@@ -104,6 +108,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
                 entry["dtype"],
                 tuple(entry["shape"]),
                 entry["data_offsets"][1] - entry["data_offsets"][0],
+                8 + header_bytes + entry["data_offsets"][0],
             )
             for name, entry in header.items()
         }

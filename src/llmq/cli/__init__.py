@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -56,6 +57,7 @@ def _common(
 
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 failed, 2 usage, 3 does not fit or check failed, 130 Ctrl-C."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except LlmqError as error:
@@ -71,6 +73,10 @@ def main() -> None:
         what = f"{error.filename}:" if error.filename else "stdout cannot be written:"
         print_error(LlmqError(f"{what} {error.strerror}", "check the path, and the space on the disk"))
         sys.exit(FAILED)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _abandon_stdout() -> None:

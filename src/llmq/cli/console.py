@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from llmq.errors import LlmqError
@@ -27,7 +31,32 @@ def print_error(error: LlmqError) -> None:
 
 def print_json(schema: str, value: dict[str, Any]) -> None:
     """One JSON object on stdout that names its own schema and version: ``llmq.memplan/1``."""
-    print(json.dumps({"schema": schema, **value}, indent=2))
+    print(as_json(schema, value))
+
+
+def as_json(schema: str, value: dict[str, Any]) -> str:
+    return json.dumps({"schema": schema, **value}, indent=2)
+
+
+def print_report(
+    schema: str, value: dict[str, Any], *, show: Callable[[], None], json: bool, file: Path | None
+) -> None:
+    """A report on stdout, as ``show`` prints it or as JSON, and the JSON in ``file`` as well if there is one."""
+    if file is not None:
+        text = as_json(schema, value)
+        file.write_text(text + "\n", encoding="utf-8")
+    if json:
+        print_json(schema, value)
+    else:
+        show()
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr, to be told how many of how many are done."""
+    with Progress(*Progress.get_default_columns(), console=err, disable=not err.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -167,9 +167,12 @@ def _print_plan(llm: LLM) -> None:
     from llmq.memplan.plan import Load, plan
     from llmq.memplan.source import open_model
 
-    load = Load(max_model_len=llm.max_model_len, kv_cache_dtype=str(llm.dtype).removeprefix("torch."))
+    load = Load(max_model_len=llm.max_model_len, kv_cache_dtype=llm.kv_dtype)
     planned = plan(open_model(str(llm.folder)), load=load, options=llm.options)
-    err.print(report.start_line(planned, llm.kv_cache_bytes, on_cpu=llm.device == "cpu"), style="dim")
+    err.print(
+        report.start_line(planned, llm.kv_cache_bytes, widened_to=llm.dtype.itemsize if llm.device == "cpu" else None),
+        style="dim",
+    )
 
 
 def _as_completed(llm: LLM, jobs: Sequence[Job], params: SamplingParams) -> Iterable[tuple[Job, RequestOutput]]:

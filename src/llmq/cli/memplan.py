@@ -234,13 +234,12 @@ def _quantization(model: str, known: Model, scheme: Scheme, gpu_memory: int | No
 def _parts(plan: QuantizationPlan) -> dict[str, int]:
     return {
         "device": plan.device,
-        "host": plan.host,
-        "disk": plan.disk,
-        "weights": plan.weights,
+        "block": plan.block,
+        "copies": plan.copies,
         "moments": plan.moments,
         "activations": plan.activations,
-        "check": plan.check,
         "states": plan.states,
+        "disk": plan.disk,
     }
 
 

@@ -38,6 +38,9 @@ ENGINE_FLAGS: dict[str, Any] = {
         str | None,
         typer.Option(metavar="SIZE", help="KV cache, e.g. 512MiB. [default: what is free]", show_default=False),
     ],
+    "kv_cache_dtype": Annotated[
+        str, typer.Option(help="Of keys and values: auto (the type that is computed in), fp8 or int8.")
+    ],
     "gpu_memory_utilization": GpuMemoryUtilization,
     "max_model_len": MaxModelLen,
     "prefix_caching": Annotated[
@@ -61,24 +64,40 @@ ENGINE_FLAGS: dict[str, Any] = {
     "queue": Annotated[str, typer.Option(help="fcfs: by arrival; priority: by a prompt's priority, then by arrival.")],
     "load_format": LoadFormat,
     "enforce_eager": Annotated[bool, typer.Option("--enforce-eager", help="Run without CUDA graphs.")],
+    "deterministic": Annotated[
+        bool, typer.Option("--deterministic", help="The same tokens whatever else runs, on a GPU; slower.")
+    ],
 }
 """The fields of EngineOptions that are flags, in the order of ``--help``."""
 
 
 def with_engine_flags(command: Callable[..., None]) -> Callable[..., None]:
     """``command``, which takes EngineOptions as ``engine``, as one that takes each of ENGINE_FLAGS in that place."""
+    defaults = {name: _default(name) for name in ENGINE_FLAGS}
+    return with_flags(command, "engine", ENGINE_FLAGS, defaults, _engine_options)
+
+
+def with_flags(
+    command: Callable[..., None],
+    parameter: str,
+    flags: dict[str, Any],
+    defaults: dict[str, Any],
+    make: Callable[[dict[str, Any]], Any],
+) -> Callable[..., None]:
+    """``command`` as one that takes ``flags`` where it has ``parameter``, which ``make`` makes of their values."""
     signature = inspect.signature(command, eval_str=True)
-    flags = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=_default(name), annotation=flag)
-        for name, flag in ENGINE_FLAGS.items()
+    expanded = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=defaults[name], annotation=flag) for name, flag in flags.items()
     ]
 
     @wraps(command)
     def run(**given: Any) -> None:
-        engine = _engine_options({name: given.pop(name) for name in ENGINE_FLAGS})
-        command(**given, engine=engine)
+        made = make({name: given.pop(name) for name in flags})
+        command(**given, **{parameter: made})
 
-    parameters = [one for own in signature.parameters.values() for one in (flags if own.name == "engine" else [own])]
+    parameters = [
+        one for own in signature.parameters.values() for one in (expanded if own.name == parameter else [own])
+    ]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run
 

@@ -7,18 +7,20 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmq import memory
 from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
+from llmq.cli.progress import show_progress
+from llmq.errors import CHECK_FAILED
 from llmq.quant.backends import BACKEND_NAMES, preferences
 from llmq.quant.options import ACT_ORDERS, DEFAULTS, FP8, SELF, Calibration, Rule
-from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, Choice, choose
+from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, choose
 from llmq.scheme import BITS, GROUP_SIZES, INT
 
 if TYPE_CHECKING:
+    from llmq.quant.needs import Needs
     from llmq.quant.report import QuantizationReport
 
 _CALIBRATION = DEFAULTS.calibration
@@ -96,7 +98,15 @@ def quantize(
         str, typer.Option(help=f"Whose quantizer: {', '.join(BACKEND_NAMES)}; see llmq backends.")
     ] = DEFAULTS.backend,
     revision: options.Revision = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Main memory to use; more hidden states go into files.", show_default="what is free"
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes, and whether it fits; stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     json: options.Json = False,
 ) -> None:
     """Quantize a model's weights and write a folder that transformers, vLLM and SGLang read.
@@ -109,23 +119,19 @@ def quantize(
 
     from llmq.quant.pipeline import quantize as run
 
-    if err.is_terminal:
-        _print_plan(model, revision, choice, calibration)
     if choice.method in CALIBRATED and calibration.data == SELF:
         _warn_of_slow_text(model, revision, device, calibration)
-    columns = (
-        TextColumn("quantizing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[layer]}"),
-    )
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task("layers", total=None, layer="")
 
-        def progress(done: int, total: int, layer: str) -> None:
-            bar.update(task, completed=done, total=total, layer=layer)
+    def show(needs: Needs) -> None:
+        if dry_run and json:
+            print_json("llmq.quantize.needs/1", needs.to_json())
+        else:
+            for line in needs.lines():
+                err.print(line, style="dim")
+        if dry_run:
+            raise typer.Exit(0 if needs.fits else CHECK_FAILED)
 
+    with show_progress(err) as progress:
         report = run(
             model,
             output,
@@ -142,7 +148,10 @@ def quantize(
             device=device,
             backend=backend,
             revision=revision,
+            max_memory=None if max_memory is None else memory.parse_bytes(max_memory),
             overwrite=overwrite,
+            resume=resume,
+            on_needs=show,
             progress=progress,
         )
     if json:
@@ -168,24 +177,6 @@ def _warn_of_slow_text(model: str, revision: str | None, device: str, calibratio
     if resolve_device(device) == "cpu" and (seconds := expected_seconds(resolve(model, revision), calibration)):
         about = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.0f} minutes"
         err.print(f"note: to write its own calibration text will take the model about {about} here; {INSTEAD}")
-
-
-def _print_plan(model: str, revision: str | None, choice: Choice, calibration: Calibration) -> None:
-    from llmq.memplan.quantization import plan_quantization
-    from llmq.memplan.source import open_model
-
-    needed = plan_quantization(
-        open_model(model, revision),
-        choice.scheme,
-        choice.method,
-        calibrated=choice.method in CALIBRATED,
-        samples=calibration.samples,
-        seqlen=calibration.seqlen,
-    )
-    sizes = {"the device": needed.device, "main memory": needed.host, "the disk": needed.disk}
-    err.print(
-        f"about {', '.join(f'{memory.format_bytes(size)} of {place}' for place, size in sizes.items())}", style="dim"
-    )
 
 
 def _print_report(report: QuantizationReport) -> None:

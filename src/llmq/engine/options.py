@@ -12,10 +12,12 @@ BLOCK_SIZE_MULTIPLE = 16
 SchedulerPolicy = Literal["mixed", "prefill-first"]
 Preemption = Literal["auto", "recompute", "swap"]
 QueueOrder = Literal["fcfs", "priority"]
+KVCacheDtype = Literal["auto", "fp8", "int8"]
 LoadFormat = Literal["auto", "dummy"]
 SCHEDULERS: tuple[SchedulerPolicy, ...] = ("mixed", "prefill-first")
 PREEMPTIONS: tuple[Preemption, ...] = ("auto", "recompute", "swap")
 QUEUE_ORDERS: tuple[QueueOrder, ...] = ("fcfs", "priority")
+KV_CACHE_DTYPES: tuple[KVCacheDtype, ...] = ("auto", "fp8", "int8")
 LOAD_FORMATS: tuple[LoadFormat, ...] = ("auto", "dummy")
 API_ONLY = ("ageing_steps", "watermark")
 """Not on the command line: their defaults serve."""
@@ -26,6 +28,8 @@ class EngineOptions:
     """max_num_seqs            sequences that may run at once; a request counts as all that it is going to be
     max_num_batched_tokens  tokens that one step may compute, prompts and new ones together
     block_size              tokens in one block of the KV cache
+    kv_cache_dtype          fp8: keys and values in 8 bits, e4m3, by scales that the folder brings for each layer;
+                            int8: by a scale for each head of each token; auto: in the type that is computed in
     kv_cache_memory         bytes of the KV cache; None: what is free, up to what max_num_seqs full contexts take
     gpu_memory_utilization  share of the GPU's whole memory that weights, activations and KV cache may take
     max_model_len           tokens of a sequence, prompt and completion; None: the model's context
@@ -41,6 +45,7 @@ class EngineOptions:
     watermark               share of the pool that letting a request in leaves free, for those that run to grow
     load_format             auto: the folder's weights; dummy: random ones of the shapes and schemes in config.json
     enforce_eager           launch every kernel of every step, instead of replaying CUDA graphs of short ones
+    deterministic           the same tokens for a request whatever else runs, and after a preemption; slower
     """
 
     max_num_seqs: int = 256
@@ -59,8 +64,10 @@ class EngineOptions:
     queue: QueueOrder = "fcfs"
     ageing_steps: int = 256
     watermark: float = 0.01
+    kv_cache_dtype: KVCacheDtype = "auto"
     load_format: LoadFormat = "auto"
     enforce_eager: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         checks = (
@@ -83,6 +90,11 @@ class EngineOptions:
             (self.queue in QUEUE_ORDERS, "queue", f"one of {', '.join(QUEUE_ORDERS)}"),
             (self.ageing_steps >= 1, "ageing_steps", "1 or more"),
             (0 <= self.watermark < 1, "watermark", "0 or more and below 1"),
+            (
+                self.kv_cache_dtype in KV_CACHE_DTYPES,
+                "kv_cache_dtype",
+                f"one of {', '.join(KV_CACHE_DTYPES)}",
+            ),
             (self.load_format in LOAD_FORMATS, "load_format", f"one of {', '.join(LOAD_FORMATS)}"),
         )
         for valid, name, rule in checks:

@@ -10,10 +10,11 @@ from llmq.plan import TokenLogprobs
 
 class TokenDelta(NamedTuple):
     """A token that completion ``sample`` of a request has just got. The last one says why it ended: ``stop``, by that
-    token, or ``length``."""
+    token, or ``length``. The first of a request says how many seconds that waited to be let in."""
 
     request_index: int
     sample: int
     token_id: int
     logprobs: TokenLogprobs | None
     finish_reason: FinishReason | None
+    queue_seconds: float | None = None

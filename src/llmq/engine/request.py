@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from llmq.engine.beam import BeamSearch
+from llmq.engine.grammar import Matcher
 from llmq.errors import USAGE, LlmqError
 from llmq.plan import History, RowSampling, TokenLogprobs
 
@@ -65,6 +66,7 @@ class SamplingParams:
                         now; never: stop when no live one can ever score better
     truncate            a prompt longer than the context: error, or drop tokens on its left or right
     priority            where the engine runs by priority: the smaller, the sooner
+    json_schema         a JSON Schema, as a text: the completion is JSON that fits it, unless cut short; None: any text
     """
 
     max_tokens: int | None = 128
@@ -90,6 +92,7 @@ class SamplingParams:
     early_stopping: EarlyStopping = "false"
     truncate: Truncation = "error"
     priority: int = 0
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         most = self.max_tokens if self.max_tokens is not None else math.inf
@@ -120,6 +123,11 @@ class SamplingParams:
             ),
             (abs(self.length_penalty) <= MAX_PENALTY, "length_penalty", penalty),
             (self.early_stopping in EARLY_STOPPINGS, "early_stopping", f"one of {', '.join(EARLY_STOPPINGS)}"),
+            (
+                self.json_schema is None or not (self.beam_width or self.min_tokens or self.ignore_eos),
+                "json_schema",
+                "left out where beam_width, min_tokens or ignore_eos say when a completion ends",
+            ),
             (self.truncate in TRUNCATIONS, "truncate", f"one of {', '.join(TRUNCATIONS)}"),
         )
         for valid, name, rule in checks:
@@ -154,9 +162,13 @@ class Request:
     max_total: int
     """Tokens, prompt included, at which a completion is as long as it may get."""
     eos_token_ids: frozenset[int] = frozenset()
+    grammar: Matcher | None = None
+    """Of json_schema, at its beginning: the first sequence follows it, and others a copy each."""
     number: int = 0
     order: tuple[int, int] = (0, 0)
     arrival_time: float = 0.0
+    queue_seconds: float | None = None
+    """How long it waited to be let in, the first time."""
     sequences: list[Sequence] = field(default_factory=list)
     live: list[Sequence] = field(default_factory=list)
     """Of ``sequences``, those that are not finished."""
@@ -171,17 +183,24 @@ class Request:
     stop_ids: frozenset[int] = field(init=False)
     """Tokens that end a completion."""
     plain: bool = field(init=False)
-    """Whether rows need nothing but their tokens: no penalties, no forbidden tokens, no scores of the prompt."""
+    """Whether rows need nothing but their tokens: no penalties, no forbidden tokens, no grammar, no scores of the
+    prompt."""
     foreseeable: bool = field(init=False)
-    """Whether a step can be planned before the tokens of the one before are known: nothing but they hangs on them."""
+    """Whether a step can be planned before the tokens of the one before are known: nothing but they hangs on them.
+    Samples must have parted."""
 
     def __post_init__(self) -> None:
         params = self.params
         own = frozenset(params.stop_token_ids)
         self.stop_ids = own if params.ignore_eos else own | self.eos_token_ids
         self.beams = BeamSearch() if params.beam_width else None
-        self.plain = not (_row_sampling(params, 0).penalized or params.min_tokens or params.prompt_logprobs is not None)
-        self.foreseeable = self.plain and params.width == 1 and not params.beam_width
+        self.plain = not (
+            _row_sampling(params, 0).penalized
+            or params.min_tokens
+            or self.grammar is not None
+            or params.prompt_logprobs is not None
+        )
+        self.foreseeable = params.width == 1 and not params.beam_width and self.grammar is None
 
     @property
     def finished(self) -> bool:
@@ -216,6 +235,7 @@ class Sequence:
     """For each group of layers, the blocks that hold the keys and values; see ``engine.blocks``. Plans hold these very
     lists: they are only appended to. Whatever else becomes of a table, it becomes another list."""
     sampling: RowSampling
+    grammar: Matcher | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative: float = 0.0
     """Log-probability of a beam, or of a sample of best_of."""
@@ -250,6 +270,11 @@ class Sequence:
         return tuple(sorted(self.request.stop_ids)) if self.num_output < self.request.params.min_tokens else ()
 
     @property
+    def allowed(self) -> bytes | None:
+        """The tokens that may be drawn next, as a bitmask; None: all."""
+        return None if self.grammar is None else self.grammar.compute_bitmask()
+
+    @property
     def history(self) -> History | None:
         return History(self.request.prompt_ids, self.output_ids) if self.sampling.penalized else None
 
@@ -263,12 +288,13 @@ def first_sequence(request: Request, sequence_id: int, num_groups: int) -> Seque
         beams=request.params.beam_width * (1 + max(1, len(request.stop_ids))),
     )
     tables: tuple[list[int], ...] = tuple([] for _ in range(num_groups))
-    return Sequence(sequence_id, request, 0, request.prompt_ids[:], tables, sampling)
+    return Sequence(sequence_id, request, 0, request.prompt_ids[:], tables, sampling, request.grammar)
 
 
 def fork_sequence(parent: Sequence, sequence_id: int, index: int) -> Sequence:
     """A sequence with the tokens of ``parent``, and noise of its own. Its blocks are the BlockManager's to fork."""
-    child = Sequence(sequence_id, parent.request, index, parent.token_ids[:], (), alone(parent, index))
+    grammar = None if parent.grammar is None else parent.grammar.deep_copy()
+    child = Sequence(sequence_id, parent.request, index, parent.token_ids[:], (), alone(parent, index), grammar)
     child.logprobs = parent.logprobs.copy()
     child.cumulative = parent.cumulative
     return child

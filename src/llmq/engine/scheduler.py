@@ -54,6 +54,7 @@ BARREN_STEPS = 2 * MAX_SEQUENCES
 class EngineStats:
     """Counts since the start, or since the last reset.
 
+    tokens           computed in these steps, of prompts and new ones
     preemptions      of those, ``swapped_out`` went to main memory and the rest are computed anew
     rejected         requests refused at submission; rejected_* those of them that are over a limit, by the limit
     waits_*          steps in which the first in line was not let in, by the first check that it failed
@@ -62,6 +63,7 @@ class EngineStats:
 
     total_blocks: int
     steps: int = 0
+    tokens: int = 0
     preemptions: int = 0
     peak_blocks: int = 0
     swapped_out: int = 0
@@ -104,15 +106,18 @@ class Draft:
     admitted: list[Request] = field(default_factory=list)
     wait: Wait = ""
     prefill_started: float | None = None
+    hangs: bool = False
 
 
 @dataclass(slots=True)
 class Flight:
-    """A step that was handed out, and whose tokens are not known yet. ``presumed``: what it computes is booked."""
+    """A step that was handed out, and whose tokens are not known yet. ``presumed``: what it computes is booked.
+    ``hangs``: what follows it cannot be planned before they are known."""
 
     sequences: list[Sequence]
     preempted: list[Request]
     prefill_started: float | None
+    hangs: bool
     presumed: bool = False
 
 
@@ -154,7 +159,6 @@ class Scheduler:
         self._barren = 0
         self._watermark = int(options.watermark * blocks.total)
         self._flights: deque[Flight] = deque()
-        self._hanging = 0
         self._refused = 0
         # prefill-first
         self._prefill_steps = 0
@@ -172,7 +176,7 @@ class Scheduler:
     @property
     def foresees(self) -> bool:
         """Whether the next step can be scheduled before the tokens of the last one are known."""
-        return not self._hanging
+        return not (self._flights and self._flights[-1].hangs)
 
     def reset_stats(self) -> None:
         self.stats = EngineStats(self.blocks.total)
@@ -199,7 +203,6 @@ class Scheduler:
         request.sequences = [first]
         request.live = [first]
         self._requests[request.request_id] = request
-        self._hanging += not request.foreseeable
         _enqueue(self.waiting, request)
 
     def reject(self, check: Check | None = None) -> None:
@@ -276,8 +279,9 @@ class Scheduler:
         if not self._flights[0].presumed:
             self.presume(plan)
         flight = self._flights.popleft()
+        displaced = self._flights[0].preempted if self._flights else []
         for sequence_id, logprobs in output.prompt_logprobs:
-            self._book_prompt(flight, sequence_id, logprobs)
+            self._book_prompt(flight, sequence_id, logprobs, displaced)
         progress = Progress([], [])
         sampled = iter(output.sampled)
         beams: dict[Request, list[tuple[tuple[int, float], ...]]] = {}
@@ -301,7 +305,6 @@ class Scheduler:
             self._advance_beams(request, candidates, progress)
         if progress.finished:
             self.running = [request for request in self.running if request.live]
-            displaced = self._flights[0].preempted if self._flights else []
             for request in progress.finished:
                 if request in displaced:
                     self._unqueue(request)
@@ -491,6 +494,8 @@ class Scheduler:
             seats += request.seats
             del self.waiting[position]
             self.blocks.admit(request.live[0])
+            if request.queue_seconds is None:
+                request.queue_seconds = self._clock() - request.arrival_time
             _enqueue(self.running, request)
             draft.admitted.append(request)
             self._prefill(request, draft)
@@ -542,12 +547,22 @@ class Scheduler:
         sampling = sequence.sampling if end == len(token_ids) else None
         tables = sequence.tables
         request = sequence.request
+        draft.hangs |= sampling is not None and not request.foreseeable
         if request.plain:
             row = PlanRow(sequence.sequence_id, start, chunk, tables, sampling)
         else:
             targets, top = request.prompt_targets(start, end), request.params.prompt_logprobs or 0
             row = PlanRow(
-                sequence.sequence_id, start, chunk, tables, sampling, sequence.banned, sequence.history, targets, top
+                sequence.sequence_id,
+                start,
+                chunk,
+                tables,
+                sampling,
+                sequence.banned,
+                sequence.history,
+                targets,
+                top,
+                None if sampling is None else sequence.allowed,
             )
         draft.rows.append(row)
         draft.sequences.append(sequence)
@@ -569,9 +584,10 @@ class Scheduler:
             raise RuntimeError(f"{self._barren} steps made no progress\n{self.describe()}")
 
         self._steps += 1
-        self._flights.append(Flight(draft.sequences, draft.preempted, draft.prefill_started))
+        self._flights.append(Flight(draft.sequences, draft.preempted, draft.prefill_started, draft.hangs))
         stats = self.stats
         stats.steps += 1
+        stats.tokens += self.options.max_num_batched_tokens - draft.tokens
         stats.copies += len(draft.copies)
         stats.peak_blocks = max(stats.peak_blocks, self.blocks.used)
         if self._trace is not None:
@@ -594,7 +610,9 @@ class Scheduler:
             sequence.cumulative += logprobs.logprob
         progress.extended.append(sequence)
         request = sequence.request
-        if token_id in request.stop_ids:
+        if sequence.grammar is not None and not sequence.grammar.consume_token(token_id):
+            self._end(sequence, "error", progress)
+        elif token_id in request.stop_ids:
             self._end(sequence, "stop", progress)
         elif len(token_ids) >= request.max_total:
             self._end(sequence, "length", progress)
@@ -612,19 +630,15 @@ class Scheduler:
             sequence.unknown = False
         if sequence in request.live:
             self._retire(sequence)
-        if request.live:
+        if any(one.finish_reason is None for one in request.sequences):
             return False
-        self._forget(request)
+        del self._requests[request.request_id]
         return True
 
     def _retire(self, sequence: Sequence) -> None:
         """Take all that it holds from a sequence that needs no more of it."""
         self.blocks.release(sequence)
         sequence.request.live.remove(sequence)
-
-    def _forget(self, request: Request) -> None:
-        del self._requests[request.request_id]
-        self._hanging -= not request.foreseeable
 
     def _unqueue(self, request: Request) -> None:
         for queue in (self.running, self.waiting, self.swapped):
@@ -635,6 +649,7 @@ class Scheduler:
         """The samples of a request whose prompt is done: ``first``, and as many forks of it as it lacks."""
         request = first.request
         request.forked = True
+        request.foreseeable = request.grammar is None
         children = [fork_sequence(first, next(self._sequence_ids), index) for index in range(1, request.params.width)]
         for child in children:
             self.blocks.fork(first, child)
@@ -681,15 +696,19 @@ class Scheduler:
         request.live = heirs
         request.sequences = heirs.copy() or request.sequences
         if not heirs:
-            self._forget(request)
+            del self._requests[request.request_id]
             progress.finished.append(request)
         else:
             progress.extended.extend(heirs[:1])
 
-    def _book_prompt(self, flight: Flight, sequence_id: int, logprobs: list[TokenLogprobs]) -> None:
+    def _book_prompt(
+        self, flight: Flight, sequence_id: int, logprobs: list[TokenLogprobs], displaced: list[Request]
+    ) -> None:
         for sequence in flight.sequences:
-            if sequence.sequence_id == sequence_id:
-                sequence.request.prompt_logprobs.extend(logprobs)
+            request = sequence.request
+            # Who is to start over scores all of its prompt again.
+            if sequence.sequence_id == sequence_id and (request.swapped or request not in displaced):
+                request.prompt_logprobs.extend(logprobs)
 
     def _describe_step(self, draft: Draft) -> StepTrace:
         refused, self._refused = self._refused, 0

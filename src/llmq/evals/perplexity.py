@@ -17,11 +17,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from llmq.checkpoint.config import read_config
-from llmq.checkpoint.folder import demo_folder, resolve
+from llmq.checkpoint.config import ModelConfig, read_config
+from llmq.checkpoint.folder import resolve
 from llmq.errors import USAGE, LlmqError
+from llmq.evals.held_out import held_out
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from llmq.runtime.decoder import Decoder
@@ -31,17 +33,19 @@ BATCH_TOKENS = 4096
 """Tokens of the windows that run together."""
 LOGITS_BYTES = 2**28
 """fp32 logits that exist at once."""
-DEMO_TEXT = "evaluation.txt"
+DEFINITION = "exp of the mean −ln p of each token, given those before it in its window"
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """tokens    scored tokens: one fewer than its length in each window
+    """interval  by ``evals.bootstrap``
+    tokens    scored tokens: one fewer than its length in each window
     seconds   scoring alone, without loading
     """
 
     perplexity: float
+    interval: tuple[float, float]
     tokens: int
     windows: int
     window: int
@@ -52,74 +56,107 @@ class Perplexity:
     dtype: str
 
     def as_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__slots__} | {"definition": DEFINITION}
 
 
-def evaluate_perplexity(
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model and the windows that it is to be scored on: all checked, and nothing loaded. ``data`` names the text."""
+
+    model: str
+    folder: Path
+    config: ModelConfig
+    device: str
+    dtype: torch.dtype
+    data: str
+    windows: list[Sequence[int]]
+
+    def load(self) -> Decoder:
+        from llmq.runtime.loader import load_decoder, open_source
+
+        return load_decoder(open_source(self.folder, self.device, self.dtype, len(self.windows[0])))
+
+    def perplexity(self, losses: Sequence[float], seconds: float) -> Perplexity:
+        """Of the mean loss of each window. LlmqError when the model gives no numbers."""
+        import torch
+
+        from llmq.evals.bootstrap import interval
+
+        dtype = str(self.dtype).removeprefix("torch.")
+        loss, each = fmean(losses), torch.tensor(losses, dtype=torch.float64)
+        if not math.isfinite(loss):
+            raise LlmqError(
+                f"the model's output in {dtype} is not a number",
+                "try --dtype float32; if it stays so, the weights are damaged",
+            )
+        length = len(self.windows[0])
+        return Perplexity(
+            perplexity=math.exp(loss),
+            interval=interval(lambda drawn: each[drawn].mean().exp(), len(losses)),
+            tokens=len(losses) * (length - 1),
+            windows=len(losses),
+            window=length,
+            seconds=seconds,
+            model=self.model,
+            data=self.data,
+            device=self.device,
+            dtype=dtype,
+        )
+
+
+def prepare(
     model: str,
     *,
-    data: Path | None = None,
+    data: str | Path | None = None,
     window: int = WINDOW,
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
-    progress: Progress | None = None,
-) -> Perplexity:
-    """The perplexity of ``model`` on a text file; None: the text that comes with the demo model.
+) -> Subject:
+    """``model`` on the text ``data`` (see ``held_out``), in windows of ``window`` tokens, or of the model's context.
 
-    ``progress`` is told, from time to time, how many windows of how many have been scored.
-    Raises LlmqError when the text is shorter than one window, or the model gives no numbers.
+    Raises LlmqError when the text is shorter than one window, or the tokenizer is another model's.
     """
     if window < 2:
         raise LlmqError(f"a window of {window} has no token to predict", "pass --window 2 or more", exit_code=USAGE)
     folder = resolve(model, revision)
     config = read_config(folder)
-    text = read_text(data or demo_folder() / DEMO_TEXT)
+    text = held_out(None if data is None else str(data))
 
     from llmq.checkpoint.tokenizer import load_tokenizer
     from llmq.runtime.device import resolve_device, resolve_dtype
-    from llmq.runtime.loader import load_decoder, open_source
 
     device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, config, device)
-    token_ids = load_tokenizer(folder).encode(text)
+    token_ids = load_tokenizer(folder).encode(text.text)
     windows = cut(token_ids, min(window, config.context_length))
     if max(token_ids) >= config.vocab_size:
         raise LlmqError(
             f"the tokenizer gives token {max(token_ids)} and the model knows {config.vocab_size}",
             "the folder's tokenizer is another model's",
         )
-    decoder = load_decoder(open_source(folder, device, torch_dtype, len(windows[0])))
+    return Subject(model, folder, config, device, resolve_dtype(dtype, config, device), text.name, windows)
+
+
+def evaluate_perplexity(
+    model: str,
+    *,
+    data: str | Path | None = None,
+    window: int = WINDOW,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """The perplexity of ``model`` on a text; None: the text that comes with the demo model.
+
+    ``progress`` is told, from time to time, how many windows of how many have been scored.
+    Raises LlmqError when the text is shorter than one window, or the model gives no numbers.
+    """
+    subject = prepare(model, data=data, window=window, dtype=dtype, device=device, revision=revision)
+    decoder = subject.load()
     started = time.perf_counter()
-    losses = window_losses(decoder, windows, device, progress)
-    seconds = time.perf_counter() - started
-    loss = fmean(losses)
-    if not math.isfinite(loss):
-        raise LlmqError(
-            f"the model's output in {str(torch_dtype).removeprefix('torch.')} is not a number",
-            "try --dtype float32; if it stays so, the weights are damaged",
-        )
-    length = len(windows[0])
-    return Perplexity(
-        perplexity=math.exp(loss),
-        tokens=len(windows) * (length - 1),
-        windows=len(windows),
-        window=length,
-        seconds=seconds,
-        model=model,
-        data=data.name if data else DEMO_TEXT,
-        device=device,
-        dtype=str(torch_dtype).removeprefix("torch."),
-    )
-
-
-def read_text(path: Path) -> str:
-    """The UTF-8 text in ``path``. LlmqError when it cannot be read as such."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise LlmqError(f"{path} cannot be read: {reason}", "check --data") from None
+    losses = window_losses(decoder, subject.windows, subject.device, progress)
+    return subject.perplexity(losses, time.perf_counter() - started)
 
 
 def cut(token_ids: Sequence[int], window: int) -> list[Sequence[int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from llmq.checkpoint.config import DTYPE_BYTES
 from llmq.memory import KV_DTYPE_BYTES
 from llmq.memplan.engines import LLMQ
 from llmq.memplan.gpu import GIB, USABLE_GIB
@@ -62,7 +61,7 @@ def _candidates(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> Iterator[tup
     narrower = [name for name in ("bfloat16", "fp8") if KV_DTYPE_BYTES[name] < KV_DTYPE_BYTES[plan.kv_dtype]]
     for name in narrower:
         changed = replace(plan, kv_dtype=name)
-        if changed.fits and (name in DTYPE_BYTES or plan.engine != LLMQ):
+        if changed.fits:
             yield f"--kv-cache-dtype {name}", f"keys and values of {8 * KV_DTYPE_BYTES[name]} bits", changed
             break
     gpus = None if plan.engine == LLMQ else plan.gpus_needed

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from llmq.checkpoint.config import DTYPE_BYTES
-from llmq.memory import KV_DTYPE_BYTES, format_bytes
+from llmq.memory import format_bytes
 from llmq.memplan import engines
 from llmq.memplan.architecture import LayerCache
 from llmq.memplan.engines import ENGINES, IDEAL, LLMQ, VLLM
@@ -35,11 +34,14 @@ def verdict(plan: MemoryPlan) -> str:
     )
 
 
-def start_line(plan: MemoryPlan, pool: int, *, on_cpu: bool) -> str:
-    """What an engine that has just started holds, with a ``pool`` of so many bytes for keys and values, whose type is
-    the one that it computes in."""
-    wide = dense_bytes(plan.architecture, plan.weights.scheme, KV_DTYPE_BYTES[plan.kv_dtype])
-    weights = wide if on_cpu else plan.weights.resident
+def start_line(plan: MemoryPlan, pool: int, *, widened_to: int | None) -> str:
+    """What an engine that has just started holds, with a ``pool`` of so many bytes for keys and values.
+
+    widened_to  bytes of a weight on a CPU, which computes with dense ones; None: they stay as they are
+    """
+    weights = plan.weights.resident
+    if widened_to is not None:
+        weights = dense_bytes(plan.architecture, plan.weights.scheme, widened_to)
     number = (pool - plan.reserved) // plan.sequence_bytes
     return (
         f"weights {format_bytes(weights)}, KV cache {format_bytes(pool)} for {_sequences(number)} of "
@@ -154,8 +156,6 @@ def warnings(plan: MemoryPlan) -> list[str]:
         found.append(f"llmq does not run {plan.architecture.model_type}: this is what its engine would hold")
     if plan.num_gpus > 1:
         found.append("llmq's engine runs on one GPU today: this is what each would hold with tensor parallelism")
-    if plan.kv_dtype not in DTYPE_BYTES:
-        found.append(f"llmq's engine keeps keys and values in 16 or 32 bits today, not in {plan.kv_dtype}")
     return found
 
 

@@ -7,11 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
+from mmap import mmap
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmq.checkpoint.shards import reserve
 from llmq.errors import LlmqError
 from llmq.memory import MICRO_BATCH_TOKENS
 from llmq.runtime.decoder import Attend, Attention, CausalAttention, DecoderLayer, embed
@@ -42,21 +46,29 @@ class HiddenStates:
     mixed   [tokens, heads · head_dim] between the steps, else empty
     """
 
-    def __init__(self, source: Source, windows: Tensor) -> None:
-        """Embed ``windows``, token ids [windows, tokens]."""
+    def __init__(
+        self, source: Source, windows: Tensor, batch_tokens: int = MICRO_BATCH_TOKENS, spill: Path | None = None
+    ) -> None:
+        """Embed ``windows``, token ids [windows, tokens], which pass a block in batches of ``batch_tokens``, or one by
+        one. Hidden states are kept in files in the folder ``spill``, or else on the device where they take little of
+        it, or in main memory."""
         count, length = windows.shape
         config = source.config.for_context(length)
-        batch_windows = max(1, min(count, MICRO_BATCH_TOKENS // length))
+        batch_windows = max(1, min(count, batch_tokens // length))
         self.tokens = windows.numel()
         self.device = source.device
         self.attend: Attend = CausalAttention(length)
         self.rotations = rotary_angles(config, torch.arange(length, device=self.device).repeat(batch_windows))
         width = config.hidden_size + config.num_heads * config.head_dim
-        self.home = self._home(self.tokens * width * source.dtype.itemsize)
-        embedding = source.load(f"{EMBEDDING}.weight")
+        self.spill = spill
+        num_bytes = self.tokens * width * source.dtype.itemsize
+        self.home = self.device if stay_on_device(self.device, num_bytes) else "cpu"
+        # Of an embedding, which may be larger than a block, only what the windows ask for.
+        seen, places = torch.unique(windows, return_inverse=True)
+        rows = source.tensors.load(f"{EMBEDDING}.weight")[seen].to(self.device, source.dtype)
         self.inputs = [
-            embed(config, embedding, part.flatten().to(self.device)).to(self.home)
-            for part in torch.split(windows, batch_windows)
+            self._keep(embed(config, rows, part.flatten().to(self.device)))
+            for part in torch.split(places, batch_windows)
         ]
         self.mixed: list[Tensor] = []
 
@@ -101,11 +113,17 @@ class HiddenStates:
 
     def head_moment(self, source: Source) -> Tensor:
         """The same of the model's head, once all blocks are passed."""
-        weight = source.load(f"{FINAL_NORM}.weight").float() + source.config.norm_offset
-        total = torch.zeros(len(weight), len(weight), device=self.device)
-        for x in self.inputs:
-            total += moment(add_rms_norm(x.to(self.device), None, weight, source.config.rms_norm_eps))
+        size = source.config.hidden_size
+        total = torch.zeros(size, size, device=self.device)
+        for x in self.normed(source):
+            total += moment(x)
         return _mean_moment(total, self.tokens, HEAD)
+
+    def normed(self, source: Source) -> Iterator[Tensor]:
+        """What the model's head reads, once all blocks are passed: [tokens, hidden], batch by batch."""
+        weight = source.load(f"{FINAL_NORM}.weight").float() + source.config.norm_offset
+        for x in self.inputs:
+            yield add_rms_norm(x.to(self.device), None, weight, source.config.rms_norm_eps)
 
     def kv_ranges(self, block: DecoderLayer) -> tuple[Tensor, Tensor]:
         """The largest |key| and |value| that ``block`` would write into a KV cache: keys are normed and rotated."""
@@ -130,14 +148,14 @@ class HiddenStates:
         return (self._output(block, number) for number in range(len(self.inputs)))
 
     def mix(self, block: DecoderLayer) -> None:
-        self.mixed = [self._mix(block, number).to(self.home) for number in range(len(self.inputs))]
+        self.mixed = [self._keep(self._mix(block, number)) for number in range(len(self.inputs))]
 
     def finish(self, block: DecoderLayer) -> None:
         """Pass the rest of ``block``: its outputs are the next block's inputs."""
         for number in range(len(self.inputs)):
             residual = self._residual(number)
             out = block.finish(residual, self.mixed[number].to(self.device))
-            self.inputs[number] = residual.add_(out).to(self.home)
+            self.inputs[number] = self._keep(residual.add_(out))
         self.mixed = []
 
     def _mix(self, block: DecoderLayer, number: int) -> Tensor:
@@ -153,11 +171,25 @@ class HiddenStates:
     def _residual(self, number: int) -> Tensor:
         return self.inputs[number].to(self.device, copy=True)  # the block adds to it in place
 
-    def _home(self, num_bytes: int) -> str:
-        if not self.device.startswith("cuda"):
-            return self.device
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return self.device if num_bytes <= free // GPU_SHARE else "cpu"
+    def _keep(self, x: Tensor) -> Tensor:
+        return x.to(self.home) if self.spill is None else in_file(x, self.spill)
+
+
+def stay_on_device(device: str, num_bytes: int) -> bool:
+    """Do hidden states of so many bytes stay on a GPU?"""
+    if not device.startswith("cuda"):
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return num_bytes <= free // GPU_SHARE
+
+
+def in_file(x: Tensor, folder: Path) -> Tensor:
+    """``x`` in a file without a name in ``folder``, which is mapped into memory and goes with the tensor. OSError when
+    the disk has no room for it."""
+    with TemporaryFile(dir=folder) as file:
+        reserve(file.fileno(), x.nbytes)
+        mapped = torch.frombuffer(mmap(file.fileno(), x.nbytes), dtype=x.dtype).view(x.shape)
+    return mapped.copy_(x)
 
 
 def squared_distance(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> float:

@@ -5,16 +5,15 @@
     FILE.txt     a text
     FILE.jsonl   lines with a ``text``, a ``prompt``, or the ``messages`` of a conversation, which the model's own chat
                  template makes a text of
-    NAME/DATA    a dataset of the hub, or the folder of one: rows as such lines are
+    OWNER/NAME   a dataset of the hub, or OWNER/NAME:CONFIG, or the folder of one: rows as such lines are
     demo         the Python sources shipped with llmq
     self         what the model itself writes: see ``quant.self_calibration``
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from llmq.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from llmq.errors import LlmqError
 from llmq.quant.options import SELF, Calibration
 from llmq.quant.self_calibration import OnStage, self_text
+from llmq.texts import join, read_text
 
 CHARACTERS_PER_TOKEN = 32
 """Characters read for each token wanted: several times what a token takes, so that there is a choice of windows."""
@@ -75,43 +75,21 @@ def draw_windows(
     return torch.cat((torch.tensor(prefix, dtype=torch.int64).expand(len(chosen), -1), bodies), dim=1)
 
 
-def _read_text(data: str, tokenizer: Tokenizer, max_characters: int) -> str:
-    """The text that ``data`` names, about ``max_characters`` of it if it is longer."""
-    path = demo_folder() / "calibration.txt" if data == DEMO else Path(data).expanduser()
-    if path.suffix == ".txt":
-        with _explained(path), path.open(encoding="utf-8") as stream:
-            return stream.read(max_characters)
-    texts, left = [], max_characters
-    for where, row in _rows(data, path):
-        texts.append(_row_text(row, tokenizer, where))
-        left -= len(texts[-1])
-        if left <= 0:
-            break
-    return "\n\n".join(texts)
+def _read_text(data: str, tokenizer: Tokenizer, most: int) -> str:
+    """The text that ``data`` names, about ``most`` characters of it if it is longer."""
+    path, to_text = Path(data).expanduser(), partial(_row_text, tokenizer)
+    if data == DEMO:
+        path = demo_folder() / "calibration.txt"
+    if path.suffix in (".txt", ".jsonl"):
+        return read_text(path, DATA_HINT, most, to_text)
+    name, _, config = data.partition(":")
+    if path.is_dir() or ("/" in name and HUB_ID.fullmatch(name) and not path.exists()):
+        rows = enumerate(_dataset(name, config or None), start=1)
+        return join((to_text(row, f"{data}, row {number}") for number, row in rows), most)
+    raise LlmqError(f"{path.name} is neither .txt nor .jsonl, nor a dataset of the hub", DATA_HINT)
 
 
-def _rows(data: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row with the words for where it stands."""
-    if path.suffix == ".jsonl":
-        with _explained(path), path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield f"{path.name}, line {number}", _parsed(line)
-    elif path.is_dir() or (HUB_ID.fullmatch(data) and "/" in data and not path.exists()):
-        for number, row in enumerate(_dataset(data), start=1):
-            yield f"{data}, row {number}", row
-    else:
-        raise LlmqError(f"{path.name} is neither .txt nor .jsonl, nor a dataset of the hub", DATA_HINT)
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _row_text(row: Any, tokenizer: Tokenizer, where: str) -> str:
+def _row_text(tokenizer: Tokenizer, row: Any, where: str) -> str:
     value = next((row[name] for name in COLUMNS if name in row), None) if isinstance(row, Mapping) else None
     if isinstance(value, str):
         return value
@@ -133,7 +111,7 @@ def _conversation_text(messages: list[Any], tokenizer: Tokenizer, where: str) ->
     return text.removeprefix(tokenizer.decode([tokenizer.bos_token_id], skip_special_tokens=False))
 
 
-def _dataset(name: str) -> Iterable[Any]:
+def _dataset(name: str, config: str | None) -> Iterable[Any]:
     """The rows of the training split, or else of the first, read as they are asked for."""
     try:
         from datasets import load_dataset
@@ -142,7 +120,7 @@ def _dataset(name: str) -> Iterable[Any]:
             "datasets of the hub are read by the library datasets", "pip install 'llmq[datasets]', or give a file"
         ) from None
     try:
-        splits = load_dataset(name, streaming=True)
+        splits = load_dataset(name, config, streaming=True)
         split = "train" if "train" in splits else next(iter(splits))
         yield from splits[split]
     except Exception as error:  # the library raises whatever its many readers raise
@@ -150,13 +128,3 @@ def _dataset(name: str) -> Iterable[Any]:
         raise LlmqError(
             f"the dataset {name} cannot be read: {reason}", "check its name and the network, or give a file"
         ) from error
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever keeps a file from being read, as an LlmqError."""
-    try:
-        yield
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise LlmqError(f"{path} cannot be read: {reason}", DATA_HINT) from None

@@ -1,4 +1,4 @@
-"""Does a folder that was just written load, and generate?"""
+"""Does a folder that was just written load, and generate? Block by block: it may be larger than memory."""
 
 from __future__ import annotations
 
@@ -6,27 +6,44 @@ from pathlib import Path
 
 import torch
 
+from llmq.checkpoint.formats import is_packed
 from llmq.errors import LlmqError
-from llmq.runtime.decoder import CausalAttention
-from llmq.runtime.loader import load_decoder, open_source
+from llmq.quant.activations import HiddenStates
+from llmq.runtime.loader import EMBEDDING, HEAD, Source, load_layer, open_source
 
-NEW_TOKENS = 8
+TOKENS = 8
+ROWS = 8192
+"""Tokens of the vocabulary whose logits are computed at once."""
 
 
 @torch.inference_mode()
 def check_generates(folder: Path, device: str, dtype: torch.dtype) -> None:
-    """Load ``folder`` and decode a few tokens greedily. Raises LlmqError when it does not, or logits are not finite."""
+    """Load ``folder`` and have it say what follows each token of a short text. Raises LlmqError when it does not load,
+    or logits are not finite."""
     source = open_source(folder, device, dtype)
     config = source.config
-    model = load_decoder(source)
-    ids = [config.bos_token_id or 0]
-    for _ in range(min(NEW_TOKENS, config.context_length - 1)):
-        tokens = torch.tensor(ids, device=device)
-        hidden = model(tokens, torch.arange(len(ids), device=device), CausalAttention(len(ids)))
-        logits = model.logits(hidden[-1:])
-        if not logits.isfinite().all():
+    length = min(TOKENS, config.context_length)
+    text = torch.arange(length).add_(config.bos_token_id or 0).remainder_(config.vocab_size)
+    states = HiddenStates(source, text.unsqueeze(0))
+    for number in range(config.num_layers):
+        block = load_layer(source, number)
+        block.merge()
+        states.mix(block)
+        states.finish(block)
+    (hidden,) = states.normed(source)
+    weight = _head(source)
+    for rows in torch.split(weight, ROWS):
+        if not (hidden @ rows.to(dtype).t()).isfinite().all():
             raise LlmqError(
                 "the quantized model computes NaN or infinite logits, so it was not kept",
                 "try --bits 8, or --ignore the layers with the largest errors",
             )
-        ids.append(int(logits.argmax()))
+
+
+def _head(source: Source) -> torch.Tensor:
+    """What logits are made by, [vocabulary, hidden]."""
+    if is_packed(source.format, HEAD, source.tensors):
+        assert source.format is not None
+        return source.format.unpack(HEAD, source.tensors, source.device).dequantize()
+    name = EMBEDDING if source.config.tied_embeddings else HEAD
+    return source.tensors.load(f"{name}.weight", source.device)

@@ -1,18 +1,17 @@
-"""Quantize a model folder, decoder block by decoder block, into a folder of packed codes.
+"""Quantize a model folder, part by part, into a folder of packed codes.
 
-At any moment the memory holds one block and the calibration windows' hidden states at its entrance, never the model.
-A block is quantized in two steps. Some methods first scale its channels, so that less is lost (``fold``), which
-leaves what it computes as it is. Then its linears are rounded in the order in which they compute: each sees its inputs
-as those before it will really produce them, quantized (true-sequential). Methods without data stream tensor by tensor.
+A part is a decoder block; the last is what is in none. At any moment the memory holds one block and the calibration
+windows' hidden states at its entrance, never the model. Methods without data stream tensor by tensor. A part that is
+done is on the disk, and a run that is stopped can go on behind it.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,34 +19,53 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint import folder as folders
-from llmq.checkpoint.config import LinearStage, read_config
-from llmq.checkpoint.formats import FORMATS, WRITER, Format, format_for, kept_layers, packed_bytes, write_configs
-from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
+from llmq.checkpoint.formats import WRITER, write_configs
 from llmq.checkpoint.quantized_weight import QuantizedWeight
-from llmq.checkpoint.tensors import ShardWriter, Tensors
-from llmq.errors import USAGE, LlmqError
-from llmq.quant.activations import HiddenStates, NotFinite, moments_at_once
-from llmq.quant.affine import MAX_E4M3, MAX_WEIGHT, energy, group_blocks
+from llmq.checkpoint.shards import Shards, lay_out
+from llmq.errors import LlmqError
+from llmq.quant.activations import NotFinite
+from llmq.quant.affine import energy
 from llmq.quant.backends import Backend, preferences
-from llmq.quant.backends.environment import python_of
 from llmq.quant.backends.run import run_backend
-from llmq.quant.calibration import draw_windows
+from llmq.quant.blocks import Walk
 from llmq.quant.check import check_generates
-from llmq.quant.folding import linear, round_inputs
-from llmq.quant.methods import autoround, awq, bnb, gptq, rtn, smoothquant
+from llmq.quant.job import REST, Job
+from llmq.quant.journal import Journal
+from llmq.quant.methods import gptq, rtn
 from llmq.quant.model_card import model_card
+from llmq.quant.needs import Needs, needs_of
 from llmq.quant.options import DEFAULTS, DYNAMIC, Calibration, QuantizeOptions, Rule
 from llmq.quant.plot import write_plot
+from llmq.quant.prepare import prepare
 from llmq.quant.recipe import RECIPE, recipe_text
 from llmq.quant.report import LayerReport, QuantizationReport, write_report
-from llmq.quant.schemes import AUTOROUND, AWQ, BNB, GPTQ, RTN, SMOOTHQUANT, choose
-from llmq.runtime.decoder import DecoderLayer
-from llmq.runtime.device import peak_memory_bytes, peak_memory_of_children, resolve_device, resolve_dtype
-from llmq.runtime.loader import HEAD, Source, block_name, load_layer
-from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
+from llmq.quant.rounding import check_weight, round_layers
+from llmq.quant.schemes import AWQ, GPTQ, choose
+from llmq.runtime.device import free_memory, peak_memory_bytes, peak_memory_of_children
+from llmq.runtime.loader import HEAD
+from llmq.scheme import Scheme
 
-Progress = Callable[[int, int, str], None]
-"""Called with (layers done, layers in all, name of the layer just done), and with what is going on before the first."""
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far a run is.
+
+    parts   done, of ``of_parts``; a decoder block each, and the rest
+    layers  done, of ``of_layers``
+    what    the name of the layer just done, or what else there is to say
+    layer   the report of that layer
+    """
+
+    parts: int
+    of_parts: int
+    layers: int
+    of_layers: int
+    what: str
+    layer: LayerReport | None = None
+
+
+Progress = Callable[[Step], None]
+"""Called whenever a layer or a part is done, and with what is going on where that takes long."""
 
 
 def quantize(
@@ -67,15 +85,23 @@ def quantize(
     device: str = DEFAULTS.device,
     backend: str = DEFAULTS.backend,
     revision: str | None = None,
+    max_memory: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    on_needs: Callable[[Needs], None] | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Write ``model`` (a folder, a hub id, or ``demo``), quantized, to the folder ``output``.
 
     What may be chosen: ``QuantizeOptions``; ``overrides`` are its rules, by their patterns, and ``ignore`` patterns of
     layers that stay as they are, whatever the rules. The folder gets its name once it is complete and has been loaded
-    and generated from. Raises LlmqError for whatever the user can mend, most of it before any work is done; ``output``
-    is then as it was.
+    and generated from.
+
+    max_memory  bytes of main memory that the run may have; None: what is available
+    resume      go on with a run that was stopped, if there is one; what comes out has the same bytes as if it had not
+    on_needs    called with what the run will take, before it starts
+
+    Raises LlmqError for whatever the user can mend, most of it before any work is done; ``output`` is then as it was.
     """
     output = Path(output)
     rules = [*(overrides or {}).items(), *((pattern, None) for pattern in ignore)]
@@ -91,399 +117,169 @@ def quantize(
         backend,
     )
     folders.check_output(output, overwrite=overwrite)
-    tell = progress or _silent
-    job = _prepare(model, folders.resolve(model, revision), options, lambda stage: tell(0, 1, stage))
-    folders.check_disk_space(output, job.predicted_bytes)
+    tell = progress or (lambda step: None)
+    job = prepare(model, folders.resolve(model, revision), options, lambda stage: tell(Step(0, 1, 0, 1, stage)))
+    needs = needs_of(job, output, max_memory)
+    if on_needs is not None:
+        on_needs(needs)
+    needs.check()
+    job = replace(job, batch_tokens=needs.batch_tokens)
+    spill = output.absolute().parent if needs.spills else None
     try:
-        return _run(job, output, overwrite=overwrite, progress=progress)
-    except NotFinite:
-        if job.source.dtype == torch.float32:
-            raise
-    note = f"activations are not finite in {job.source.dtype}: calibrated in fp32".replace("torch.", "")
-    wide = replace(job, source=replace(job.source, dtype=torch.float32), notes=(*job.notes, note))
-    return _run(wide, output, overwrite=overwrite, progress=progress)
+        with folders.write_folder(output, overwrite=overwrite, resume=resume) as partial:
+            journal = Journal(folders.journal_of(output), job.settings, job.dtype)
+            try:
+                return _run_at_any_width(job, output, partial, journal, spill, tell)
+            except LlmqError:
+                journal.forget()  # whoever goes on with the same settings ends here again
+                raise
+    except OSError as error:
+        raise LlmqError(
+            f"{error.filename or output}: {error.strerror}",
+            "what is done is kept: once there is room, go on by --resume",
+        ) from error
 
 
-def _silent(done: int, total: int, what: str) -> None:
-    """Nobody asked."""
+def _run_at_any_width(
+    job: Job, output: Path, partial: Path, journal: Journal, spill: Path | None, tell: Progress
+) -> QuantizationReport:
+    """In the type that the job says, or in fp32 where activations, now or before, turned out not to fit."""
+    if job.dtype == journal.dtype:
+        try:
+            return _run(job, output, partial, journal, spill, tell)
+        except NotFinite:
+            if job.source.dtype == torch.float32:
+                raise
+            journal.forget()
+    job = job.in_fp32()
+    journal.dtype = job.dtype
+    return _run(job, output, partial, journal, spill, tell)
 
 
-def _run(job: Job, output: Path, *, overwrite: bool, progress: Progress | None) -> QuantizationReport:
+def _run(
+    job: Job, output: Path, partial: Path, journal: Journal, spill: Path | None, tell: Progress
+) -> QuantizationReport:
+    if not journal.parts:
+        lay_out(partial, job.layout)
+    with Shards(partial) as shards, torch.no_grad(), _full_fp32():
+        _do_parts(job, shards, journal, spill, tell)
     started = time.monotonic()
+    folders.copy_side_files(job.folder, partial)
     format = job.format
-    layers: list[LayerReport] = []
-    changed: dict[str, Tensor] = {}
-    with folders.write_folder(output, overwrite=overwrite) as partial, torch.no_grad(), _full_fp32():
-        writer = ShardWriter(partial)
-        tell = progress or _silent
-        backend = job.options.third_party
-        if backend is None:
-            made = job.quantized_layers(changed)
-        else:
-            made = job.layers_by(backend, changed, partial, lambda stage: tell(0, len(job.schemes), stage))
-        for weight, layer in made:
-            writer.add_all(format.pack(layer.name, weight))
-            layers.append(layer)
-            tell(len(layers), len(job.schemes), layer.name)
-        for name in job.kept_tensors:
-            tensor = job.source.tensors.load(name)
-            writer.add(name, changed.pop(name).to(tensor.dtype) if name in changed else tensor)
-        writer.add_all(changed.items())
-        writer.close()
-        folders.copy_side_files(job.folder, partial)
-        quantization = format.config_dict(
-            quantized=list(job.schemes),
-            ignored=job.left_out,
-            writer=WRITER,
-            damp_percent=gptq.DAMP_PERCENT if job.options.choice.method == GPTQ else None,
-            act_order=job.options.act_order == DYNAMIC,
-        )
-        write_configs(job.folder, partial, format, quantization)
-        check_generates(partial, job.source.device, job.source.dtype)
-        report = _report(job, output, layers, writer.num_bytes, time.monotonic() - started)
-        card = model_card(report, job.options, job.folder / "README.md", from_hub=_is_hub_id(job.model), writer=WRITER)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        write_report(partial, report)
-        write_plot(partial, report)
-        (partial / RECIPE).write_text(recipe_text(job.options), encoding="utf-8")
+    quantization = format.config_dict(
+        quantized=list(job.schemes),
+        ignored=job.left_out,
+        writer=WRITER,
+        damp_percent=gptq.DAMP_PERCENT if job.options.choice.method == GPTQ else None,
+        act_order=job.options.act_order == DYNAMIC,
+    )
+    write_configs(job.folder, partial, format, quantization)
+    check_generates(partial, job.source.device, job.source.dtype)
+    report = _report(
+        job, output, journal.layers, shards.tensors.num_bytes, journal.seconds + time.monotonic() - started
+    )
+    card = model_card(report, job.options, job.folder / "README.md", from_hub=job.from_hub, writer=WRITER)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    write_report(partial, report)
+    write_plot(partial, report)
+    (partial / RECIPE).write_text(recipe_text(job.options), encoding="utf-8")
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A quantization that has passed its checks.
+def _do_parts(job: Job, shards: Shards, journal: Journal, spill: Path | None, tell: Progress) -> None:
+    """Do, and write, what is not done yet."""
+    parts, done = job.parts, len(journal.parts)
+    layers = journal.layers
 
-    model     as it was asked for
-    schemes   of the layers to quantize, in order
-    left_out  the other matrices of the decoder blocks, routers among them
-    notes     what the user should know of the choice of layers
-    windows   token ids [windows, tokens], for a method that learns from data
-    """
+    def say(what: str, layer: LayerReport | None = None) -> None:
+        tell(Step(len(journal.parts), len(parts), len(layers), len(job.schemes), what, layer))
 
-    model: str
-    folder: Path
-    options: QuantizeOptions
-    source: Source
-    schemes: dict[str, Scheme]
-    left_out: tuple[str, ...]
-    notes: tuple[str, ...]
-    windows: Tensor | None
-
-    @property
-    def format(self) -> Format:
-        format = format_for(self.options.choice.format, self.schemes)
-        if self.options.kv_cache is not None and isinstance(format, CompressedTensors):
-            return replace(format, kv_scales=True)
-        return format
-
-    @property
-    def kept_tensors(self) -> list[str]:
-        """Every tensor of the source folder that no packed one replaces."""
-        return [name for name in self.source.tensors.infos if name.removesuffix(".weight") not in self.schemes]
-
-    @property
-    def packed_bytes(self) -> int:
-        format = self.format
-        return sum(
-            packed_bytes(format, _shape(name, self.source.tensors), scheme) for name, scheme in self.schemes.items()
-        )
-
-    @property
-    def predicted_bytes(self) -> int:
-        """Of all tensors that will be written."""
-        infos = self.source.tensors.infos
-        return self.packed_bytes + sum(infos[name].num_bytes for name in self.kept_tensors)
-
-    def quantized_layers(self, changed: dict[str, Tensor]) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Do the work, layer by layer. Tensors beside the layers that are new, or not as they were, come into
-        ``changed``."""
-        if self.windows is None:
-            for name in self.schemes:
-                yield from self._round({name: self._weight(name)}, None)
-            return
-        config = self.source.config
-        states = HiddenStates(self.source, self.windows)
-        # As they pass the model that is quantized: what learned rounding brings the others back to.
-        original = states.sample(states.tokens) if self.options.choice.method == AUTOROUND else None
-        for number in range(config.num_layers):
-            prefix, block = block_name(number), load_layer(self.source, number)
-            for name in self._local(prefix):
-                _check_weight(f"{prefix}.{name}", linear(block, name).weight)
-            if original is not None:
-                original.mix(block)
-                original.finish(block)
-            for name, tensor in self._fold(prefix, block, states).items():
-                changed[f"{prefix}.{name}"] = tensor
-            learned: Mapping[str, QuantizedWeight] = {}
-            if original is not None:
-                seed = self.options.calibration.seed
-                learned = autoround.quantize_block(block, self._local(prefix), states, original.inputs, seed=seed)
-            for stage in config.linear_stages:
-                if stage.half == "finish" and not states.mixed:
-                    if self.options.kv_cache is not None:
-                        for letter, largest in zip("kv", states.kv_ranges(block), strict=True):
-                            changed[f"{prefix}.self_attn.{letter}_scale"] = _e4m3_scale(largest)
-                    states.mix(block)
-                yield from self._quantize_stage(prefix, block, stage, states, learned)
-            if number + 1 < config.num_layers or HEAD in self.schemes:
-                states.finish(block)
-        if HEAD in self.schemes:
-            yield from self._round({HEAD: self._weight(HEAD)}, states.head_moment(self.source))
-
-    def _weight(self, name: str) -> Tensor:
-        weight = self.source.tensors.load(f"{name}.weight", self.source.device).float()
-        _check_weight(name, weight)
-        return weight
-
-    def layers_by(
-        self, backend: Backend, changed: dict[str, Tensor], folder: Path, on_stage: Callable[[str], None]
-    ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Have ``backend`` do the work, in a folder within ``folder``. What it hands back stands for itself: of layers
-        that it has scaled as well as rounded, nothing says how much of the difference is which."""
-        options, windows = self.options, self.windows
-        assert windows is not None
-        with TemporaryDirectory(dir=folder, prefix=".backend-") as scratch:
-            written = run_backend(
-                backend, self.folder, options.choice, windows, self.source.device, Path(scratch), on_stage
-            )
-            if options.choice.method == AWQ:
-                changed |= {name: written.tensors.load(name) for name in self.kept_tensors if name in written.tensors}
-            for name, scheme in self.schemes.items():
-                quantized = written.layer(name, _shape(name, self.source.tensors), scheme)
-                weight = self._weight(name).cpu()  # where what the backend wrote has been read to
-                plain, whole = rtn.quantize_weight(weight, scheme), energy(weight, None) or 1.0
-                error, rtn_error = (
-                    nan if options.choice.method == AWQ else energy(each.dequantize().sub_(weight), None) / whole
-                    for each in (quantized, plain)
-                )
-                yield quantized, LayerReport(name, options.choice.method, str(scheme), error, rtn_error)
-
-    def _local(self, prefix: str) -> dict[str, Scheme]:
-        """The schemes of the layers of a block that are to be quantized, by their names within it."""
-        names = {name: f"{prefix}.{name}" for name in self.source.config.linears}
-        return {name: self.schemes[full] for name, full in names.items() if full in self.schemes}
-
-    def _fold(self, prefix: str, block: DecoderLayer, states: HiddenStates) -> dict[str, Tensor]:
-        """Scale channels of ``block`` as the method does. Returns what changed beside the linears to be quantized."""
-        config, method, alpha = self.source.config, self.options.choice.method, self.options.alpha
-        schemes = self._local(prefix)
-        if method in (AWQ, AUTOROUND):  # without, learned rounding would not reach the channels of outliers
-            return awq.fold(block, config, states, schemes)
-        if method == SMOOTHQUANT:
-            alpha = smoothquant.default_alpha(config.model_type) if alpha is None else alpha
-            return smoothquant.fold(block, config, states, schemes, alpha)
-        return {}
-
-    def _quantize_stage(
-        self,
-        prefix: str,
-        block: DecoderLayer,
-        stage: LinearStage,
-        states: HiddenStates,
-        learned: Mapping[str, QuantizedWeight],
-    ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Quantize those layers of ``stage`` that are to be, in ``block`` too: what follows sees what was lost."""
-        wanted = [[name for name in group if f"{prefix}.{name}" in self.schemes] for group in stage.groups]
-        groups = [group for group in wanted if group]
-        hessians: dict[str, Tensor] = {}
-        for number, group in enumerate(groups):
-            together = moments_at_once(linear(block, group[0]).in_features)
-            if number % together == 0:
-                hessians.clear()
-                some = [group[0] for group in groups[number : number + together]]
-                hessians = states.second_moments(block, some, prefix)
-            modules = {f"{prefix}.{name}": linear(block, name) for name in group}
-            weights = {name: module.weight.float() for name, module in modules.items()}
-            made = {f"{prefix}.{name}": learned[name] for name in group if name in learned}
-            for quantized, report in self._round(weights, hessians.pop(group[0], None), made):
-                module = modules[report.name]
-                module.weight.copy_(quantized.dequantize())
-                if quantized.scheme.activation_bits == 8:
-                    round_inputs(module, quantized.scheme.number)
-                yield quantized, report
-
-    def _round(
-        self, weights: Mapping[str, Tensor], hessian: Tensor | None, made: Mapping[str, QuantizedWeight] | None = None
-    ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-        """Round ``weights``, fp32 by the names of their layers, whose inputs are the same; or take what is ``made``."""
-        method, made = self.options.choice.method, made or self._made(weights, hessian)
-        for name, weight in weights.items():
-            plain = made[name] if method == BNB else rtn.quantize_weight(weight, self.schemes[name])
-            used, quantized = (method, made[name]) if name in made else (RTN, plain)
-            error, rtn_error = (energy(rounded.dequantize().sub_(weight), hessian) for rounded in (quantized, plain))
-            if used == GPTQ and error > rtn_error:
-                used, quantized, error = RTN, plain, rtn_error
-            whole = energy(weight, hessian) or 1.0
-            yield quantized, LayerReport(name, used, str(quantized.scheme), error / whole, rtn_error / whole)
-
-    def _made(self, weights: Mapping[str, Tensor], hessian: Tensor | None) -> dict[str, QuantizedWeight]:
-        """What the method's rounding makes of ``weights``; nothing where it has to give up."""
-        method, schemes = self.options.choice.method, self.schemes
-        if method == GPTQ:
-            return {} if hessian is None else self._made_by_gptq(weights, hessian)
-        if method == BNB:
-            return {name: bnb.quantize_weight(weight, schemes[name]) for name, weight in weights.items()}
-        return {
-            name: rtn.quantize_weight(weight, schemes[name], self._clipping(name, weight, hessian))
-            for name, weight in weights.items()
-        }
-
-    def _made_by_gptq(self, weights: Mapping[str, Tensor], hessian: Tensor) -> dict[str, QuantizedWeight]:
-        together: dict[Scheme, list[str]] = {}
-        for name in weights:
-            together.setdefault(self.schemes[name], []).append(name)
-        made: dict[str, QuantizedWeight] = {}
-        with suppress(gptq.NotPositiveDefinite):
-            for scheme, names in together.items():
-                layers = [weights[name] for name in names]
-                made |= zip(names, gptq.quantize_weights(layers, scheme, hessian, self.options.act_order), strict=True)
-        return made
-
-    def _clipping(self, name: str, weight: Tensor, hessian: Tensor | None) -> Tensor | None:
-        """By what clipping is judged; None: there is none."""
-        if self.options.clip:
-            return weight.new_ones(weight.shape[1])
-        if self.options.choice.method == AWQ and hessian is not None and not name.endswith(awq.UNCLIPPED):
-            return group_blocks(hessian, self.schemes[name])
-        return None
+    learns = job.windows is not None and job.options.third_party is None
+    looks = {part for part in parts if part != REST or HEAD in job.schemes}  # at hidden states
+    walk = Walk(job, spill) if learns and looks & set(parts[done:]) else None
+    for number, part in enumerate(parts):
+        if number < done:
+            if walk is not None:
+                say(f"passing {part} again")
+                walk.replay(number, shards.tensors)
+            continue
+        started, first = time.monotonic(), len(layers)
+        changed: dict[str, Tensor] = {}
+        for weight, layer in _quantized(job, part, walk, changed, say):
+            shards.fill(job.format.pack(layer.name, weight))
+            layers.append(layer)
+            say(layer.name, layer)
+        for name in job.kept_tensors:
+            if job.part_of(name) == part:
+                shards.fill([(name, changed.pop(name) if name in changed else job.source.tensors.load(name))])
+        shards.fill(changed.items())
+        shards.sync()
+        journal.add(part, layers[first:], time.monotonic() - started)
+        free_memory()
+        say(_summary(part, layers[first:]))
 
 
-def _e4m3_scale(largest: Tensor) -> Tensor:
-    """fp32 [1], by which numbers up to ``largest`` fill the range of e4m3."""
-    return (largest / MAX_E4M3).clamp(min=torch.finfo(torch.float32).tiny).view(1)
+def _summary(part: str, layers: Sequence[LayerReport]) -> str:
+    known = [layer for layer in layers if not math.isnan(layer.error)]
+    if not known:
+        return f"{part} written"
+    worst = max(known, key=lambda layer: layer.error)
+    return f"{part} quantized, largest error {worst.error:.1e} of {worst.name.removeprefix(f'{part}.')}"
 
 
-# Checks
-
-
-def _prepare(model: str, folder: Path, options: QuantizeOptions, on_stage: Callable[[str], None]) -> Job:
-    """Everything that can be found out before the first layer is quantized. Raises LlmqError for what is wrong."""
-    config, tensors, device = read_config(folder), Tensors(folder), resolve_device(options.device)
-    if config.quantization is not None:
-        raise LlmqError(
-            f"{model} is quantized already",
-            "quantize the model that it was made from; to change only its format: llmq convert",
-        )
-    if options.choice.method == BNB:
-        bnb.check_installed()
-    notes: list[str] = []
-    backend = options.third_party
+def _quantized(
+    job: Job, part: str, walk: Walk | None, changed: dict[str, Tensor], say: Callable[[str], None]
+) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
+    """The layers of ``part``. Tensors beside them that are new, or not as they were, come into ``changed``."""
+    backend = job.options.third_party
     if backend is not None:
-        python_of(backend)
-        if device.partition(":")[0] not in backend.devices:
-            device = backend.devices[0]
-            notes.append(f"{backend.name} runs on {device} only, with the versions that llmq installs it in")
-    every = [f"{block_name(layer)}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
-    wanted = _wanted(every, options)
-    if HEAD in wanted and config.tied_embeddings:
-        raise LlmqError(
-            f"{HEAD} is the embedding of {model}, which stays as it is", f"leave it out: --override {HEAD}=none"
-        )
-    misfits = {name: reason for name, scheme in wanted.items() if (reason := _misfit(name, scheme, tensors, options))}
-    fitting = {name: wanted[name] for name in wanted if name not in misfits}
-    if wanted and not fitting:
-        name, reason = next(iter(misfits.items()))
-        raise LlmqError(f"no layer can be quantized: {name} {reason}", _fitting_groups(misfits, tensors))
-    if not fitting:
-        raise LlmqError("every linear layer is ignored: nothing is left to quantize", "ignore fewer by --ignore")
-    format_for(options.choice.format, fitting)
-    windows = draw_windows(folder, config, options.calibration, device, on_stage) if options.calibrated else None
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-    return Job(
-        model,
-        folder,
-        options,
-        Source(config, None, tensors, device, resolve_dtype("auto", config, device)),
-        fitting,
-        tuple(kept_layers(tensors, fitting)),
-        (*notes, *_misfit_notes(misfits)),
-        windows,
-    )
+        yield from _quantized_by(backend, job, changed, say)
+    elif walk is not None and part != REST:
+        yield from walk.quantize(job.parts.index(part), changed)
+    else:
+        for name in job.schemes:
+            if job.part_of(name) == part:
+                hessian = None if walk is None else walk.states.head_moment(job.source)
+                yield from round_layers({name: _weight(job, name)}, job.schemes, hessian, job.options)
 
 
-def _wanted(names: Sequence[str], options: QuantizeOptions) -> dict[str, Scheme]:
-    """The schemes of those of ``names``, and of the head, that are to be quantized. LlmqError for a rule that covers
-    nothing."""
-    schemes: dict[str, Scheme | None] = dict.fromkeys(names, options.choice.scheme) | {HEAD: None}
-    for rule in options.rules:
-        covered = [name for name in schemes if rule.covers(name)]
-        if not covered:
-            raise LlmqError(
-                f"{rule.pattern} matches no layer",
-                f"give a layer's name or a part of it between dots, such as {names[0]} or down_proj, or re:REGEX",
-                exit_code=USAGE,
+def _quantized_by(
+    backend: Backend, job: Job, changed: dict[str, Tensor], say: Callable[[str], None]
+) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
+    """Have ``backend`` do the work. What it hands back stands for itself: of layers that it has scaled as well as
+    rounded, nothing says how much of the difference is which."""
+    options, windows = job.options, job.windows
+    assert windows is not None
+    with TemporaryDirectory(prefix="llmq-backend-") as scratch:
+        written = run_backend(backend, job.folder, options.choice, windows, job.source.device, Path(scratch), say)
+        if options.choice.method == AWQ:
+            changed |= {name: written.tensors.load(name) for name in job.kept_tensors if name in written.tensors}
+        for name, scheme in job.schemes.items():
+            quantized = written.layer(name, job.shape(name), scheme)
+            weight = _weight(job, name).cpu()  # where what the backend wrote has been read to
+            plain, whole = rtn.quantize_weight(weight, scheme), energy(weight, None) or 1.0
+            error, rtn_error = (
+                math.nan if options.choice.method == AWQ else energy(each.dequantize().sub_(weight), None) / whole
+                for each in (quantized, plain)
             )
-        schemes |= dict.fromkeys(covered, rule.scheme)
-    return {name: scheme for name, scheme in schemes.items() if scheme is not None}
+            yield quantized, LayerReport(name, options.choice.method, str(scheme), error, rtn_error)
 
 
-def _shape(name: str, tensors: Tensors) -> tuple[int, int]:
-    """(out_features, in_features) of a layer. LlmqError when the folder does not have it."""
-    info = tensors.infos.get(f"{name}.weight")
-    if info is None or len(info.shape) != 2:
-        raise LlmqError(
-            f"{tensors.folder} has no matrix {name}.weight", "the folder is incomplete, or its config.json is another's"
-        )
-    return info.shape[0], info.shape[1]
-
-
-def _misfit(name: str, scheme: Scheme, tensors: Tensors, options: QuantizeOptions) -> str | None:
-    """Why a layer has to stay as it is: scheme or format cannot hold its shape. None when they can."""
-    out_features, in_features = shape = _shape(name, tensors)
-    if not scheme.divides(in_features):
-        return f"has {in_features} inputs, which groups of {scheme.group_size} do not divide"
-    multiple = FORMATS[options.choice.format].multiple
-    if any(size % multiple for size in shape):
-        return f"is {out_features} × {in_features}, and the format packs multiples of {multiple}"
-    return None
-
-
-def _misfit_notes(misfits: Mapping[str, str]) -> Iterator[str]:
-    """A sentence for each reason, with the layers that it is of."""
-    for reason in dict.fromkeys(misfits.values()):
-        names = [name for name in misfits if misfits[name] == reason]
-        yield f"{len(names)} layers keep 16 bits: each {reason}: {', '.join(names)}"
-
-
-def _fitting_groups(names: Iterable[str], tensors: Tensors) -> str:
-    """The hint that says in what groups, or formats, the layers would fit."""
-    inputs = [_shape(name, tensors)[1] for name in names]
-    sizes = [size for size in GROUP_SIZES if size > 0 and not any(count % size for count in inputs)]
-    return f"choose --group-size {', '.join(map(str, (*sizes, WHOLE_ROW)))}, or --format compressed-tensors"
-
-
-def _check_weight(name: str, weight: Tensor) -> None:
-    if not weight.isfinite().all():
-        raise LlmqError(f"{name}.weight holds NaN or infinite numbers", "download or copy the model again")
-    if weight.abs().max() > MAX_WEIGHT:
-        raise LlmqError(
-            f"{name}.weight holds {weight.abs().max():.3g}, more than fp16 can: its scales would overflow",
-            f"--ignore {name}",
-        )
-
-
-def _is_hub_id(model: str) -> bool:
-    return model != folders.DEMO and not Path(model).expanduser().is_dir()
-
-
-def _public_name(model: str) -> str:
-    """The model's name without the paths of this machine."""
-    return model if model == folders.DEMO or _is_hub_id(model) else Path(model).expanduser().resolve().name
-
-
-# Writing
+def _weight(job: Job, name: str) -> Tensor:
+    weight = job.source.tensors.load(f"{name}.weight", job.source.device).float()
+    check_weight(name, weight)
+    return weight
 
 
 def _report(
     job: Job, output: Path, layers: Sequence[LayerReport], num_bytes: int, seconds: float
 ) -> QuantizationReport:
-    choice, windows, tensors = job.options.choice, job.windows, job.source.tensors
+    choice, windows = job.options.choice, job.windows
     native = job.options.third_party is None
     outputs = native and windows is not None
-    weights = sum(out_features * in_features for out_features, in_features in (_shape(x, tensors) for x in job.schemes))
+    weights = sum(math.prod(job.shape(name)) for name in job.schemes)
     return QuantizationReport(
-        model=_public_name(job.model),
+        model=job.public_name,
         output=str(output),
         method=choice.method,
         backend=job.options.backend,
@@ -495,7 +291,7 @@ def _report(
         layers=tuple(layers),
         error_of="layers' outputs on the calibration text" if outputs else "weights",
         left_out=job.left_out,
-        bytes_before=tensors.num_bytes,
+        bytes_before=job.source.tensors.num_bytes,
         bytes_after=num_bytes,
         effective_bits=8 * job.packed_bytes / weights,
         seconds=seconds,

@@ -2,8 +2,8 @@
 
 ints  int32   | drawn | token ids | sources | positions | slots of group 0 | …
                 D       T           T         T           T
-              … | query starts | KV lengths | order | longest |
-                  R + 1          R            R       1
+              … | query starts | KV lengths | order | longest | seeds | temperatures |
+                  R + 1          R            R       1         2 R     R
 
 T tokens of R rows lie end to end; D is room for the tokens that the step before draws. Each part begins at a multiple
 of 16 bytes: kernels are compiled for that.
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from llmq.plan import PlanRow
@@ -39,7 +40,7 @@ class Shape:
     @property
     def parts(self) -> tuple[int, ...]:
         """Length of each part, but for what was drawn."""
-        return (*[self.tokens] * (3 + self.groups), self.rows + 1, self.rows, self.rows, 1)
+        return (*[self.tokens] * (3 + self.groups), self.rows + 1, self.rows, self.rows, 1, 2 * self.rows, self.rows)
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -56,6 +57,7 @@ class Batch:
     query_starts, kv_lengths   [R + 1], [R]; see ``paged_attention``
     order                      [R]: the rows, the longest first
     longest                    [1]: the greatest of kv_lengths
+    seeds, temperatures        int64 [R], fp32 [R], to draw each row's next token by; 0 where none is drawn
     """
 
     shape: Shape
@@ -67,6 +69,13 @@ class Batch:
     kv_lengths: Tensor
     order: Tensor
     longest: Tensor
+    seeds: Tensor
+    temperatures: Tensor
+
+    @property
+    def last(self) -> Tensor:
+        """[R]: the last token of each row."""
+        return self.query_starts[1:] - 1
 
 
 def batch_shape(rows: Sequence[PlanRow], drawn: int) -> Shape:
@@ -79,13 +88,13 @@ def batch_shape(rows: Sequence[PlanRow], drawn: int) -> Shape:
 def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
     """The ints of a step of ``rows``, but for what was drawn."""
     parts = [array("i") for _ in shape.parts]
-    token_ids, sources, positions, *slots, query_starts, kv_lengths, order, longest = parts
+    token_ids, sources, positions, *slots, query_starts, kv_lengths, order, longest, seeds, temperatures = parts
     sources.extend(range(shape.drawn, shape.drawn + shape.tokens))
     query_starts.append(0)
     for row in rows:
         start, end = row.start, row.start + len(row.tokens)
         token_ids.extend(row.tokens)
-        if row.tokens[-1] < 0:  # only the newest of a sequence can be unknown
+        if row.tokens and row.tokens[-1] < 0:  # only the newest of a sequence can be unknown
             sources[len(token_ids) - 1] = -1 - row.tokens[-1]
         positions.extend(range(start, end))
         for into, table in zip(slots, row.block_tables, strict=True):
@@ -99,6 +108,9 @@ def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
         kv_lengths.append(end)
     order.extend(sorted(range(len(rows)), key=kv_lengths.__getitem__, reverse=True))
     longest.append(max(kv_lengths))
+    drawing = [row.sampling for row in rows]
+    seeds.frombytes(array("q", [one.seed if one else 0 for one in drawing]).tobytes())
+    temperatures.frombytes(array("f", [one.temperature if one else 0.0 for one in drawing]).tobytes())
     whole = array("i")
     for part in parts:
         whole.extend(part)
@@ -109,5 +121,17 @@ def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:
 def view(ints: Tensor, shape: Shape) -> Batch:
     """The batch of ``shape`` that lies in ``ints``."""
     parts = [ints[start : start + length] for start, length in zip(shape.starts, shape.parts, strict=False)]
-    _, sources, positions, *slots, query_starts, kv_lengths, order, longest = parts
-    return Batch(shape, ints, sources, positions, tuple(slots), query_starts, kv_lengths, order, longest)
+    _, sources, positions, *slots, query_starts, kv_lengths, order, longest, seeds, temperatures = parts
+    return Batch(
+        shape,
+        ints,
+        sources,
+        positions,
+        tuple(slots),
+        query_starts,
+        kv_lengths,
+        order,
+        longest,
+        seeds.view(torch.int64),
+        temperatures.view(torch.float32),
+    )

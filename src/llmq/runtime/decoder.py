@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmq.checkpoint.config import ModelConfig
+from llmq.runtime.experts import GroupedExperts
 from llmq.runtime.kernels.attention import dot_product_attention
 from llmq.runtime.kernels.gelu import gelu_mul
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
+from llmq.runtime.kernels.routing import choose, combine
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
-from llmq.runtime.linear import DenseLinear, input_number, merge
+from llmq.runtime.kernels.split_k import SplitSums, whole
+from llmq.runtime.linear import DenseLinear, WeightOnlyLinear, input_number, merge, product
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 
@@ -48,7 +51,9 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
-    def forward(self, residual: Tensor, x: Tensor | None = None, number: str | None = None) -> Tensor | QuantizedRows:
+    def forward(
+        self, residual: Tensor, x: Tensor | SplitSums | None = None, number: str | None = None
+    ) -> Tensor | QuantizedRows:
         """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension; in 8 bits of
         ``number``, if given."""
         if number is not None:
@@ -118,22 +123,34 @@ class MLP(nn.Module):
         self.gate_up = stack(self, self.gate_up, "gate_up_proj")
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        gate, up = project(self, self.gate_up, x, self.sizes)
+        return whole(self.product(x))
+
+    def product(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
+        """``forward``, perhaps with splits of the last product still to be added up."""
         down = getattr(self, self.down)
         number = input_number(down)
         gated: Tensor | QuantizedRows
+        merged = getattr(self, self.gate_up[0]) if len(self.gate_up) == 1 else None
+        if (
+            isinstance(merged, DenseLinear | WeightOnlyLinear)
+            and merged.bias is None
+            and number is None
+            and not self.gelu
+        ):
+            assert isinstance(x, Tensor)
+            return product(down, merged.gated(x))
+        gate, up = project(self, self.gate_up, x, self.sizes)
         if self.gelu:
             gated = gelu_mul(gate, up)
         else:
             gated = silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
-        out: Tensor = down(gated)
-        return out
+        return product(down, gated)
 
 
 class MixtureOfExperts(nn.Module):
     """For each token the few MLPs that a router finds likeliest, weighed by their probabilities (Shazeer et al., 2017).
 
-    On a GPU the host waits for the router, to know how many tokens each expert has.
+    ``experts`` are the checkpoint's, one by one, to quantize; ``merge`` makes one product of them.
     """
 
     input_number = None
@@ -143,29 +160,36 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         assert config.experts is not None
         self.per_token, self.renormalized = config.experts.per_token, config.experts.renormalized
-        self.gate = nn.Linear(config.hidden_size, config.experts.count, bias=False)
+        self.gate = DenseLinear(config.hidden_size, config.experts.count, bias=False)
         self.experts = nn.ModuleList(MLP(config, config.experts.intermediate_size) for _ in range(config.experts.count))
+        self.grouped: GroupedExperts | None = None
 
     def merge(self) -> None:
-        """Merge each expert's layers."""
-        for expert in self.experts:
-            assert isinstance(expert, MLP)
+        """Make one product of all experts' layers where these allow it, or else merge each expert's."""
+        experts = [expert for expert in self.experts if isinstance(expert, MLP)]
+        for expert in experts:
             expert.merge()
+        gate_up, down = (
+            None if len(names) > 1 else merge([expert.get_submodule(*names) for expert in experts])
+            for names in (experts[0].gate_up, (experts[0].down,))
+        )
+        if gate_up is not None and down is not None and not experts[0].gelu:
+            self.grouped = GroupedExperts(gate_up, down)
+            del self.experts
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.gate(x).float().softmax(-1).topk(self.per_token)
-        if self.renormalized:
-            weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = choose(self.gate(x), self.per_token, self.renormalized)
+        if self.grouped is not None:
+            mixed: Tensor = self.grouped(x, weights, chosen)
+            return mixed
         # The assignments of tokens to experts, [tokens · per_token], by expert: one product for all tokens of each.
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         out = x.new_empty(len(order), x.shape[1])
-        for expert, assignments in zip(self.experts, order.split(counts), strict=True):
+        for expert, assignments in zip(self.experts, torch.split(order, counts), strict=True):
             if len(assignments):
                 out[assignments] = expert(x[assignments // self.per_token]).to(x.dtype)  # autocast's is narrower
-        # By token again, and summed in one order whatever the batch.
-        mixed: Tensor = (out.view(*chosen.shape, -1) * weights[..., None]).sum(1)
-        return mixed.to(x.dtype)
+        return combine(out, weights)
 
 
 # Several projections of one input: a layer for each, or one that they are stacked in, on disk or by merging.
@@ -231,21 +255,25 @@ class DecoderLayer(nn.Module):
         self.self_attn.merge()
         self.feed_forward.merge()
 
-    def mix(self, residual: Tensor, x: Tensor | None, rotation: Rotation, attend: Attend) -> Tensor:
+    def mix(self, residual: Tensor, x: Tensor | SplitSums | None, rotation: Rotation, attend: Attend) -> Tensor:
         """Add ``x`` to ``residual`` in place; return what the heads make of the sum: the input of ``finish``."""
         normed = self.input_layernorm(residual, x, self.self_attn.input_number)
         return self.self_attn.mix(normed, rotation, attend)
 
     def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
         """Add the attention's output to ``residual`` in place; return the MLP's, which is still to be added."""
-        x = self.self_attn.o_proj(mixed)
+        return whole(self.product(residual, mixed))
+
+    def product(self, residual: Tensor, mixed: Tensor) -> Tensor | SplitSums:
+        """``finish``, perhaps with splits of the last product still to be added up."""
         number = self.feed_forward.input_number
         if self.post_norms:  # Gemma's names: its post_attention_layernorm is where Llama has none
-            normed = self.pre_feedforward_layernorm(residual, self.post_attention_layernorm(x), number)
+            x = self.post_attention_layernorm(self.self_attn.o_proj(mixed))
+            normed = self.pre_feedforward_layernorm(residual, x, number)
             out: Tensor = self.post_feedforward_layernorm(self.feed_forward(normed))
-        else:
-            out = self.feed_forward(self.post_attention_layernorm(residual, x, number))
-        return out
+            return out
+        normed = self.post_attention_layernorm(residual, product(self.self_attn.o_proj, mixed), number)
+        return product(self.feed_forward, normed)
 
 
 class Decoder(nn.Module):
@@ -254,10 +282,17 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn at random: on the meta device that would import torch._dynamo, for more than a second.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether a step needs to know how many tokens each expert has, which no CUDA graph can wait for."""
+        return any(isinstance(module, MixtureOfExperts) and module.grouped is None for module in self.modules())
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [tokens, hidden] of ``token_ids`` [tokens] at ``positions`` [tokens], after the last norm."""
@@ -265,7 +300,7 @@ class Decoder(nn.Module):
         rotations = rotary_angles(self.config, positions)
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
-            x = layer.finish(residual, layer.mix(residual, x, rotations[layer.self_attn.rope], attend))
+            x = layer.product(residual, layer.mix(residual, x, rotations[layer.self_attn.rope], attend))
         out: Tensor = self.norm(residual, x)
         return out
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -11,12 +9,15 @@ from llmq.checkpoint.config import ModelConfig
 from llmq.checkpoint.formats import open_format
 from llmq.checkpoint.quantized_weight import QuantizedWeight, numbers
 from llmq.runtime.decoder import Decoder, DecoderLayer
+from llmq.runtime.kernels.quantize_rows import LARGEST
 from llmq.runtime.linear import quantized_linear
 from llmq.runtime.loader import block_name
-from llmq.scheme import INT, Scheme
+from llmq.scheme import E4M3, INT, Scheme
 
 DEVIATION = 0.02
 """Standard deviation of every weight; norms, which are 1, keep the activations finite at any depth."""
+TAILS = 8
+"""Standard deviations from the least code to the greatest: what lies outside is clipped."""
 
 
 def dummy_decoder(config: ModelConfig, device: str, dtype: torch.dtype) -> Decoder:
@@ -46,17 +47,22 @@ def dummy_decoder(config: ModelConfig, device: str, dtype: torch.dtype) -> Decod
 
 
 def dummy_weight(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, noise: torch.Generator) -> QuantizedWeight:
-    """A weight of ``shape`` (out_features, in_features) whose codes are uniform and whose deviation is DEVIATION."""
+    """A weight of ``shape`` (out_features, in_features), normally distributed as trained ones are, whose deviation is
+    DEVIATION. A product of evenly distributed codes would heat a GPU more, and be slower."""
     device = noise.device
     groups = (shape[0], scheme.num_groups(shape[1]))
-    codes = torch.randint(0, scheme.max_code + 1, shape, dtype=torch.uint8, device=device, generator=noise)
+    normal = torch.randn(shape, device=device, generator=noise)
     if scheme.number == INT:
-        deviation = (scheme.max_code + 1) / math.sqrt(12)
-    else:
-        of_code = numbers(scheme.number, device)
-        # The codes of e4m3 that are no numbers.
-        codes.masked_fill_(of_code.isnan()[codes.int()], 0)
-        deviation = of_code.nan_to_num(0.0).std().item()
+        codes = normal.mul_((scheme.max_code + 1) / TAILS).round_().add_(scheme.middle_code).clamp_(0, scheme.max_code)
+        deviation = codes.std().item()
+        codes = codes.to(torch.uint8)
+    elif scheme.number == E4M3:
+        of_code = normal.mul_(2 * LARGEST[E4M3] / TAILS).clamp_(-LARGEST[E4M3], LARGEST[E4M3])
+        deviation = of_code.std().item()
+        codes = of_code.to(torch.float8_e4m3fn).view(torch.uint8)
+    else:  # whose codes are as likely, each as the other
+        codes = torch.randint(0, scheme.max_code + 1, shape, dtype=torch.uint8, device=device, generator=noise)
+        deviation = numbers(scheme.number, device).std().item()
     return QuantizedWeight(
         scheme,
         codes,

@@ -1,8 +1,11 @@
 """CUDA graphs: short steps are replayed by one launch, instead of launching hundreds of kernels each.
 
-A step of one token a row is padded to one of a few numbers of rows; padding rows read and write block 0. For each
-number of rows, and power of two above the longest row, a graph is captured when it is first needed. All share one pool
-of memory, and read what they are given from the same ints.
+A step, of new tokens alone or with chunks of prompts among them, is padded to one of a few numbers of tokens and of
+rows; padding reads and writes block 0. For each such shape, and power of two above the longest row, a graph is captured
+when it comes for the second time. All share one pool of memory, and read what they are given from the same ints.
+
+    rows of the plan   | row 0 | row 1: a chunk of a prompt | … | padding | … | nothing | … |
+    tokens in each         1       many                             1               0
 """
 
 from __future__ import annotations
@@ -16,18 +19,21 @@ from torch import Tensor
 from llmq.plan import PlanRow
 from llmq.runtime.batch import Batch, Shape, batch_shape, fill, view
 
-MAX_ROWS = 512
+MAX_TOKENS = 512
 """A longer step takes the device longer than launching its kernels one by one takes the host."""
 MIN_KV_LENGTH = 1024
+NOBODY = -1
+"""The sequence id of a row of padding."""
 
-Forward = Callable[[Batch], Tensor]
+Forward = Callable[[Batch, bool], tuple[Tensor, Tensor | None]]
+"""The hidden states of a batch, and where asked for, a token drawn for each of its rows."""
 
 
-def padded_rows(rows: int) -> int:
-    """1, 2, 4, 8, 16, 24, …, 64, 80, …, 128, 160, …: at most a quarter more than ``rows`` above 8."""
-    power = 1 << (rows - 1).bit_length()
+def padded_size(size: int) -> int:
+    """1, 2, 4, 8, 16, 24, …, 64, 80, …, 128, 160, …: at most a quarter more than ``size`` above 8."""
+    power = 1 << (size - 1).bit_length()
     step = power if power <= 8 else max(8, power // 8)
-    return -(-rows // step) * step
+    return -(-size // step) * step
 
 
 def padded_kv_length(length: int) -> int:
@@ -35,35 +41,52 @@ def padded_kv_length(length: int) -> int:
     return max(MIN_KV_LENGTH, 1 << (length - 1).bit_length())
 
 
-class DecodeGraphs:
-    """The graphs of ``forward``, for steps of one token a row."""
+def padded_rows(rows: Sequence[PlanRow]) -> list[PlanRow]:
+    """``rows``, and behind them as many of padding as make their tokens, and then themselves, one of the sizes."""
+    tokens = sum(len(row.tokens) for row in rows)
+    tables = tuple([0] for _ in rows[0].block_tables)
+    padding = PlanRow(NOBODY, 0, (0,), tables, None)
+    padded = [*rows, *[padding] * (padded_size(tokens) - tokens)]
+    return [*padded, *[padding._replace(tokens=())] * (padded_size(len(padded)) - len(padded))]
+
+
+def padded_shape(rows: Sequence[PlanRow], drawn: int) -> Shape:
+    """The shape of a step of ``padded_rows``, with bounds that many steps share."""
+    exact = batch_shape(rows, drawn)
+    longest = 1 if exact.max_query_length == 1 else exact.tokens
+    return replace(exact, max_query_length=longest, max_kv_length=padded_kv_length(exact.max_kv_length))
+
+
+class StepGraphs:
+    """The graphs of ``forward``."""
 
     def __init__(self, forward: Forward, drawn: int, groups: int, device: str) -> None:
         self._forward = forward
-        self._ints = torch.zeros(
-            Shape(drawn, MAX_ROWS, MAX_ROWS, groups, 1, 1).starts[-1], dtype=torch.int32, device=device
-        )
+        largest = Shape(drawn, MAX_TOKENS, MAX_TOKENS, groups, 1, 1)
+        self._ints = torch.zeros(largest.starts[-1], dtype=torch.int32, device=device)
         self.drawn = self._ints[:drawn]
         """Where the graphs look for the tokens that were drawn last."""
-        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._met: set[tuple[Shape, bool]] = set()
+        self._graphs: dict[tuple[Shape, bool], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, rows: Sequence[PlanRow], block_size: int) -> Tensor:
-        """What ``forward`` makes of ``rows``, whose number is one of ``padded_rows``."""
+    def run(self, rows: Sequence[PlanRow], block_size: int, draws: bool) -> tuple[Tensor, Tensor | None]:
+        """What ``forward`` makes of ``padded_rows``, of at most MAX_TOKENS tokens."""
         drawn = len(self.drawn)
-        exact = batch_shape(rows, drawn)
-        shape = replace(exact, max_kv_length=padded_kv_length(exact.max_kv_length))
+        shape = padded_shape(rows, drawn)
         ints = torch.frombuffer(fill(rows, shape, block_size), dtype=torch.int32).pin_memory()
         self._ints[drawn : drawn + len(ints)].copy_(ints, non_blocking=True)
-        if shape in self._graphs:
-            graph, out = self._graphs[shape]
-            graph.replay()
-            return out
-        batch = view(self._ints, shape)
-        # This compiles what is not compiled yet, which a capture cannot do, and it is the step.
-        result = self._forward(batch)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = self._forward(batch)
-        self._graphs[shape] = (graph, out)
-        return result
+        batch, key = view(self._ints, shape), (shape, draws)
+        if key not in self._met:
+            # This also compiles what is not compiled yet, which a capture cannot do.
+            result = self._forward(batch, draws)
+            self._met.add(key)
+            return result
+        if key not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                out = self._forward(batch, draws)
+            self._graphs[key] = (graph, out)
+        graph, out = self._graphs[key]
+        graph.replay()
+        return out

@@ -9,22 +9,38 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
-from llmq.runtime.kernels.dense import dense_matmul
+from llmq.errors import note
+from llmq.runtime.device import multiplies_fp8
+from llmq.runtime.kernels import triton_runs_on
+from llmq.runtime.kernels.dense import dense_gated, dense_matmul
+from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
-from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
-from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
+from llmq.runtime.kernels.silu import silu_mul
+from llmq.runtime.kernels.split_k import SplitSums, whole
+from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_product
+from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_gated, wna16_product
 from llmq.scheme import INT
 
 
 class DenseLinear(nn.Linear):
     """Weights as wide as the activations."""
 
+    batch_invariant = False
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.batch_invariant:
+            return invariant_matmul(x, self.weight, self.bias, x.dtype)
         return dense_matmul(x, self.weight, self.bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) · up, of a layer without bias that is a gate's rows over those of up."""
+        return _gated(self(x)) if self.batch_invariant else dense_gated(x, self.weight)
 
 
 class WeightOnlyLinear(nn.Module):
     """Weights of few bits that stay packed in memory and are widened in the registers of the product."""
+
+    batch_invariant = False
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
@@ -33,7 +49,17 @@ class WeightOnlyLinear(nn.Module):
         self.in_features, self.out_features = packed.in_features, packed.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return wna16_matmul(x, self.packed, self.bias)
+        return whole(self.product(x))
+
+    def product(self, x: Tensor) -> Tensor | SplitSums:
+        """``forward``, perhaps with splits of K still to be added up."""
+        if self.batch_invariant:
+            return invariant_matmul(x, self.packed, self.bias, x.dtype)
+        return wna16_product(x, self.packed, self.bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) · up, of a layer without bias that is a gate's rows over those of up."""
+        return _gated(self(x)) if self.batch_invariant else wna16_gated(x, self.packed)
 
 
 class W8A8Linear(nn.Module):
@@ -41,6 +67,8 @@ class W8A8Linear(nn.Module):
 
     Takes activations as they come, or in 8 bits already, from a kernel that has rounded what it computed.
     """
+
+    batch_invariant = False
 
     def __init__(self, packed: Weight8, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -50,8 +78,14 @@ class W8A8Linear(nn.Module):
         self.out_features, self.in_features = packed.codes.shape
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        return whole(self.product(x))
+
+    def product(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
+        """``forward``, perhaps with splits of K still to be added up."""
         rows = quantize_rows(x, self.packed.number) if isinstance(x, Tensor) else x
-        return w8a8_matmul(rows, self.packed, self.bias, self.dtype)
+        if self.batch_invariant:
+            return invariant_matmul(rows, self.packed, self.bias, self.dtype)
+        return w8a8_product(rows, self.packed, self.bias, self.dtype)
 
 
 Linear = nn.Linear | WeightOnlyLinear | W8A8Linear
@@ -62,18 +96,23 @@ def quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.
 
     Weight-only, it stays packed on a GPU: fewer bytes to hold, and to read for each token. A CPU gains no speed from
     that, so there the codes are widened to ``dtype`` once. On a GPU that cannot multiply FP8, its weights are taken as
-    weight-only, and activations left as they come.
+    weight-only, and activations left as they come; and a weight whose groups no kernel takes is widened too.
     """
     scheme = weight.scheme
-    if scheme.activation_bits == 8 and (scheme.number == INT or _multiplies_fp8(weight.codes.device)):
+    if scheme.activation_bits == 8 and (scheme.number == INT or multiplies_fp8(weight.codes.device)):
         return W8A8Linear(pack_w8a8(weight), bias, dtype)
-    if weight.codes.is_cuda:
-        return WeightOnlyLinear(pack_wna16(weight, dtype), bias)
+    if triton_runs_on(weight.codes.device.type):
+        try:
+            return WeightOnlyLinear(pack_wna16(weight, dtype), bias)
+        except ValueError as error:
+            note(f"{error}: there is no kernel for such layers, and they are widened to {dtype} as they are loaded")
     return _dense(weight.dequantize().to(dtype), bias)
 
 
-def _multiplies_fp8(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+def product(layer: nn.Module, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
+    """``layer(x)``, perhaps with splits of K still to be added up: what ``add_rms_norm`` takes."""
+    out: Tensor | SplitSums = getattr(layer, "product", layer)(x)
+    return out
 
 
 def input_number(layer: nn.Module) -> str | None:
@@ -105,7 +144,11 @@ def merge(layers: Sequence[nn.Module]) -> Linear | None:
     return None
 
 
-def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _gated(gate_and_up: Tensor) -> Tensor:
+    return silu_mul(*gate_and_up.chunk(2, dim=1))
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> DenseLinear:
     out_features, in_features = weight.shape
     with torch.device("meta"):
         layer = DenseLinear(in_features, out_features, bias=bias is not None)
@@ -113,6 +156,17 @@ def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
+
+
+def make_batch_invariant(model: nn.Module) -> None:
+    """Let no product of ``model`` depend on the rows that are multiplied with one: see ``invariant_matmul``."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, DenseLinear | WeightOnlyLinear | W8A8Linear):
+            layer.batch_invariant = True
+        elif isinstance(layer, nn.Linear):
+            made = _dense(layer.weight, layer.bias)
+            made.weight, made.batch_invariant = layer.weight, True
+            model.set_submodule(name, made)
 
 
 def resident_bytes(model: nn.Module) -> int:

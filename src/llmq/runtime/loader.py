@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llmq import memory
 from llmq.checkpoint.config import ModelConfig, read_config
 from llmq.checkpoint.formats import Format, is_packed, open_format
 from llmq.checkpoint.tensors import Tensors
@@ -49,6 +50,18 @@ def open_source(folder: Path, device: str, dtype: torch.dtype, context: int | No
     return Source(config, open_format(config), Tensors(folder), device, dtype)
 
 
+def resident_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What the weights of a model will take on a GPU, by config.json alone. LlmqError on an unknown quantization."""
+    format = open_format(config)
+    total = memory.weight_bytes(config, None, dtype.itemsize)
+    for layer in range(config.num_layers if format is not None else 0):
+        for name, shape in config.linears.items():
+            scheme = None if format is None else format.scheme_of(f"{block_name(layer)}.{name}")
+            packed, dense = (memory.resident_linear_bytes(*shape, each, dtype.itemsize) for each in (scheme, None))
+            total += packed - dense
+    return total
+
+
 def load_decoder(source: Source) -> Decoder:
     """The whole model. Raises LlmqError when a tensor is missing or its shape is not what config.json says."""
     with torch.device("meta"):
@@ -65,6 +78,20 @@ def load_decoder(source: Source) -> Decoder:
     else:
         _fill(model.lm_head, HEAD, source)
     return model.eval().requires_grad_(False)
+
+
+def load_kv_scales(source: Source) -> Tensor | None:
+    """Of keys and of values in e4m3, fp32 [layers, 2], as ``llmq quantize --kv-cache-scheme fp8`` and llm-compressor
+    store them; None: the folder has none. LlmqError when a layer has not one for each."""
+    layers = [f"{block_name(layer)}.self_attn" for layer in range(source.config.num_layers)]
+    names = [f"{layer}.{which}_scale" for layer in layers for which in "kv"]
+    if not any(name in source.tensors for name in names):
+        return None
+    scales = [source.tensors.load(name, source.device).float() for name in names]
+    for name, scale in zip(names, scales, strict=True):
+        if scale.numel() != 1:
+            raise LlmqError(f"{name} is {list(scale.shape)}, not one number", "pass --kv-cache-dtype auto or int8")
+    return torch.cat([scale.view(1) for scale in scales]).view(-1, 2)
 
 
 def load_layer(source: Source, layer: int) -> DecoderLayer:

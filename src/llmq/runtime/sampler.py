@@ -26,13 +26,14 @@ class Samples:
     collect: Callable[[], list[SampledToken]]
 
 
-def sample(logits: Tensor, rows: Sequence[PlanRow]) -> Samples:
+def sample(logits: Tensor, rows: Sequence[PlanRow], before: Tensor | None = None) -> Samples:
     """Draw one token, or as many as it has samples, for each of ``rows`` from its ``logits`` [rows, vocabulary].
+    ``before``: what the step before drew.
 
-    In this order, as in transformers: penalties, banned tokens, temperature, top_k, top_p, min_p. Nothing waits for
-    the device.
+    In this order, as in transformers: penalties, banned tokens and grammars, temperature, top_k, top_p, min_p. Nothing
+    waits for the device.
     """
-    raw, logits = logits, restrict(logits, rows)
+    raw, logits = logits, restrict(logits, rows, before)
     candidates = _beam_candidates(logits, rows)
     draws = [(index, sample) for index, row in enumerate(rows) for sample in range(_sampling(row).samples)]
     samplings = [_sampling(rows[index]) for index, _ in draws]
@@ -55,8 +56,8 @@ def sample(logits: Tensor, rows: Sequence[PlanRow]) -> Samples:
     return Samples(token_ids, collect)
 
 
-def restrict(logits: Tensor, rows: Sequence[PlanRow]) -> Tensor:
-    """``logits`` with the penalties of each row applied and its banned tokens at −inf.
+def restrict(logits: Tensor, rows: Sequence[PlanRow], before: Tensor | None = None) -> Tensor:
+    """``logits`` with the penalties of each row applied, and at −inf its banned tokens and what its grammar excludes.
 
     A token that the row has seen, prompt included, is divided by repetition_penalty where positive and multiplied
     where negative (Keskar et al., 2019); one that it has generated loses presence_penalty, and frequency_penalty for
@@ -64,12 +65,13 @@ def restrict(logits: Tensor, rows: Sequence[PlanRow]) -> Tensor:
     """
     penalized = [index for index, row in enumerate(rows) if row.history is not None]
     banned = [(index, token) for index, row in enumerate(rows) for token in row.banned if token < logits.shape[1]]
-    if penalized or banned:
+    guided = [index for index, row in enumerate(rows) if row.allowed is not None]
+    if penalized or banned or guided:
         logits = logits.clone()
     if penalized:
         histories = [row.history for row in rows if row.history is not None]
         samplings = [_sampling(rows[index]) for index in penalized]
-        generated = _count([history.output_ids for history in histories], logits)
+        generated = _count([history.output_ids for history in histories], logits, before)
         seen = (_count([history.prompt_ids for history in histories], logits) + generated) > 0
         index = on_device(penalized, torch.int64, logits.device)
         part = logits[index]
@@ -81,6 +83,10 @@ def restrict(logits: Tensor, rows: Sequence[PlanRow]) -> Tensor:
     if banned:
         at = on_device(banned, torch.int64, logits.device)
         logits[at[:, 0], at[:, 1]] = -torch.inf
+    if guided:
+        allowed = _unpack([row.allowed for row in rows if row.allowed is not None], logits)
+        index = on_device(guided, torch.int64, logits.device)
+        logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
     return logits
 
 
@@ -174,12 +180,21 @@ def _beam_candidates(logits: Tensor, rows: Sequence[PlanRow]) -> Callable[[], di
     return collect
 
 
-def _count(lists: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """How often each token occurs in each of ``lists``: fp32 [lists, vocabulary]."""
+def _count(lists: Sequence[Sequence[int]], logits: Tensor, before: Tensor | None = None) -> Tensor:
+    """How often each token occurs in each of ``lists``: fp32 [lists, vocabulary]. −1 − i is the i-th of ``before``."""
     rows = on_device([row for row, ids in enumerate(lists) for _ in ids], torch.int64, logits.device)
     tokens = on_device([token for ids in lists for token in ids], torch.int64, logits.device)
+    if before is not None:
+        tokens = torch.where(tokens < 0, before[(-1 - tokens).clamp(min=0)], tokens)
     counts = torch.zeros(len(lists), logits.shape[1], device=logits.device)
     return counts.index_put_((rows, tokens), torch.ones((), device=logits.device), accumulate=True)
+
+
+def _unpack(masks: Sequence[bytes], logits: Tensor) -> Tensor:
+    """Bitmasks of the vocabulary as booleans: [masks, vocabulary]."""
+    words = on_device(array("i", b"".join(masks)), torch.int32, logits.device).view(len(masks), -1, 1)
+    bits = words >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
+    return bits.bool().flatten(1)[:, : logits.shape[1]]
 
 
 def _column(values: Sequence[float], dtype: torch.dtype, like: Tensor) -> Tensor:

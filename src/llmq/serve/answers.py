@@ -85,13 +85,21 @@ class Generation:
     def close(self) -> None:
         """Count what became of the request; what it still has in the engine is freed."""
         self._stream.close()
-        metrics = self._client.metrics
+        metrics, stream = self._client.metrics, self._stream
         for reason in self._reasons:
             metrics.finished[reason or "abort"] += 1
         metrics.request_prompt_tokens.observe(len(self.prompt_ids))
         metrics.request_generation_tokens.observe(self.completion_tokens)
         metrics.request_params_n.observe(self.params.n)
-        metrics.e2e_request_latency.observe(time.perf_counter() - self._stream.arrival)
+        if self.params.max_tokens is not None:
+            metrics.request_params_max_tokens.observe(self.params.max_tokens)
+        metrics.e2e_request_latency.observe(time.perf_counter() - stream.arrival)
+        if stream.first is not None and stream.queue_seconds is not None:
+            admitted = stream.arrival + stream.queue_seconds
+            metrics.request_queue_time.observe(stream.queue_seconds)
+            metrics.request_prefill_time.observe(stream.first - admitted)
+            metrics.request_decode_time.observe(stream.last - stream.first)
+            metrics.request_inference_time.observe(stream.last - admitted)
 
     def _extend(self, token: TokenDelta, pieces: dict[int, Answer]) -> None:
         """As LLM does it: the same tokens make the same text, and end at the same place."""

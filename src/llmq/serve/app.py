@@ -73,6 +73,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Continue one prompt or several."""
         service.check_model(body.model)
         params = body.params()
+        await service.check_schema(params)
         prompts = [await service.encode(prompt) for prompt in body.prompts]
 
         def echo(generation: Generation) -> Echo | None:
@@ -99,6 +100,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer the last message of a conversation."""
         service.check_model(body.model)
         params = body.params()
+        await service.check_schema(params)
         prompts = [await service.encode_chat(body.conversation)]
 
         def whole(generation: Generation, answer: Answer, index: int) -> Choice:

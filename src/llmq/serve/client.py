@@ -125,6 +125,8 @@ class EngineClient:
 
     def _take(self, step: Step) -> None:
         now = time.perf_counter()
+        if step.load.steps > self.load.steps:
+            self.metrics.iteration_tokens.observe(step.load.tokens - self.load.tokens)
         self.load = step.load
         for event in step.events:
             stream = self.streams.get(event[0])
@@ -138,11 +140,15 @@ class EngineClient:
 
 
 class RequestStream:
-    """A request in the engine: what comes of it, as it comes."""
+    """A request in the engine: what comes of it, as it comes. Times are those of ``time.perf_counter``: its arrival,
+    and its first and latest token."""
 
     def __init__(self, client: EngineClient, request_id: int) -> None:
         self.request_id = request_id
         self.arrival = time.perf_counter()
+        self.queue_seconds: float | None = None
+        self.first: float | None = None
+        self.last = self.arrival
         self._client = client
         self._events: list[Event] = []
         self._come = asyncio.Event()
@@ -161,7 +167,7 @@ class RequestStream:
     def take(self, event: Event, now: float) -> None:
         """Called with what comes, at ``now`` by ``time.perf_counter``."""
         if isinstance(event, TokenDelta):
-            self._measure(event.sample, now)
+            self._measure(event, now)
         else:
             del self._client.streams[self.request_id]
         self._events.append(event)
@@ -180,10 +186,11 @@ class RequestStream:
         if self._client.streams.pop(self.request_id, None) is not None:
             self._client.send(Abort(self.request_id))
 
-    def _measure(self, index: int, now: float) -> None:
-        metrics = self._client.metrics
-        if not self._times:
+    def _measure(self, token: TokenDelta, now: float) -> None:
+        metrics, index = self._client.metrics, token.sample
+        if self.first is None:
+            self.first, self.queue_seconds = now, token.queue_seconds
             metrics.time_to_first_token.observe(now - self.arrival)
         elif index in self._times:
             metrics.inter_token_latency.observe(now - self._times[index])
-        self._times[index] = now
+        self._times[index] = self.last = now

@@ -72,6 +72,7 @@ class Load(NamedTuple):
     waiting: int = 0
     used_blocks: int = 0
     steps: int = 0
+    tokens: int = 0
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0

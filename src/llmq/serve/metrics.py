@@ -13,15 +13,30 @@ from itertools import accumulate
 from llmq.serve.messages import Load
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-TOKENS = tuple(2**power for power in range(18))
-NUMBER = (1, 2, 5, 10, 20, 50, 100)
+FIRST_TOKEN_SECONDS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0),
+)
+"""vLLM's begin at 0.01: small models are faster."""
+REQUEST_SECONDS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
+REQUEST_TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+NUMBER = (1, 2, 5, 10, 20)
 
 
 class Histogram:
     """Counts of values up to each of ``bounds``, and beyond the last."""
 
-    def __init__(self, bounds: Sequence[float]) -> None:
+    def __init__(self, name: str, explanation: str, bounds: Sequence[float]) -> None:
+        self.name = name
+        self.explanation = explanation
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
@@ -40,12 +55,24 @@ class Metrics:
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.refused = 0
-        self.time_to_first_token = Histogram(SECONDS)
-        self.inter_token_latency = Histogram(SECONDS)
-        self.e2e_request_latency = Histogram(SECONDS)
-        self.request_prompt_tokens = Histogram(TOKENS)
-        self.request_generation_tokens = Histogram(TOKENS)
-        self.request_params_n = Histogram(NUMBER)
+        self.histograms: list[Histogram] = []
+        add = self._add
+        self.time_to_first_token = add("time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_SECONDS)
+        self.inter_token_latency = add("inter_token_latency_seconds", "Token to next token.", TOKEN_SECONDS)
+        self.e2e_request_latency = add("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_SECONDS)
+        self.request_queue_time = add("request_queue_time_seconds", "Arrival to being let in.", REQUEST_SECONDS)
+        self.request_prefill_time = add("request_prefill_time_seconds", "Let in to first token.", REQUEST_SECONDS)
+        self.request_decode_time = add("request_decode_time_seconds", "First to last token.", REQUEST_SECONDS)
+        self.request_inference_time = add("request_inference_time_seconds", "Let in to last token.", REQUEST_SECONDS)
+        self.iteration_tokens = add("iteration_tokens_total", "Tokens computed in a step.", STEP_TOKENS)
+        self.request_prompt_tokens = add("request_prompt_tokens", "Tokens of a prompt.", REQUEST_TOKENS)
+        self.request_generation_tokens = add("request_generation_tokens", "Tokens generated.", REQUEST_TOKENS)
+        self.request_params_n = add("request_params_n", "Answers asked for of a prompt.", NUMBER)
+        self.request_params_max_tokens = add("request_params_max_tokens", "Tokens asked for at most.", REQUEST_TOKENS)
+
+    def _add(self, name: str, explanation: str, bounds: Sequence[float]) -> Histogram:
+        self.histograms.append(Histogram(name, explanation, bounds))
+        return self.histograms[-1]
 
     def render(self, load: Load, waiting: int, total_blocks: int, block_size: int) -> str:
         """The page that Prometheus reads. ``waiting``: requests that are not let in, here and in the engine."""
@@ -75,15 +102,12 @@ class Metrics:
             yield self._sample("request_success_total", self.finished[reason], finished_reason=reason)
         yield from _head("cache_config_info", "gauge", "The KV cache.")
         yield self._sample("cache_config_info", 1, block_size=block_size, num_gpu_blocks=total_blocks)
-        yield from self._histogram("time_to_first_token_seconds", "Arrival to first token.", self.time_to_first_token)
-        yield from self._histogram("inter_token_latency_seconds", "Token to next token.", self.inter_token_latency)
-        yield from self._histogram("e2e_request_latency_seconds", "Arrival to last token.", self.e2e_request_latency)
-        yield from self._histogram("request_prompt_tokens", "Tokens of a prompt.", self.request_prompt_tokens)
-        yield from self._histogram("request_generation_tokens", "Tokens generated.", self.request_generation_tokens)
-        yield from self._histogram("request_params_n", "Answers asked for of a prompt.", self.request_params_n)
+        for histogram in self.histograms:
+            yield from self._histogram(histogram)
 
-    def _histogram(self, name: str, explanation: str, histogram: Histogram) -> Iterator[str]:
-        yield from _head(name, "histogram", explanation)
+    def _histogram(self, histogram: Histogram) -> Iterator[str]:
+        name = histogram.name
+        yield from _head(name, "histogram", histogram.explanation)
         cumulative = list(accumulate(histogram.counts))
         for bound, number in zip((*histogram.bounds, "+Inf"), cumulative, strict=True):
             yield self._sample(f"{name}_bucket", number, le=bound)

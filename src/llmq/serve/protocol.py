@@ -6,11 +6,13 @@ refused; fields that nobody knows are let pass, as clients send all sorts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from llmq.engine.grammar import ANY_OBJECT
 from llmq.engine.request import SamplingParams
 from llmq.errors import LlmqError
 from llmq.serve.errors import ApiError
@@ -37,6 +39,35 @@ class StreamOptions(_Body):
     include_usage: bool | None = None
 
 
+class JsonSchema(_Body):
+    """A JSON Schema; none stands for any object."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    """As good as true: what cannot be followed to the letter is refused."""
+    content: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class ResponseFormat(_Body):
+    """What an answer is: ``text``, whatever the model says; ``json_object``; or JSON of a ``json_schema``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def schema_text(self) -> str | None:
+        """As SamplingParams takes it. ApiError when there is none."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return ANY_OBJECT
+        if self.json_schema is None:
+            raise ApiError(400, "the type json_schema goes with a json_schema", param="response_format")
+        content = self.json_schema.content
+        return ANY_OBJECT if content is None else json.dumps(content)
+
+
 class _Generate(_Body):
     """What completions and chats have in common. A null is as good as nothing."""
 
@@ -52,6 +83,7 @@ class _Generate(_Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = None
     # vLLM's
     top_k: int | None = None
@@ -63,6 +95,7 @@ class _Generate(_Body):
     include_stop_str_in_output: bool | None = None
     best_of: int | None = None
     priority: int | None = None
+    structured_outputs: dict[str, Any] | None = None
     return_token_ids: bool | None = None
 
     @property
@@ -80,6 +113,7 @@ class _Generate(_Body):
             "stop": (self.stop,) if isinstance(self.stop, str) else self.stop and tuple(self.stop),
             "stop_token_ids": self.stop_token_ids and tuple(self.stop_token_ids),
             "include_stop": self.include_stop_str_in_output,
+            "json_schema": self.response_format and self.response_format.schema_text,
             "logprobs": logprobs,
             "prompt_logprobs": prompt_logprobs,
         }
@@ -91,8 +125,9 @@ class _Generate(_Body):
             raise ApiError(400, error.message, param=error.message.split(" ", 1)[0]) from None
 
     def _refuse_what_is_missing(self) -> None:
-        if self.logit_bias:
-            raise unsupported("logit_bias")
+        for field in ("logit_bias", "structured_outputs"):
+            if getattr(self, field):
+                raise unsupported(field)
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options goes with stream: true", param="stream_options")
         if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
@@ -153,12 +188,6 @@ class Message(_Body):
         return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 
-class ResponseFormat(_Body):
-    """``text``: whatever the model says."""
-
-    type: Literal["text", "json_object", "json_schema"]
-
-
 class ChatRequest(_Generate):
     """The body of POST /v1/chat/completions."""
 
@@ -166,7 +195,6 @@ class ChatRequest(_Generate):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
     audio: dict[str, Any] | None = None
@@ -184,8 +212,6 @@ class ChatRequest(_Generate):
                 raise unsupported(field)
         if self.modalities not in (None, [], ["text"]):
             raise unsupported("modalities")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise unsupported("response_format")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs goes with logprobs: true", param="top_logprobs")
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

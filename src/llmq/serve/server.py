@@ -14,6 +14,7 @@ from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import resolve
 from llmq.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from llmq.engine.admission import Limits
+from llmq.engine.grammar import Grammars
 from llmq.engine.options import EngineOptions
 from llmq.errors import FAILED, LlmqError
 from llmq.serve.client import EngineClient
@@ -56,7 +57,8 @@ def serve(model: str, *, settings: dict[str, Any], options: EngineOptions, serve
 
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
         ready = client.wait()
-        service = Service(name, model, config, tokenizer, ready.limits, client, serve_options)
+        grammars = Grammars(folder, config.vocab_size, config.eos_token_ids)
+        service = Service(name, model, config, tokenizer, grammars, ready.limits, client, serve_options)
         if serve_options.reachable_by_others and not serve_options.api_keys:
             _say(f"warning: whoever reaches {serve_options.host} may use the model: there is no --api-key")
 

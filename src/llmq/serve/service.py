@@ -11,6 +11,7 @@ from typing import Any
 from llmq.checkpoint.config import ModelConfig
 from llmq.checkpoint.tokenizer import Tokenizer, encode_chat
 from llmq.engine.admission import Limits, Rejected
+from llmq.engine.grammar import Grammars
 from llmq.engine.request import SamplingParams
 from llmq.errors import LlmqError
 from llmq.serve.answers import Generation
@@ -34,6 +35,7 @@ class Service:
     model: str
     config: ModelConfig
     tokenizer: Tokenizer | None
+    grammars: Grammars
     limits: Limits
     client: EngineClient
     options: ServeOptions
@@ -81,6 +83,16 @@ class Service:
         """ApiError unless all are in the vocabulary."""
         if not all(0 <= token < self.config.vocab_size for token in token_ids):
             raise ApiError(400, f"a token id is outside the vocabulary of {self.config.vocab_size}", param=param)
+
+    async def check_schema(self, params: SamplingParams) -> None:
+        """ApiError when answers are to fit a JSON Schema that cannot be followed here."""
+        if params.json_schema is None:
+            return
+        try:
+            # The engine will do the same; large ones take a while.
+            await asyncio.to_thread(self.grammars.matcher, params.json_schema)
+        except LlmqError as error:
+            raise ApiError(400, error.message, param="response_format") from None
 
     def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         """Hand ``prompts`` to the engine, all or none. ApiError when one can never run, or the queue is full."""

@@ -84,6 +84,7 @@ def _load_of(llm: LLM) -> Load:
         waiting=now.waiting + now.swapped,
         used_blocks=now.used_blocks,
         steps=stats.steps,
+        tokens=stats.tokens,
         preemptions=stats.preemptions,
         prefix_queries=stats.prefix_queries,
         prefix_hits=stats.prefix_hits,

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
-from llmq.quant.affine import decode, encode, fit_grid
+from llmq.quant.affine import fit_grid
 from llmq.quant.options import DYNAMIC, OFF, STATIC
+from llmq.runtime.kernels.round_columns import MAX_COLUMNS, round_columns
 from llmq.scheme import WHOLE_TENSOR, Scheme
 
 DAMP_PERCENT = 0.01
 """Added to the Hessian's diagonal, as a share of its mean."""
 DAMP_TRIES = 3
 """Each ten times the last, where the Hessian cannot be factored: 1 %, 10 %, 100 %."""
-BLOCK = 128
+BLOCK = MAX_COLUMNS
 """Columns whose errors are carried to all later columns in one product."""
 
 
@@ -62,25 +63,24 @@ def quantize_weight(weight: Tensor, scheme: Scheme, hessian: Tensor, act_order: 
     group_index = torch.empty_like(natural)
     group_index[members] = natural // scheme.group_length(in_features)
     compensation = _compensation(hessian, order)
-    # Transposed, so that what is rounded together lies together: [in, out].
+    # Transposed, so that what is rounded together lies together: [in, out], and [groups, out].
     left = weight.t()[order]
-    all_scales, all_zeros = (grid.float().t()[group_index[order]] for grid in (scales, zeros))
-    codes = torch.empty_like(left)
-
+    wide_scales, wide_zeros = (part.float().t().contiguous() for part in (scales, zeros))
+    in_place = torch.empty_like(weight, dtype=torch.uint8)
     for start in range(0, in_features, BLOCK):
         block = slice(start, min(start + BLOCK, in_features))
-        inner = compensation[block, block]
-        columns = left[block].clone()
-        errors = torch.empty_like(columns)
-        for i, column in enumerate(columns):
-            scale, zero = all_scales[start + i], all_zeros[start + i]
-            code = codes[start + i] = encode(column, scale, zero, scheme.max_code)
-            errors[i] = (column - decode(code, scale, zero)) / inner[i, i]
-            columns[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+        which = order[block]
+        codes, errors = round_columns(
+            left[block],
+            compensation[block, block],
+            wide_scales,
+            wide_zeros,
+            group_index[which],
+            scheme.max_code,
+        )
+        in_place[:, which] = codes.t()
         left[block.stop :].addmm_(compensation[block, block.stop :].t(), errors, alpha=-1)
 
-    in_place = torch.empty_like(weight, dtype=torch.uint8)
-    in_place[:, order] = codes.t().to(torch.uint8)
     scattered = act_order == DYNAMIC and not torch.equal(group_index, natural // scheme.group_length(in_features))
     return QuantizedWeight(scheme, in_place, scales, zeros, group_index if scattered else None)
 
@@ -98,7 +98,7 @@ def _compensation(hessian: Tensor, order: Tensor) -> Tensor:
     dead = energy == 0
     mean = energy[~dead].mean() if not dead.all() else energy.new_ones(())
     for attempt in range(DAMP_TRIES):
-        damped = hessian[reverse][:, reverse]
+        damped = hessian[reverse.unsqueeze(1), reverse]
         damped.diagonal().add_(mean * DAMP_PERCENT * 10**attempt).add_(mean * dead)
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # of a wide layer it takes a gigabyte

@@ -15,6 +15,9 @@ from torch import Tensor
 def runs_triton(x: Tensor) -> bool:
     """Whether kernels on ``x`` run through Triton: on a GPU, or anywhere under Triton's own interpreter (for tests).
     Where ``x`` asks for a gradient they do not: only the references have one."""
-    if x.requires_grad:
-        return False
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return not x.requires_grad and triton_runs_on(x.device.type)
+
+
+def triton_runs_on(device: str) -> bool:
+    """Whether kernels on a device of this type do."""
+    return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmq.runtime.kernels import runs_triton
+from llmq.runtime.kernels.kv_write import Scales, read_pages
 
 
 def paged_attention(
@@ -38,12 +39,14 @@ def paged_attention(
     longest: Tensor | None = None,
     order: Tensor | None = None,
     split: int | None = None,
+    batch_invariant: bool = False,
+    scales: Scales | None = None,
 ) -> Tensor:
     """Causal attention of each row's queries over the row's pages → [tokens, heads, head_dim].
 
     query         [tokens, heads, head_dim]
     key_cache     [blocks, block_size, kv_heads, head_dim]; may be a view of a bigger pool, contiguous in head_dim.
-    value_cache   This step's keys and values are in it already
+    value_cache   This step's keys and values are in it already. In the query's type, or in 8 bits with ``scales``
     block_tables  int32 [rows, max blocks of a row]
     query_starts  int32 [rows + 1]; row r's queries are query[query_starts[r]:query_starts[r + 1]]
     kv_lengths    int32 [rows]; tokens of the row in the cache. Its last query is at position kv_length − 1.
@@ -58,6 +61,10 @@ def paged_attention(
     split         on a GPU a row's positions are divided among programs, this many to each, a multiple of 64, and the
                   parts joined in order. None: what is fastest for this many rows and these bounds, so that the last
                   bits of a row's result depend on its batch. With a number they do not
+    batch_invariant
+                a token's result does not depend on how many tokens of its row, or of others, are in the step: one
+                program takes all positions of a row, in tiles of one shape
+    scales        of keys and of values in 8 bits; see ``write_kv``. The products of a bf16 query are then of fp16
     """
     inputs = (query, key_cache, value_cache, block_tables, query_starts, kv_lengths)
     if not runs_triton(query):
@@ -68,6 +75,7 @@ def paged_attention(
             max_kv_length=max_kv_length,
             scale=scale,
             softcap=softcap,
+            scales=scales,
         )
     from llmq.runtime.kernels.attention_triton import paged_attention_triton
 
@@ -81,6 +89,8 @@ def paged_attention(
         longest=longest,
         order=order,
         split=split,
+        batch_invariant=batch_invariant,
+        scales=scales,
     )
 
 
@@ -97,6 +107,7 @@ def paged_attention_reference(
     max_kv_length: int,
     scale: float | None = None,
     softcap: float | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
     """``paged_attention`` in plain PyTorch.
 
@@ -117,7 +128,10 @@ def paged_attention_reference(
         blocks = block_tables[index, : -(-longest // key_cache.shape[1])]
         position = torch.arange(longest, device=query.device)
         past_end = position >= kv_lengths[index, None]
-        key, value = (_gather(cache, blocks, past_end).transpose(1, 2) for cache in (key_cache, value_cache))
+        key, value = (
+            _gather(cache, scale, blocks, past_end, query.dtype).transpose(1, 2)
+            for cache, scale in zip((key_cache, value_cache), scales or (None, None), strict=True)
+        )
         step = torch.arange(queries, device=query.device)
         tokens = query_starts[index, None] + step
         seen_to = (kv_lengths[index, None] - queries + step)[:, None, :, None]
@@ -152,9 +166,9 @@ def dot_product_attention(
     return wide.softmax(-1).to(value.dtype) @ value
 
 
-def _gather(cache: Tensor, blocks: Tensor, past_end: Tensor) -> Tensor:
+def _gather(cache: Tensor, scale: Tensor | None, blocks: Tensor, past_end: Tensor, dtype: torch.dtype) -> Tensor:
     """Pages of ``blocks`` [rows, n] end to end: [rows, longest, kv_heads, head_dim], zero past each row's end."""
-    pages = cache.index_select(0, blocks.flatten())  # several times faster on a CPU than indexing with a matrix
+    pages = read_pages(cache, scale, blocks.flatten(), dtype)
     tokens = pages.view(len(blocks), -1, *cache.shape[2:])[:, : past_end.shape[1]]
     # A page holds anything there, NaN too, which no mask removes from a sum.
     tokens[past_end] = 0

@@ -17,12 +17,22 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
 
     many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
                              and leaves the mask out where every query of the tile sees every key
+
+Keys and values of 8 bits become fp16 in registers. The matrix instruction takes a value's channel from two tokens at
+once, which no load brings together byte by byte; two channels at a time, one does:
+
+    token t       … c1 c0 …     }  a register of        ┌ c0 of t, c0 of t + 1  →  one product for the even channels
+    token t + 1   … c1 c0 …     }  c1 c0 | c1 c0   →    └ c1 of t, c1 of t + 1  →  one for the odd
+
+A scale of the layer goes into that of the scores, and into the sum at the end; those of tokens multiply the scores and
+the weights.
 """
 
 # ruff: noqa: SIM102, SIM108 (an `if` on a constexpr is decided when the kernel is compiled)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -30,12 +40,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels.kv_write import Scales
+from llmq.runtime.kernels.kv_write_triton import scale_strides
 from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
 
 SHORTEST_SPLIT = 64  # positions; a multiple of every tile
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
+VALUE_SCALE = tl.constexpr(1024.0)
+"""What int8 values are taken times, so that a weight times a value's scale is a normal number of fp16 for values whose
+largest is anywhere from 1e-3 to 8,000."""
+
+
+# In one register two pairs of codes, of two tokens and two channels; out, for each channel, the numbers of both tokens,
+# as the matrix instruction wants them.
+UNPAIR_E4M3 = tl.constexpr("""{
+    .reg .b32 codes;
+    .reg .b16 first, second;
+    prmt.b32 codes, $2, 0, 0x3120;
+    mov.b32 {first, second}, codes;
+    cvt.rn.f16x2.e4m3x2 $0, first;
+    cvt.rn.f16x2.e4m3x2 $1, second;
+}""")
+# 0x64 in the upper byte of a number of fp16 makes it 1024 + the lower byte.
+UNPAIR_INT8 = tl.constexpr("""{
+    .reg .b32 codes, first, second, zero;
+    xor.b32 codes, $2, 0x80808080;
+    prmt.b32 first, codes, 0x64646464, 0x4240;
+    prmt.b32 second, codes, 0x64646464, 0x4341;
+    mov.b32 zero, 0x64806480;
+    sub.f16x2 $0, first, zero;
+    sub.f16x2 $1, second, zero;
+}""")
+WIDEN_INT8 = tl.constexpr(UNPAIR_INT8.value.replace("0x4240", "0x4140").replace("0x4341", "0x4342"))
 
 
 class Launch(NamedTuple):
@@ -47,12 +86,19 @@ class Launch(NamedTuple):
     stages: int
 
 
-def decode_launch(group: int, head_dim: int, element_size: int) -> Launch:
+@cache
+def has_room(device: torch.device) -> bool:
+    """Whether a program may have more than 128 KiB of shared memory: on A100, H100, B200, and not on other GPUs."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return capability == (8, 0) or 9 <= capability[0] <= 11
+
+
+def decode_launch(group: int, head_dim: int, element_size: int, *, room: bool) -> Launch:
     """For the grid of rows with few queries."""
     block_m = max(16, triton.next_power_of_2(group))
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
-    return Launch(block_m, 64, 4, 3 if head_dim <= 128 else 2)
+    return Launch(block_m, 64, 4, 2 if head_dim > 128 else 4 if room else 3)
 
 
 def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
@@ -86,6 +132,8 @@ def paged_attention_triton(
     longest: Tensor | None = None,
     order: Tensor | None = None,
     split: int | None = None,
+    batch_invariant: bool = False,
+    scales: Scales | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
     tokens, heads, head_dim = query.shape
@@ -94,12 +142,13 @@ def paged_attention_triton(
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
         raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
     group = heads // kv_heads
-    decode = decode_launch(group, head_dim, query.element_size())
+    decode = decode_launch(group, head_dim, query.element_size(), room=has_room(query.device))
     prefill = prefill_launch(group, head_dim, query.element_size())
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
 
-    # Rows of up to few_queries go to the decode grid, the others to the prefill grid.
-    few_queries = min(decode.block_m // group, max_query_length)
+    # Rows of up to few_queries go to the decode grid, the others to the prefill grid, which alone treats a query the
+    # same way whatever other queries are in the step.
+    few_queries = 0 if batch_invariant else min(decode.block_m // group, max_query_length)
     span = max_kv_length if window is None else min(max_kv_length, window + few_queries - 1)
     shared = splits_for(rows * kv_heads, span) if split is None else triton.cdiv(span, split)
     # A window may begin in the middle of a split.
@@ -112,8 +161,9 @@ def paged_attention_triton(
 
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
-            query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, order, out, means, logsums,
-            *query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0), out.stride(0),
+            query, key_cache, value_cache, *(scales or (None, None)), block_tables, query_starts, kv_lengths, longest,
+            order, out, means, logsums,
+            *query.stride()[:2], *key_cache.stride()[:3], *scale_strides(scales), block_tables.stride(0), out.stride(0),
             heads, rows, few_queries, splits, shared, span, split or 0, window or 0,
             LOG2_E * (softcap or scale), cap_scale,
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
@@ -122,10 +172,11 @@ def paged_attention_triton(
             **pdl(query.device),
         )  # fmt: skip
 
-    attend_rows(decode, splits, rows, True)
+    if few_queries:
+        attend_rows(decode, splits, rows, True)
     if max_query_length > few_queries:
         attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
-    if splits > 1:
+    if few_queries and splits > 1:
         merge_kernel[rows * few_queries, heads](
             means, logsums, out, query_starts, kv_lengths, longest, out.stride(0), few_queries, splits, shared, span,
             split or 0, window or 0,
@@ -159,9 +210,11 @@ def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "few_queries", "splits", "shared", "span", "split", "window"])
 def attention_kernel(
-    query, key_cache, value_cache, block_tables, query_starts, kv_lengths, longest, order, out, means, logsums,
+    query, key_cache, value_cache, key_scales, value_scales, block_tables, query_starts, kv_lengths, longest, order,
+    out, means, logsums,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
-    table_stride, out_token_stride, heads, rows, few_queries, splits, shared, span, split, window, scale, cap_scale,
+    scale_block_stride, scale_head_stride, table_stride, out_token_stride, heads, rows, few_queries, splits, shared,
+    span, split, window, scale, cap_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
     PDL: tl.constexpr,
@@ -213,6 +266,19 @@ def attention_kernel(
         mask=stored, other=0.0,
     )  # fmt: skip
 
+    if key_scales is not None:
+        if q.dtype == tl.bfloat16:
+            q = q.to(tl.float16)  # what codes of 8 bits become in the fewest instructions
+        if key_cache.dtype.element_ty == tl.int8:
+            key_scales += kv_head * scale_head_stride
+            value_scales += kv_head * scale_head_stride
+        else:
+            layer_scale = tl.load(key_scales)
+            if CAPPED:
+                cap_scale *= layer_scale
+            else:
+                scale *= layer_scale
+
     # Keys [first, last) are seen by some query of the tile; [first_full, last_full) by all of them.
     last_query = tl.minimum(first_query + BLOCK_Q, queries) - 1
     last = tl.minimum(kv_length - queries + last_query + 1, kv_length)
@@ -226,36 +292,51 @@ def attention_kernel(
         last = tl.minimum(last, (own + 1) * split)
     first = first // TILE * TILE
 
-    acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
+    if key_scales is None:
+        acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
+        acc_odd = 0.0
+    else:
+        acc = tl.zeros([BLOCK_M, DIM_PADDED // 2], dtype=tl.float32)
+        acc_odd = tl.zeros([BLOCK_M, DIM_PADDED // 2], dtype=tl.float32)
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     table = block_tables + row.to(tl.int64) * table_stride
     keys = key_cache + kv_head * cache_head_stride
     values = value_cache + kv_head * cache_head_stride
+    if key_scales is not None:
+        values = values.to(tl.pointer_type(tl.int16), bitcast=True)
     if not DECODE:
         first_full = first
         if WINDOWED:
             seen_by_last = tl.maximum(kv_length - queries + last_query - window + 1, 0)
             first_full = tl.minimum(tl.cdiv(seen_by_last, TILE) * TILE, tl.cdiv(last, TILE) * TILE)
-            acc, best, total = attend(
-                acc, best, total, q, first, tl.minimum(first_full, last), keys, values, table, position, window,
-                scale, cap_scale, cache_block_stride, cache_token_stride,
+            acc, acc_odd, best, total = attend(
+                acc, acc_odd, best, total, q, first, tl.minimum(first_full, last), keys, values, key_scales,
+                value_scales, table, position, window, scale, cap_scale, cache_block_stride, cache_token_stride,
+                scale_block_stride,
                 HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
-        acc, best, total = attend(
-            acc, best, total, q, first_full, last_full, keys, values, table, position, window, scale, cap_scale,
-            cache_block_stride, cache_token_stride,
+        acc, acc_odd, best, total = attend(
+            acc, acc_odd, best, total, q, first_full, last_full, keys, values, key_scales, value_scales, table,
+            position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
             HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, False,
         )  # fmt: skip
         first = last_full
-    acc, best, total = attend(
-        acc, best, total, q, first, last, keys, values, table, position, window, scale, cap_scale,
-        cache_block_stride, cache_token_stride,
+    acc, acc_odd, best, total = attend(
+        acc, acc_odd, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
+        scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
         HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
     )  # fmt: skip
 
+    if key_scales is not None:
+        acc = tl.interleave(acc, acc_odd)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if key_scales is not None:
+        if key_cache.dtype.element_ty == tl.int8:
+            acc /= VALUE_SCALE
+        else:
+            acc *= tl.load(value_scales)
     if DECODE:
         if row_splits > 1:
             at = ((row * few_queries + query_index).to(tl.int64) * heads + head) * splits
@@ -269,48 +350,63 @@ def attention_kernel(
 
 @triton.jit
 def attend(
-    acc, best, total, q, first, last, keys, values, table, position, window, scale, cap_scale,
-    cache_block_stride, cache_token_stride,
+    acc, acc_odd, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
+    scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
     HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [first, last), tile by tile, into the running softmax (acc, best, total) of the queries q.
 
-    acc    the values' sum weighted by 2^(score − best)
+    acc    the values' sum weighted by 2^(score − best); of 8 bits, that of the even channels, and acc_odd of the odd
     best   the greatest score yet; scores are in units of log 2, so that the exponential is one instruction
     total  the sum of the weights
     scale  takes a product of query and key, or, if CAPPED, its tanh to those units
     """
     step = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PADDED)[None, :]
+    PAIRED: tl.constexpr = values.dtype.element_ty == tl.int16
+    VALUE_DIM: tl.constexpr = HEAD_DIM // 2 if PAIRED else HEAD_DIM
+    value_dim = tl.arange(0, DIM_PADDED // 2 if PAIRED else DIM_PADDED)[None, :]
     pages = load_pages(table, first, last, BLOCK_SIZE, TILE)
     for start in range(first, last, TILE):
         key_position = start + step
         inside = (key_position < last)[:, None]
         if BLOCK_SIZE % TILE == 0:
             base = pages.to(tl.int64) * cache_block_stride + start % BLOCK_SIZE * cache_token_stride
-            at = base + step[:, None] * cache_token_stride + dim
+            base = base + step * cache_token_stride
         else:
             base = pages.to(tl.int64) * cache_block_stride + key_position % BLOCK_SIZE * cache_token_stride
-            at = base[:, None] + dim
+        at = base[:, None] + dim
+        if PAIRED:
+            value_at = (base // 2)[:, None] + value_dim
+        else:
+            value_at = at
+        if key_scales is not None:
+            if keys.dtype.element_ty == tl.int8:
+                scale_at = pages.to(tl.int64) * scale_block_stride + key_position % BLOCK_SIZE
+                key_scale = tl.load(key_scales + scale_at, mask=key_position < last, other=0.0)[None, :]
+                value_scale = tl.load(value_scales + scale_at, mask=key_position < last, other=0.0)[None, :]
         # One tile ahead, so that no load of keys waits for the load of its address.
         pages = load_pages(table, start + TILE, last, BLOCK_SIZE, TILE)
         # Past the row's end a page holds anything, NaN too, which a weight of zero would not remove from the sum.
         if MASKED:
             if HEAD_DIM == DIM_PADDED:
                 k = tl.load(keys + at, mask=inside, other=0.0)
-                v = tl.load(values + at, mask=inside, other=0.0)
+                v = tl.load(values + value_at, mask=inside, other=0)
             else:
                 k = tl.load(keys + at, mask=inside & (dim < HEAD_DIM), other=0.0)
-                v = tl.load(values + at, mask=inside & (dim < HEAD_DIM), other=0.0)
+                v = tl.load(values + value_at, mask=inside & (value_dim < VALUE_DIM), other=0)
         else:
             if HEAD_DIM == DIM_PADDED:
                 k = tl.load(keys + at)
-                v = tl.load(values + at)
+                v = tl.load(values + value_at)
             else:
                 k = tl.load(keys + at, mask=dim < HEAD_DIM, other=0.0)
-                v = tl.load(values + at, mask=dim < HEAD_DIM, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+                v = tl.load(values + value_at, mask=value_dim < VALUE_DIM, other=0)
+        scores = tl.dot(q, tl.trans(widened(k, q.dtype)), input_precision="ieee")
+        if key_scales is not None:
+            if keys.dtype.element_ty == tl.int8:
+                scores *= key_scale
         if CAPPED:
             scores = 1 - 2 / (1 + tl.exp2(scores * cap_scale))  # tanh(x) = 1 − 2 / (1 + e^2x)
         if MASKED:
@@ -324,9 +420,49 @@ def attend(
         weights = tl.exp2(scores * scale - shift[:, None])
         fade = tl.exp2(best - shift)
         total = total * fade + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        if key_scales is not None:
+            if keys.dtype.element_ty == tl.int8:
+                weights *= VALUE_SCALE * value_scale
+        weights = weights.to(q.dtype)
+        if PAIRED:
+            even, odd = unpaired(v, keys, q.dtype)
+            acc = tl.dot(weights, even, acc * fade[:, None], input_precision="ieee")
+            acc_odd = tl.dot(weights, odd, acc_odd * fade[:, None], input_precision="ieee")
+        else:
+            acc = tl.dot(weights, v, acc * fade[:, None], input_precision="ieee")
         best = new_best
-    return acc, best, total
+    return acc, acc_odd, best, total
+
+
+@triton.jit
+def widened(codes, dtype: tl.constexpr):
+    """``codes`` of the cache as numbers of ``dtype``."""
+    if codes.dtype == tl.int8 and dtype == tl.float16 and not INTERPRETED:
+        numbers = tl.inline_asm_elementwise(
+            WIDEN_INT8, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+        )  # fmt: skip
+    else:
+        numbers = codes.to(dtype)
+    return numbers
+
+
+@triton.jit
+def unpaired(pairs, keys, dtype: tl.constexpr):
+    """Two codes side by side in each of ``pairs`` → the numbers of the first and of the second."""
+    kind: tl.constexpr = keys.dtype.element_ty
+    if INTERPRETED or dtype == tl.float32:
+        first = widened((pairs & 0xFF).to(tl.int8).to(kind, bitcast=True), dtype)
+        second = widened((pairs >> 8).to(tl.int8).to(kind, bitcast=True), dtype)
+        both = (first, second)
+    elif kind == tl.int8:
+        both = tl.inline_asm_elementwise(
+            UNPAIR_INT8, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        both = tl.inline_asm_elementwise(
+            UNPAIR_E4M3, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    return both
 
 
 @triton.jit

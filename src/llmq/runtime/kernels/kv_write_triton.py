@@ -6,8 +6,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels.kv_write import Scales
+from llmq.runtime.kernels.quantize_rows_triton import TINY, rounded
 
-def write_kv_triton(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+
+def scale_strides(scales: Scales | None) -> tuple[int, int]:
+    """Of a block's and of a head's scales; those of a layer have none."""
+    if scales is None or scales[0].dim() == 1:
+        return 0, 0
+    if scales[0].stride() != scales[1].stride() or scales[0].stride(2) != 1:
+        raise ValueError("the scales of keys and values must have the same strides, and be contiguous in block_size")
+    block, head, _ = scales[0].stride()
+    return block, head
+
+
+def write_kv_triton(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, scales: Scales | None = None
+) -> None:
     """``write_kv`` through Triton: one program a token."""
     tokens, kv_heads, head_dim = key.shape
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
@@ -16,30 +31,50 @@ def write_kv_triton(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: 
         raise ValueError("keys and values must be contiguous in head_dim")
     if tokens:
         write_kv_kernel[tokens,](
-            key, value, key_cache, value_cache, slots, *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3],
+            key, value, key_cache, value_cache, *(scales or (None, None)), slots,
+            *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3], *scale_strides(scales),
             KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=key_cache.shape[1],
             HEADS_PADDED=triton.next_power_of_2(kv_heads), DIM_PADDED=triton.next_power_of_2(head_dim),
         )  # fmt: skip
 
 
 @triton.jit
+def inverse_scale(most, scales, at, inside, cache):
+    """What heads of one token are multiplied by to become codes of ``cache``, ``most`` the greatest number of each; if
+    they have scales of their own, these are stored ``at`` their places."""
+    if cache.dtype.element_ty == tl.int8:
+        most = tl.maximum(most, TINY)
+        tl.store(scales + at, tl.div_rn(most, 127.0), mask=inside)
+        inverse = tl.div_rn(127.0, most)[:, None]
+    else:
+        inverse = tl.div_rn(1.0, tl.load(scales))
+    return inverse
+
+
+@triton.jit
 def write_kv_kernel(
-    key, value, key_cache, value_cache, slots,
+    key, value, key_cache, value_cache, key_scales, value_scales, slots,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride,
-    cache_block_stride, cache_token_stride, cache_head_stride,
+    cache_block_stride, cache_token_stride, cache_head_stride, scale_block_stride, scale_head_stride,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEADS_PADDED: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
     """One token: all its KV heads."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
-    head = tl.arange(0, HEADS_PADDED)[:, None]
+    head = tl.arange(0, HEADS_PADDED)
     dim = tl.arange(0, DIM_PADDED)[None, :]
-    inside = (head < KV_HEADS) & (dim < HEAD_DIM)
+    inside = (head < KV_HEADS)[:, None] & (dim < HEAD_DIM)
     # A pool may hold more than 2^31 elements: the block's offset is 64 bits wide, the rest is small.
     to = (slot // BLOCK_SIZE) * cache_block_stride + (slot % BLOCK_SIZE) * cache_token_stride
-    within = head * cache_head_stride + dim
-    k = tl.load(key + token * key_token_stride + head * key_head_stride + dim, mask=inside)
-    v = tl.load(value + token * value_token_stride + head * value_head_stride + dim, mask=inside)
+    within = head[:, None] * cache_head_stride + dim
+    k = tl.load(key + token * key_token_stride + head[:, None] * key_head_stride + dim, mask=inside, other=0.0)
+    v = tl.load(value + token * value_token_stride + head[:, None] * value_head_stride + dim, mask=inside, other=0.0)
+    if key_scales is not None:
+        at = (slot // BLOCK_SIZE) * scale_block_stride + slot % BLOCK_SIZE + head * scale_head_stride
+        k, v = k.to(tl.float32), v.to(tl.float32)
+        k *= inverse_scale(tl.max(tl.abs(k), 1), key_scales, at, head < KV_HEADS, key_cache)
+        v *= inverse_scale(tl.max(tl.abs(v), 1), value_scales, at, head < KV_HEADS, value_cache)
+        k, v = rounded(k, key_cache), rounded(v, value_cache)
     tl.store(key_cache + to + within, k, mask=inside)
     tl.store(value_cache + to + within, v, mask=inside)

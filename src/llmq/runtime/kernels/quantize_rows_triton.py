@@ -50,17 +50,23 @@ def quantize_rows_triton(x: Tensor, number: str) -> QuantizedRows:
 
 
 @triton.jit
-def store_quantized(row, codes, scales, token, column, inside, width, LARGEST: tl.constexpr):
-    """Quantize ``row``, fp32, zero outside, and store it as that of ``token``."""
-    most = tl.maximum(tl.max(tl.abs(row), 0), TINY)
-    scaled = row * tl.div_rn(LARGEST, most)
+def rounded(scaled, codes):
+    """``scaled``, fp32, as codes of the type that ``codes`` points to."""
     if codes.dtype.element_ty != tl.int8:
-        code = scaled.to(codes.dtype.element_ty)
+        code = tl.clamp(scaled, -448.0, 448.0).to(codes.dtype.element_ty)
     elif INTERPRETED:
         code = ((scaled + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 · 2^23, where a float's step is 1
     else:
         code = libdevice.rint(scaled).to(tl.int8)
-    tl.store(codes + token * width + column, code, mask=inside)
+    return code
+
+
+@triton.jit
+def store_quantized(row, codes, scales, token, column, inside, width, LARGEST: tl.constexpr):
+    """Quantize ``row``, fp32, zero outside, and store it as that of ``token``."""
+    most = tl.maximum(tl.max(tl.abs(row), 0), TINY)
+    scaled = row * tl.div_rn(LARGEST, most)
+    tl.store(codes + token * width + column, rounded(scaled, codes), mask=inside)
     tl.store(scales + token, tl.div_rn(most, LARGEST))
 
 

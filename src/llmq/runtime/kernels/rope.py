@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmq.runtime.kernels import runs_triton
-from llmq.runtime.kernels.kv_write import write_kv_reference
+from llmq.runtime.kernels.kv_write import Scales, write_kv_reference
 from llmq.runtime.kernels.norm import add_rms_norm_reference
 
 
@@ -31,6 +31,7 @@ def rope_and_write(
     *,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    scales: Scales | None = None,
 ) -> Tensor:
     """Write key and value, and return the query, rotated: [tokens, heads, head_dim].
 
@@ -40,13 +41,14 @@ def rope_and_write(
     slots                   integers [tokens]
     norms                   weights [head_dim] of the RMS norms of query and key, which have ``eps``, as those of
                             ``add_rms_norm``; None: no norm
+    scales                  of a cache of 8 bits; see ``write_kv``
     """
     arguments = (query, key, value, rotation, key_cache, value_cache, slots)
     if not runs_triton(query):
-        return rope_and_write_reference(*arguments, norms=norms, eps=eps)
+        return rope_and_write_reference(*arguments, norms=norms, eps=eps, scales=scales)
     from llmq.runtime.kernels.rope_triton import rope_and_write_triton
 
-    return rope_and_write_triton(*arguments, norms=norms, eps=eps)
+    return rope_and_write_triton(*arguments, norms=norms, eps=eps, scales=scales)
 
 
 def rope_and_write_reference(
@@ -60,10 +62,11 @@ def rope_and_write_reference(
     *,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    scales: Scales | None = None,
 ) -> Tensor:
     """``rope_and_write`` in plain PyTorch."""
     query, key = norm_and_rotate(query, key, rotation, norms, eps)
-    write_kv_reference(key, value, key_cache, value_cache, slots)
+    write_kv_reference(key, value, key_cache, value_cache, slots, scales)
     return query
 
 

@@ -39,13 +39,17 @@ def silu_mul_quantize_triton(gate: Tensor, up: Tensor, number: str) -> Quantized
 
 
 @triton.jit
+def silu_product(gate, up):
+    """silu(gate) · up."""
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    return (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def gated(gate, up, inside):
     """silu(gate) · up at these addresses, zero outside."""
-    g = tl.load(gate, mask=inside, other=0.0)
-    u = tl.load(up, mask=inside, other=0.0)
-    wide = g.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(g.dtype)
-    return (silu.to(tl.float32) * u.to(tl.float32)).to(g.dtype)
+    return silu_product(tl.load(gate, mask=inside, other=0.0), tl.load(up, mask=inside, other=0.0))
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 y[m, n] = (Σ_k x[m, k] · w[n, k]) · x_scale[m] · w_scale[n]  +  bias[n]          x, w: codes; scales: fp32
 
 Nothing is unpacked: the matrix unit multiplies the codes as they are. Sums of integers are exact, in int32; sums of
-floats are fp32. Weights stay in the order of the checkpoint, [N, K], in which K, as the unit wants it, is contiguous.
+floats are fp32, but for long batches. Weights stay in the order of the checkpoint, [N, K], in which K, as the unit
+wants it, is contiguous.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from torch import Tensor
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels import runs_triton
 from llmq.runtime.kernels.quantize_rows import CODES, QuantizedRows
+from llmq.runtime.kernels.split_k import SplitSums, whole
 from llmq.scheme import E4M3, INT
+
+LIBRARY_ROWS = 128
+"""Above, PyTorch's FP8 product is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +57,19 @@ def merge_w8a8(weights: Sequence[Weight8]) -> Weight8 | None:
 def w8a8_matmul(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows of ``x`` [M, K] times the weight [N, K], transposed, plus ``bias`` [N] → ``dtype`` [M, N].
 
-    The order in which floats are summed depends on N and K, and on M only through the kernel that it chooses (up to 16
+    The order in which floats are summed depends on N and K, and on M only through the kernel that it chooses (up to 8
     rows, up to 64, above); integers are exact.
     """
+    return whole(w8a8_product(x, weight, bias, dtype))
+
+
+def w8a8_product(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor | SplitSums:
+    """``w8a8_matmul``, perhaps with splits of K still to be added up."""
     if not runs_triton(x.codes):
         return w8a8_matmul_reference(x, weight, bias, dtype)
-    from llmq.runtime.kernels.w8a8_triton import w8a8_matmul_triton
+    from llmq.runtime.kernels.w8a8_triton import w8a8_product_triton
 
-    return w8a8_matmul_triton(x, weight, bias, dtype)
+    return w8a8_product_triton(x, weight, bias, dtype)
 
 
 def w8a8_matmul_reference(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

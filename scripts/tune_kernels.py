@@ -1,0 +1,148 @@
+"""Find the launch parameters of the products on this card, and write them into the kernels' tables.
+
+    PYTHONPATH=src python scripts/tune_kernels.py --only w4 --rows 16 128 --write
+
+Each candidate takes the place of an entry, and multiplies the four weights of a block of an 8B model, drawn at random,
+behind the kernel that comes before them; the sum of the four medians decides. Without --write it only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from bench_kernels import BF16, ROTATED, SHAPES
+from check_gpu import draw_weight, seconds, w8a8_scheme
+
+from llmq.runtime.kernels import w8a8_triton, wna16_triton
+from llmq.runtime.kernels.quantize_rows import quantize_rows
+from llmq.runtime.kernels.silu import silu_mul
+from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul
+from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
+from llmq.scheme import INT, Scheme
+
+Launch = wna16_triton.Launch | w8a8_triton.Launch
+
+
+class Entry(NamedTuple):
+    """An entry of a kernel's table: ``table[key]``, which ``pattern`` finds in the source of ``module``."""
+
+    name: str
+    rows: int
+    module: Any
+    table: dict[Any, Any]
+    key: Any
+    pattern: str
+
+    @property
+    def candidates(self) -> list[Launch]:
+        """What it is now, first, and what it might be."""
+        return [self.table[self.key], *(one for one in self._grid() if one != self.table[self.key])]
+
+    def _grid(self) -> Iterator[Launch]:
+        now = self.table[self.key]
+        if self.module is wna16_triton:
+            for block_n, warps, stages in itertools.product((64, 128, 256), (2, 4, 8), (3, 4)):
+                yield now._replace(block_n=block_n, warps=warps, stages=stages)
+        elif self.table is w8a8_triton.LARGE:
+            for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (3, 4)):
+                yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
+        else:
+            sliced = self.table is w8a8_triton.SLICED
+            sizes, splits = ((16, 32), (264,)) if sliced else ((64, 128), (132, 264))
+            for block_n, block_k, stages, programs in itertools.product(sizes, (128, 256), (3, 4), splits):
+                yield now._replace(block_n=block_n, block_k=block_k, stages=stages, programs=programs)
+
+
+def entries() -> list[Entry]:
+    """All of them; of LARGE the one for integers, as FP8 is PyTorch's there."""
+    found = [
+        Entry(f"w{bits}", rows, wna16_triton, wna16_triton.LAUNCHES, (bits, rows), rf"\({bits}, {rows}\): ")
+        for bits, rows in wna16_triton.LAUNCHES
+    ]
+    found.append(Entry("w4", 128, wna16_triton, wna16_triton.SCALED, 128, r"SCALED = {128: "))
+    for table in (w8a8_triton.SLICED, w8a8_triton.SPLIT):
+        found += [Entry("w8a8", rows, w8a8_triton, table, rows, rf"\b{rows}: ") for rows in table]
+    return [*found, Entry("w8a8", 8192, w8a8_triton, w8a8_triton.LARGE, INT, "LARGE = {INT: ")]
+
+
+def time_of(entry: Entry, launch: Launch, rotated: int) -> float:
+    """µs of a block's four products with ``launch`` in place of ``entry``, each with the kernel before it."""
+    before, total = entry.table[entry.key], 0.0
+    entry.table[entry.key] = launch
+    for out_features, in_features in SHAPES.values():
+        gate, up = torch.randn(2, entry.rows, in_features, device="cuda", dtype=BF16)
+        count = max(2, rotated // (out_features * in_features))
+        if entry.name == "w8a8":
+            rounded = [pack_w8a8(draw_weight(out_features, in_features, w8a8_scheme(INT))) for _ in range(count)]
+            calls = [
+                partial(lambda weight, x: w8a8_matmul(quantize_rows(x, INT), weight, None, BF16), weight, gate)
+                for weight in rounded
+            ]
+        else:
+            packed = [
+                pack_wna16(draw_weight(out_features, in_features, Scheme(int(entry.name[1]))), BF16)
+                for _ in range(count)
+            ]
+            calls = [
+                partial(lambda weight, x, y: wna16_matmul(silu_mul(x, y), weight), weight, gate, up)
+                for weight in packed
+            ]
+        total += seconds(calls, repeats=8) * 1e6
+    entry.table[entry.key] = before
+    return total
+
+
+def compiles(number: int, launch: Launch) -> bool:
+    """Whether a candidate of the entry of that number runs here at all; afterwards it is compiled."""
+    try:
+        time_of(entries()[number], launch, 1)
+    except Exception:
+        return False
+    return True
+
+
+def write(entry: Entry, launch: Launch) -> None:
+    path = Path(entry.module.__file__)
+    text = f"Launch({', '.join(map(str, launch))})"
+    path.write_text(re.sub(rf"({entry.pattern})Launch\([^)]*\)", rf"\g<1>{text}", path.read_text(), count=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["w4", "w8", "w8a8"], default=["w4", "w8", "w8a8"])
+    parser.add_argument("--rows", nargs="+", type=int, help="the entries for so many rows; default: all")
+    parser.add_argument("--write", action="store_true", help="put the best into the tables")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this measures a GPU, and there is none")
+    wanted = [
+        (number, entry)
+        for number, entry in enumerate(entries())
+        if entry.name in arguments.only and (arguments.rows is None or entry.rows in arguments.rows)
+    ]
+    trials = [(number, launch) for number, entry in wanted for launch in entry.candidates]
+    with ProcessPoolExecutor(min(14, os.cpu_count() or 1), get_context("spawn")) as pool:
+        run = dict(zip(trials, pool.map(compiles, *zip(*trials, strict=True)), strict=True))
+    for number, entry in wanted:
+        times = {launch: time_of(entry, launch, ROTATED) for launch in entry.candidates if run[number, launch]}
+        best = min(times, key=times.__getitem__)
+        print(f"{entry.name} up to {entry.rows} rows: now {times[entry.table[entry.key]]:.1f} µs a block")
+        for launch in sorted(times, key=times.__getitem__)[:5]:
+            print(f"    {times[launch]:7.1f}  {', '.join(f'{name} {size}' for name, size in launch._asdict().items())}")
+        if arguments.write and best != entry.table[entry.key]:
+            write(entry, best)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""One model in several schemes on one workload: speed over batch sizes, quality and memory, and what to take.
+
+Each scheme runs the same requests, in turns with the others where all fit side by side, so that what the machine does
+meanwhile it does to all; every ratio is the median over rounds of the ratios within a round. In a round:
+
+    prefill   tokens/s of prompts of the workload's length, one token generated for each
+    decode    tokens/s at each batch size: ``bench.staircase``
+    workload  all requests there at the start
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from llmq import memory
+from llmq.bench.candidates import BASE, BATCH_SIZES, ROUNDS, SCHEMES, WORKLOADS, workload_of
+from llmq.bench.compare_report import CompareReport, Row, Speeds
+from llmq.bench.engine import Setup, Subject
+from llmq.bench.load import Progress
+from llmq.bench.staircase import decode_speeds, output_lengths
+from llmq.bench.workload import Item, Workload, check_context, prompt_len, vocabulary_of
+from llmq.checkpoint.config import read_config
+from llmq.checkpoint.folder import DEMO, resolve
+from llmq.checkpoint.formats import WRITER, format_for, write_configs
+from llmq.checkpoint.tokenizer import has_tokenizer
+from llmq.engine.options import EngineOptions
+from llmq.errors import USAGE, LlmqError, either
+from llmq.evals.divergence import Comparison, Scored, compare, score
+from llmq.evals.perplexity import prepare
+from llmq.memplan.plan import plan
+from llmq.memplan.source import open_model
+from llmq.plan import layer_groups
+from llmq.quant.pipeline import quantize
+from llmq.quant.schemes import PRESETS, RTN, choose
+from llmq.runtime.device import resolve_device, resolve_dtype, resolve_kv_dtype
+from llmq.runtime.loader import block_name
+from llmq.scheme import Scheme
+
+if TYPE_CHECKING:
+    from llmq.memplan.plan import MemoryPlan
+
+QUALITY_WINDOWS = 16
+
+
+def bench_compare(
+    model: str,
+    *,
+    schemes: Sequence[str] = SCHEMES,
+    workload: str = "chat",
+    num_prompts: int = Workload().num_prompts,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    rounds: int = ROUNDS,
+    folders: Mapping[str, Path] | None = None,
+    data: str | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    options: EngineOptions | None = None,
+    progress: Progress | None = None,
+) -> CompareReport:
+    """Measure ``model`` in each of ``schemes``, the first of which the others are set beside.
+
+    A scheme is taken from ``folders`` where that has it, and else made by rounding to nearest; for dummy weights, its
+    name in config.json is enough. Quality is measured on the text ``data``, or the demo's for the demo.
+    LlmqError before anything is made when there is no such scheme, or the workload does not fit the model's context.
+    """
+    folders = folders or {}
+    for name in (*schemes, *folders):
+        if name != BASE and name not in PRESETS:
+            raise LlmqError(f"there is no scheme {name!r}", f"choose {either((BASE, *PRESETS))}", exit_code=USAGE)
+    if not schemes or not batch_sizes or min(batch_sizes) < 1 or rounds < 1:
+        raise LlmqError("nothing to measure", "check --schemes, --batch-sizes and --rounds", exit_code=USAGE)
+    source, device = resolve(model, revision), resolve_device(device)
+    asked = workload_of(workload, num_prompts, seed)
+    load = _Load.of(source, asked, workload, tuple(sorted(set(batch_sizes))), rounds, options or EngineOptions())
+    dummy = load.options.load_format == "dummy"
+    quality = not dummy and has_tokenizer(source) and (data is not None or model == DEMO)
+    steps = _Steps(progress, len(schemes) * (rounds + 2 + quality))
+    with TemporaryDirectory() as scratch:
+        found = {name: folders.get(name) or _make(source, name, Path(scratch), dummy, device) for name in schemes}
+        plans = {name: plan(open_model(str(folder)), options=load.options) for name, folder in found.items()}
+        steps.advance(len(schemes))
+        side_by_side = load.fit_together(list(plans.values()), device, dtype)
+        groups = [list(schemes)] if side_by_side else [[name] for name in schemes]
+        speeds: dict[str, list[Speeds]] = {name: [] for name in schemes}
+        setup: Setup | None = None
+        for group in groups:
+            subjects = {
+                name: Subject(
+                    str(found[name]),
+                    [asked],
+                    revision=None,
+                    dtype=dtype,
+                    device=device,
+                    options=load.engine_options(device, dtype, shared=side_by_side),
+                )
+                for name in group
+            }
+            setup = setup or replace(next(iter(subjects.values())).setup(), model=model)
+            for cell in range(rounds + 1):  # the first is the warm-up
+                for name, subject in subjects.items():
+                    measured = load.measure(subject, cell)
+                    speeds[name] += [measured] if cell else []
+                    steps.advance()
+            del subjects, subject
+            _free(device)
+        judged = _judge(model, found, data, dtype, device, revision, steps) if quality else {}
+    assert setup is not None
+    rows = tuple(
+        Row(
+            name, plans[name].weights.resident, load.kv_tokens(plans[name], device, dtype), tuple(one), judged.get(name)
+        )
+        for name, one in speeds.items()
+    )
+    return CompareReport(setup, Path(workload).stem, asked, side_by_side, rows)
+
+
+class _Steps:
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def advance(self, number: int = 1) -> None:
+        self._done += number
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What each scheme is to run, in a model of ``folder``.
+
+    longest   tokens of the longest sequence of all
+    lengths   of what is generated for each prompt of ``input_len``, to measure decoding with
+    """
+
+    folder: Path
+    workload: Workload
+    batch_sizes: tuple[int, ...]
+    options: EngineOptions
+    input_len: int
+    lengths: tuple[int, ...]
+    longest: int
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        workload: Workload,
+        name: str,
+        batch_sizes: tuple[int, ...],
+        rounds: int,
+        options: EngineOptions,
+    ) -> _Load:
+        """LlmqError when the workload does not fit the model's context."""
+        context, vocabulary = read_config(folder).context_length, vocabulary_of(folder)
+        cells = range(1) if workload.path else range(rounds + 1)
+        items = [item for cell in cells for item in workload.items(vocabulary, cell)]
+        try:
+            check_context(items, vocabulary, context)
+        except LlmqError as error:
+            hint = f"choose another workload: {either(WORKLOADS)}, or a .jsonl file"
+            raise LlmqError(f"{name}: {error.message}", hint, exit_code=USAGE) from None
+        prompts = [prompt_len(item, vocabulary) for item in items]
+        typical = round(sum(prompts) / len(prompts))
+        lead = -(-batch_sizes[-1] * typical // options.max_num_batched_tokens) + 2
+        lengths = output_lengths(batch_sizes, lead)
+        typical = min(typical, context - max(lengths))
+        if typical < 1:
+            raise LlmqError(
+                f"{len(batch_sizes)} batch sizes take {max(lengths)} tokens, and the model's context is {context}",
+                "measure fewer: --batch-sizes 1,8,64",
+                exit_code=USAGE,
+            )
+        ends = [length + item.output_len for length, item in zip(prompts, items, strict=True)]
+        options = replace(
+            options,
+            prefix_caching=False,
+            max_num_seqs=max(batch_sizes[-1], min(workload.num_prompts, options.max_num_seqs)),
+        )
+        longest = max(*ends, typical + max(lengths))
+        return cls(folder, workload, batch_sizes, options, typical, tuple(lengths), longest)
+
+    def measure(self, subject: Subject, cell: int) -> Speeds:
+        """One round, with prompts that no other has."""
+        number = -(-2 * self.options.max_num_batched_tokens // self.input_len)
+        drawn = Workload(number, self.input_len, 1, self.workload.seed)
+        prefill = subject.run(subject.items(drawn, 2 * cell))
+        drawn = replace(drawn, num_prompts=len(self.lengths))
+        prompts = subject.items(drawn, 2 * cell + 1)
+        items = [Item(one.prompt, length) for one, length in zip(prompts, self.lengths, strict=True)]
+        decode = decode_speeds(subject.token_times(items), self.batch_sizes)
+        # Without a prefix cache a file's prompts are as good the second time.
+        run = subject.run(subject.items(self.workload, 0 if self.workload.path else cell))
+        return Speeds(prefill.metrics.total_input_tokens / prefill.metrics.duration, decode, run)
+
+    def kv_bytes(self, device: str, dtype: str) -> int:
+        """Of a KV cache that has room for all sequences that run at once, at their longest."""
+        config, size = read_config(self.folder), self.options.block_size
+        kept_as = self._kv_dtype(device, dtype)
+        pool = memory.pool_block_bytes(config, size, kept_as) * memory.RESERVED_BLOCKS
+        return pool + memory.kv_bytes(config, self.options.max_num_seqs, self.longest + size, size, kept_as)
+
+    def fit_together(self, plans: Sequence[MemoryPlan], device: str, dtype: str) -> bool:
+        """Whether the schemes, each with a KV cache of its own, fit the device side by side."""
+        if device == "cpu":
+            return True
+        each = self.kv_bytes(device, dtype) + max(plan.activations.likely for plan in plans)
+        return sum(plan.weights.resident + each for plan in plans) <= self._gpu_bytes(device)
+
+    def engine_options(self, device: str, dtype: str, *, shared: bool) -> EngineOptions:
+        """``shared``: the device has other models too."""
+        options = replace(self.options, max_model_len=self.options.max_model_len or self.longest)
+        if not shared or options.kv_cache_memory is not None:
+            return options
+        return replace(options, kv_cache_memory=self.kv_bytes(device, dtype))
+
+    def kv_tokens(self, plan: MemoryPlan, device: str, dtype: str) -> int | None:
+        """Tokens that fit beside the weights of ``plan``, alone on the GPU."""
+        if device == "cpu":
+            return None
+        config, size = read_config(self.folder), self.options.block_size
+        budget = self._gpu_bytes(device) - plan.weights.resident - plan.activations.likely
+        kept_as = self._kv_dtype(device, dtype)
+        blocks = memory.pool_blocks(max(0, budget), config, size, kept_as) - memory.RESERVED_BLOCKS
+        return max(0, blocks) * size // len(layer_groups(config.windows))
+
+    def _kv_dtype(self, device: str, dtype: str) -> str:
+        config = read_config(self.folder)
+        return resolve_kv_dtype(self.options.kv_cache_dtype, resolve_dtype(dtype, config, device), device)
+
+    def _gpu_bytes(self, device: str) -> int:
+        import torch
+
+        _, total = torch.cuda.mem_get_info(torch.device(device))
+        return int(total * self.options.gpu_memory_utilization)
+
+
+def _make(source: Path, name: str, scratch: Path, dummy: bool, device: str) -> Path:
+    """A folder with the model of ``source`` in scheme ``name``."""
+    if name == BASE:
+        return source
+    if read_config(source).quantization is not None:
+        raise LlmqError(f"{source} is quantized already", "compare the model that it was made from", exit_code=USAGE)
+    target, methods = scratch / name, PRESETS[name].methods
+    method = RTN if RTN in methods else methods[0]
+    if dummy:
+        choice = choose(name, method)
+        _describe(source, target, choice.scheme, choice.format)
+    else:
+        quantize(str(source), target, scheme=name, method=method, device=device)
+    return target
+
+
+def _describe(source: Path, target: Path, scheme: Scheme, form: str) -> None:
+    """A folder without weights, whose config.json says that all layers are in ``scheme``."""
+    config = read_config(source)
+    shapes = {
+        f"{block_name(layer)}.{linear}": shape
+        for layer in range(config.num_layers)
+        for linear, shape in config.linears.items()
+    }
+    quantized = [name for name, (_, in_features) in shapes.items() if scheme.divides(in_features)]
+    ignored = [name for name in shapes if name not in quantized]
+    format = format_for(form, dict.fromkeys(quantized, scheme))
+    target.mkdir()
+    write_configs(source, target, format, format.config_dict(quantized=quantized, ignored=ignored, writer=WRITER))
+
+
+def _judge(
+    model: str,
+    folders: Mapping[str, Path],
+    data: str | None,
+    dtype: str,
+    device: str,
+    revision: str | None,
+    steps: _Steps,
+) -> dict[str, Comparison]:
+    """Each scheme's predictions beside those of the model as it is, on the first windows of the text."""
+
+    def scored(name: str, revision: str | None = None) -> Scored:
+        subject = prepare(name, data=data, dtype=dtype, device=device, revision=revision)
+        return score(replace(subject, windows=subject.windows[:QUALITY_WINDOWS]))
+
+    original, judged = scored(model, revision), {}
+    for name, folder in folders.items():
+        if name != BASE:
+            judged[name] = compare(original, scored(str(folder)))
+            _free(device)
+        steps.advance()
+    return judged
+
+
+def _free(device: str) -> None:
+    """Give back what a model had."""
+    import torch
+
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()

@@ -1,0 +1,246 @@
+"""The linear layers of a model, one product at a time, against what the machine can do.
+
+A product reads its weight and its inputs and writes its outputs once, and multiplies; the roofline is the longer of the
+two, bytes over the bandwidth of a large copy and operations over the rate of a large product, both measured first. Each
+call has another weight, so that together they are several times the cache (but MOST at most), and a time is the median
+over rounds: on a GPU, of replays of a CUDA graph. A layer with 8-bit activations rounds them within its time. Weights
+are random. On a CPU, whose caches hold small layers, a share may be over 1.
+
+Roofline: Williams, Waterman, Patterson, 2009, https://doi.org/10.1145/1498765.1498785
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmq.bench.environment import device_name, setting
+from llmq.bench.load import Progress
+from llmq.bench.nvml import card_of
+from llmq.checkpoint.config import ModelConfig, read_config
+from llmq.checkpoint.folder import resolve
+from llmq.runtime.decoder import Decoder, DecoderLayer
+from llmq.runtime.device import resolve_device, resolve_dtype
+from llmq.runtime.dummy import DEVIATION, dummy_weight
+from llmq.runtime.linear import DenseLinear, Linear, quantized_linear, resident_bytes
+from llmq.scheme import Scheme
+
+ROUNDS = 10
+CACHES = 3
+"""Times the last cache that the weights of a round are together."""
+MOST = 32
+"""Weights of a round, however small."""
+CPU_CACHE = 2**25
+LARGE = {"cpu": (2**26, 1024), "cuda": (2**31, 8192)}
+"""Bytes that are copied and rows of the square matrices that are multiplied, for the roofline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Bytes a second, read and written, of a copy; operations a second of a product, by the bits of its factors."""
+
+    bandwidth: float
+    rates: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``rows`` inputs times a weight of ``shape`` (out_features, in_features). Seconds, bytes, operations a second."""
+
+    layer: str
+    shape: tuple[int, int]
+    scheme: str
+    rows: int
+    seconds: float
+    bytes: int
+    floor: float
+    """Seconds at the roofline."""
+
+    @property
+    def bandwidth(self) -> float:
+        return self.bytes / self.seconds
+
+    @property
+    def rate(self) -> float:
+        return 2.0 * self.rows * self.shape[0] * self.shape[1] / self.seconds
+
+    @property
+    def share(self) -> float:
+        """Of the roofline."""
+        return self.floor / self.seconds
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "layer": self.layer,
+            "out_features": self.shape[0],
+            "in_features": self.shape[1],
+            "scheme": self.scheme,
+            "rows": self.rows,
+            "seconds": self.seconds,
+            "gb_per_s": self.bandwidth / 1e9,
+            "tflop_per_s": self.rate / 1e12,
+            "share_of_roofline": self.share,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class KernelsReport:
+    """Products by layer, scheme and rows."""
+
+    model: str
+    dtype: str
+    setting: Mapping[str, Any]
+    roofline: Roofline
+    products: tuple[Product, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "model_id": self.model,
+            "dtype": self.dtype,
+            **self.setting,
+            "copy_gb_per_s": self.roofline.bandwidth / 1e9,
+            "tflop_per_s": {str(bits): rate / 1e12 for bits, rate in self.roofline.rates.items()},
+            "products": [product.as_json() for product in self.products],
+        }
+
+
+def bench_kernels(
+    model: str,
+    schemes: Mapping[str, Scheme | None],
+    rows: Sequence[int],
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> KernelsReport:
+    """Time every linear layer of a block of ``model``, whose config.json is all that is read, in each scheme, by name;
+    None: as wide as activations. A layer that a scheme's groups do not divide is left out of it."""
+    device = resolve_device(device)
+    config = read_config(resolve(model, revision))
+    torch_dtype = resolve_dtype(dtype, config, device)
+    roofline = measure_roofline(device, torch_dtype)
+    found: list[Product] = []
+    shapes = layer_shapes(config)
+    total = len(shapes) * len(schemes)
+    for number, (layer, shape) in enumerate(shapes.items()):
+        for offset, (name, scheme) in enumerate(schemes.items(), 1):
+            if scheme is None or scheme.divides(shape[1]):
+                weights = list(_weights(scheme, shape, torch_dtype, device))
+                found += [
+                    _time(layer, shape, name, scheme, weights, count, torch_dtype, device, roofline) for count in rows
+                ]
+            if progress is not None:
+                progress(number * len(schemes) + offset, total)
+    about = setting(device_name(device), card_of(device))
+    return KernelsReport(model, str(torch_dtype).removeprefix("torch."), about, roofline, tuple(found))
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of the linear layers of a block, those of one input merged, each shape once."""
+    with torch.device("meta"):
+        block = Decoder(config).layers[0]
+    assert isinstance(block, DecoderLayer)
+    block.merge()
+    found: dict[tuple[int, int], str] = {}
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            found.setdefault((module.out_features, module.in_features), name.rpartition(".")[2])
+    return {name: shape for shape, name in found.items()}
+
+
+def measure_roofline(device: str, dtype: torch.dtype) -> Roofline:
+    """What a copy and a product of large square matrices reach here; of integers only on a GPU."""
+    kind = torch.device(device).type
+    size, side = LARGE[kind]
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    bandwidth = 2 * size / median_seconds([lambda: target.copy_(source)], device)
+    a, b = torch.randn(2, side, side, dtype=dtype, device=device)
+    operations = 2.0 * side**3
+    rates = {16: operations / median_seconds([lambda: a @ b], device)}
+    rates[8] = rates[16]
+    if kind == "cuda":
+        ints = torch.randint(-127, 128, (2, side, side), dtype=torch.int8, device=device)
+        rates[8] = operations / median_seconds([lambda: torch._int_mm(ints[0], ints[1].t())], device)
+    return Roofline(bandwidth, rates)
+
+
+def median_seconds(calls: Sequence[Callable[[], object]], device: str) -> float:
+    """Seconds a call, of several over different data: the median over rounds through all of them."""
+    for call in calls:
+        call()
+    if torch.device(device).type == "cpu":
+        times = [_clock(calls) for _ in range(ROUNDS)]
+        return statistics.median(times) / len(calls)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(ROUNDS + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times[1:]) / len(calls)
+
+
+def _clock(calls: Sequence[Callable[[], object]]) -> float:
+    started = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - started
+
+
+def _weights(scheme: Scheme | None, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Iterator[Linear]:
+    """As many layers of ``shape`` as several caches hold."""
+    cache = CPU_CACHE if device == "cpu" else torch.cuda.get_device_properties(torch.device(device)).L2_cache_size
+    noise = torch.Generator(device).manual_seed(0)
+    taken = 0
+    for _ in range(MOST):
+        layer = _layer(scheme, shape, dtype, noise)
+        yield layer
+        taken += resident_bytes(layer)
+        if taken > CACHES * cache:
+            break
+
+
+def _layer(scheme: Scheme | None, shape: tuple[int, int], dtype: torch.dtype, noise: torch.Generator) -> Linear:
+    if scheme is not None:
+        return quantized_linear(dummy_weight(scheme, shape, dtype, noise), None, dtype)
+    with torch.device("meta"):
+        layer = DenseLinear(shape[1], shape[0], bias=False)
+    weight = torch.empty(shape, dtype=dtype, device=noise.device).normal_(0.0, DEVIATION, generator=noise)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+@torch.inference_mode()
+def _time(
+    layer: str,
+    shape: tuple[int, int],
+    name: str,
+    scheme: Scheme | None,
+    weights: Sequence[Linear],
+    rows: int,
+    dtype: torch.dtype,
+    device: str,
+    roofline: Roofline,
+) -> Product:
+    x = torch.randn(rows, shape[1], dtype=dtype, device=device)
+    seconds = median_seconds([partial(weight, x) for weight in weights], device)
+    moved = resident_bytes(weights[0]) + rows * sum(shape) * dtype.itemsize
+    bits = 16 if scheme is None else scheme.activation_bits
+    floor = max(moved / roofline.bandwidth, 2.0 * rows * shape[0] * shape[1] / roofline.rates[bits])
+    return Product(layer, shape, name, rows, seconds, moved, floor)

@@ -1,0 +1,121 @@
+"""Does a quantization fit this machine, and where do its hidden states go: on the device, in memory, or into files?"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmq.checkpoint.folder import existing_parent, partial_of
+from llmq.errors import CHECK_FAILED, LlmqError
+from llmq.memory import MICRO_BATCH_TOKENS, format_bytes
+from llmq.memplan.quantization import plan_quantization
+from llmq.memplan.source import open_model
+from llmq.quant.activations import stay_on_device
+from llmq.quant.job import Job
+from llmq.quant.schemes import AUTOROUND
+from llmq.runtime.device import available_memory_bytes
+
+MEMORY, DISK = "main memory", "the disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that a run takes of one place, and that there are for it."""
+
+    where: str
+    needed: int
+    free: int
+    hint: str
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.free
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a run takes of each place that it needs some of.
+
+    batch_tokens  that pass a block at once: fewer, where memory is short
+    spills        hidden states go into files
+    """
+
+    places: tuple[Need, ...]
+    batch_tokens: int
+    spills: bool
+
+    @property
+    def fits(self) -> bool:
+        return all(place.fits for place in self.places)
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        spilled = " (hidden states in files)" if self.spills else ""
+        return [
+            f"about {format_bytes(place.needed)} of {place.where}{spilled * (place.where == DISK)}, which has "
+            f"{format_bytes(place.free)}"
+            for place in self.places
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        places = [{"where": place.where, "needed": place.needed, "free": place.free} for place in self.places]
+        return {"fits": self.fits, "spills": self.spills, "places": places}
+
+    def check(self) -> None:
+        """Raise LlmqError unless all is there."""
+        for place in self.places:
+            if not place.fits:
+                raise LlmqError(
+                    f"quantizing takes about {format_bytes(place.needed)} of {place.where}, and there are "
+                    f"{format_bytes(place.free)}",
+                    place.hint,
+                    exit_code=CHECK_FAILED,
+                )
+
+
+def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
+    """What ``job`` will take. ``max_memory``: bytes of main memory that it may have; None: what is available.
+
+    Of main memory, only what belongs to the run counts: what is read is mapped, and the system may drop it.
+    """
+    device, on_cpu, choice = job.source.device, job.source.device == "cpu", job.options.choice
+    samples, seqlen = (0, 0) if job.windows is None else job.windows.shape
+    memory = available_memory_bytes() if max_memory is None else max_memory
+    room = memory if on_cpu else torch.cuda.mem_get_info(torch.device(device))[0]
+    model, batch_tokens = open_model(str(job.folder)), MICRO_BATCH_TOKENS
+    while True:
+        plan = plan_quantization(
+            model,
+            choice.scheme,
+            choice.method,
+            calibrated=job.windows is not None and job.options.third_party is None,
+            samples=samples,
+            seqlen=seqlen,
+            dtype_bytes=job.source.dtype.itemsize,
+            batch_tokens=batch_tokens,
+        )
+        if plan.device <= room or batch_tokens <= seqlen:
+            break
+        batch_tokens //= 2
+    states = plan.states * (2 if choice.method == AUTOROUND else 1)
+    on_device = stay_on_device(device, plan.states)
+    host = plan.device if on_cpu else plan.copies  # what is packed on a GPU passes through main memory
+    spills = not on_device and host + states > memory
+    in_memory = 0 if on_device or spills else states
+    disk = shutil.disk_usage(existing_parent(output)).free + _taken(partial_of(output))
+    places = [
+        Need(MEMORY, host + in_memory, memory, "a block has to fit: raise --max-memory, or free some memory"),
+        Need(DISK, job.predicted_bytes + states * spills, disk, "free some space, or choose another --output"),
+    ]
+    if not on_cpu:
+        places.insert(0, Need(device, plan.device + states * on_device, room, "free some of it, or pass --device cpu"))
+    return Needs(tuple(places), batch_tokens, spills)
+
+
+def _taken(folder: Path) -> int:
+    """What a run that was stopped has taken of the disk already."""
+    return sum(path.stat().st_size for path in folder.glob("*"))
