@@ -105,6 +105,7 @@ def test_a_shipped_recipe_says_what_it_is_for_and_quantizes(tmp_path: Path, tiny
     assert done.code == 0, done.err
     report, recipe = json.loads(done.out), read_recipe(name)
     assert (report["method"], report["scheme"]) == (recipe.method, str(options_of(recipe).choice.scheme))
+    assert not [warning for warning in report["warnings"] if "cannot load" in warning]
     assert {layer["scheme"] for layer in report["layers"]} == {
         str(scheme_of(options_of(recipe), layer["name"])) for layer in report["layers"]
     }
