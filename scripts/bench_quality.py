@@ -4,11 +4,11 @@
     python scripts/bench_quality.py --only demo w3a16        # the cells whose names have all of these words
     python scripts/bench_quality.py --json
 
-A cell is what `llmq quantize MODEL --scheme SCHEME --method METHOD --sym` writes, with all else at its defaults, scored
-on the demo's held-out text in windows of 2,048 tokens, in fp32 on a CPU: perplexity, and mean KL from the predictions
-of the model as it was. --device is where it is quantized. Each cell is kept in --results as it is done, and not done
-again. The twin (tests/outlier_twin.py) computes the same function from activations that have
-the outliers of large models.
+A cell is what `llmq quantize MODEL --scheme SCHEME --method METHOD --sym --calib-data demo` writes, with all else at
+its defaults, scored on the demo's held-out text in windows of 2,048 tokens, in fp32 on a CPU: perplexity, and mean KL
+from the predictions of the model as it was. --device is where it is quantized. Each cell is kept in --results as it is
+done, and not done again. The twin (tests/outlier_twin.py) computes the same function from activations that have the
+outliers of large models.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from llmq.checkpoint.tokenizer import load_tokenizer
 from llmq.evals.divergence import Predictions, predict, window_divergences
 from llmq.evals.held_out import held_out
 from llmq.evals.perplexity import WINDOW, cut
+from llmq.quant.options import Calibration
 from llmq.quant.pipeline import quantize
 from llmq.quant.schemes import PRESETS
 from llmq.scheme import Scheme
@@ -80,7 +81,9 @@ def measure(
     """Quantize the model in ``folder`` and score what was written."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "quantized"
-        report = quantize(str(folder), output, scheme=scheme, method=method, device=device)
+        report = quantize(
+            str(folder), output, scheme=scheme, method=method, calibration=Calibration(DEMO), device=device
+        )
         found = predict(output, windows)
     return Score(str(scheme), report.seconds, found.losses, window_divergences(original, found))
 

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 
 from llmq.checkpoint.config import read_config
-from llmq.checkpoint.folder import demo_folder
+from llmq.checkpoint.folder import DEMO, demo_folder
 from llmq.checkpoint.shards import Place, Shards, lay_out
 from llmq.memory import format_bytes
 from llmq.quant import activations, blocks, pipeline, prepare, rounding
 from llmq.quant.activations import HiddenStates
 from llmq.quant.methods import autoround, awq, gptq
+from llmq.quant.options import Calibration
 from llmq.quant.pipeline import Step, quantize
 
 SHAPE: dict[str, Any] = {
@@ -140,7 +141,10 @@ def measure(model: Path, method: str, profile: bool) -> dict[str, Any]:
         spent = stack.enter_context(phases()) if profile else {}
         started = time.perf_counter()
         marks[0] = started
-        report = quantize(str(model), output, method=method, device="cuda", overwrite=True, progress=progress)
+        report = quantize(
+            str(model), output, method=method, calibration=Calibration(DEMO), device="cuda", overwrite=True,
+            progress=progress,
+        )  # fmt: skip
         seconds = time.perf_counter() - started
     *blocks_seconds, _ = parts
     block = statistics.median(blocks_seconds)

@@ -154,7 +154,7 @@ def test_layers_have_the_schemes_of_the_rules_that_cover_them(tmp_path: Path, ti
     assert report["left_out"] == [f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)]
     card = (out / "README.md").read_text()
     assert "| re:.*down_proj | int8 g128 sym |" in card
-    assert "--override 're:.*down_proj=w8a16' --override 'layers.0.mlp.down_proj=w3a16'" in card
+    assert "--override 're:.*down_proj=w8a16' --override layers.0.mlp.down_proj=w3a16" in card
     assert logits(out).isfinite().all()
 
 

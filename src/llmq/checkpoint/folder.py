@@ -18,7 +18,10 @@ from llmq.memory import format_bytes
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
-WRITTEN_ANEW = {"config.json", "README.md", "quantize_config.json", "quant_config.json"}
+WRITTEN_ANEW = {
+    "config.json", "README.md", "quantize_config.json", "quant_config.json",
+    "recipe.yaml", "quantization_report.json", "quantization_report.png",
+}  # fmt: skip
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 """What is fetched from the hub: no pickles, no code."""
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from llmq import __version__
-from llmq.cli import backends, bench, chat, convert, env, eval_, generate, inspect_, memplan, quantize, serve
+from llmq.cli import backends, bench, chat, convert, env, eval_, generate, inspect_, memplan, quantize, recipe, serve
 from llmq.cli.console import print_error
 from llmq.errors import FAILED, LlmqError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("quantize")(quantize.quantize)
+app.add_typer(recipe.app, name="recipe")
 app.add_typer(backends.app, name="backends")
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect_.inspect)

@@ -15,8 +15,8 @@ from llmq.cli.console import err, out, print_json, table
 from llmq.cli.progress import show_progress
 from llmq.errors import CHECK_FAILED
 from llmq.quant.backends import BACKEND_NAMES, preferences
-from llmq.quant.options import ACT_ORDERS, DEFAULTS, FP8, Calibration, Rule
-from llmq.quant.schemes import DEFAULT, METHODS, PRESETS, choose
+from llmq.quant.options import ACT_ORDERS, DEFAULTS, FP8, SELF, Calibration, Rule
+from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, choose
 from llmq.scheme import BITS, GROUP_SIZES, INT
 
 if TYPE_CHECKING:
@@ -26,9 +26,27 @@ if TYPE_CHECKING:
 _CALIBRATION = DEFAULTS.calibration
 
 
+def _use_recipe(context: typer.Context, recipe: str | None) -> str | None:
+    """What the recipe says takes the place of the flags' defaults; what is typed wins."""
+    if recipe is not None:
+        from llmq.quant.recipe import read_recipe
+
+        context.default_map = read_recipe(recipe).model_dump(exclude_unset=True)
+    return recipe
+
+
 def quantize(
     model: options.Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            callback=_use_recipe,
+            is_eager=True,
+            help="Flags by a name of llmq recipe list, or in a file; those given here win.",
+        ),
+    ] = None,
     scheme: Annotated[
         str | None, typer.Option(help=f"Bits and groups by name: {', '.join(PRESETS)}.", show_default=DEFAULT)
     ] = None,
@@ -64,10 +82,17 @@ def quantize(
     ] = DEFAULTS.kv_cache,
     calib_data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help='A .txt, or a .jsonl with "text".', show_default="a text shipped with llmq"),
+        typer.Option(
+            metavar="FILE|ID|self|demo",
+            help="A .txt, a .jsonl, a dataset of the hub; self: the model writes it; demo: a text shipped with llmq.",
+            show_default="self",
+        ),
     ] = _CALIBRATION.data,
     calib_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = _CALIBRATION.samples,
     calib_seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = _CALIBRATION.seqlen,
+    calib_seed: Annotated[int, typer.Option(help="Decides which windows, and what the model writes.")] = (
+        _CALIBRATION.seed
+    ),
     device: options.Device = DEFAULTS.device,
     backend: Annotated[
         str, typer.Option(help=f"Whose quantizer: {', '.join(BACKEND_NAMES)}; see llmq backends.")
@@ -89,10 +114,13 @@ def quantize(
     llmq quantize demo -o demo-w4 --scheme w4a16 --method gptq
     """
     choice = choose(*preferences(backend, scheme, method, format), bits=bits, group_size=group_size, symmetric=sym)
-    calibration = Calibration(calib_data, calib_samples, calib_seqlen)
+    calibration = Calibration(calib_data, calib_samples, calib_seqlen, calib_seed).of(model)
     rules = [Rule.parse(text) for text in override or ()]
 
     from llmq.quant.pipeline import quantize as run
+
+    if choice.method in CALIBRATED and calibration.data == SELF:
+        _warn_of_slow_text(model, revision, device, calibration)
 
     def show(needs: Needs) -> None:
         if dry_run and json:
@@ -140,7 +168,19 @@ def _alpha(text: str | None) -> float | str | None:
         return text
 
 
+def _warn_of_slow_text(model: str, revision: str | None, device: str, calibration: Calibration) -> None:
+    """Say how long a large model will take on a CPU to write its own calibration text."""
+    from llmq.checkpoint.folder import resolve
+    from llmq.quant.self_calibration import INSTEAD, expected_seconds
+    from llmq.runtime.device import resolve_device
+
+    if resolve_device(device) == "cpu" and (seconds := expected_seconds(resolve(model, revision), calibration)):
+        about = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.0f} minutes"
+        err.print(f"note: to write its own calibration text will take the model about {about} here; {INSTEAD}")
+
+
 def _print_report(report: QuantizationReport) -> None:
+    from llmq.quant.plot import can_plot
     from llmq.quant.report import errors_by_kind
 
     grid = table(
@@ -162,3 +202,5 @@ def _print_report(report: QuantizationReport) -> None:
     out.print(f"{report.seconds:.1f} s on {report.device}, at most {peak} of memory; loads and runs")
     for warning in report.warnings:
         err.print(f"warning: {warning}")
+    if not can_plot():
+        err.print("note: there is no picture of the errors, for want of matplotlib: pip install 'llmq[plots]'")

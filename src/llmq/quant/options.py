@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product, starmap
 
+from llmq.checkpoint.folder import DEMO
 from llmq.errors import USAGE, LlmqError
 from llmq.quant.backends import NATIVE, Backend, third_party
-from llmq.quant.schemes import GPTQ, PRESETS, RTN, SMOOTHQUANT, Choice, choose
-from llmq.scheme import Scheme
+from llmq.quant.schemes import CALIBRATED, GPTQ, PRESETS, RTN, SMOOTHQUANT, Choice, choose
+from llmq.scheme import BITS, GROUP_SIZES, INT, Scheme
 
 ACT_ORDERS = STATIC, DYNAMIC, OFF = "static", "dynamic", "off"
 AUTO, FP8 = "auto", "fp8"
+SELF = "self"
 KEPT = ("none", "16")
 """How ``--override`` says that a layer stays as it is."""
+SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()}
+WEIGHT_SCHEMES = {str(scheme): scheme for scheme in starmap(Scheme, product(BITS[INT], GROUP_SIZES, (True, False)))}
+"""The schemes that ``--override`` takes beside the presets, by how they are written: ``int4 g64 sym``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """The text whose activations a method learns from.
 
-    data     a ``.txt`` file, or a ``.jsonl`` file with a ``text`` in each line; None: the text shipped with llmq
+    data     where it comes from: see ``quant.calibration``; None: ``self``, and for the demo model ``demo``
     samples  windows taken from it
     seqlen   tokens in a window, clipped to the model's context
-    seed     decides which windows
+    seed     decides which windows, and what the model writes
     """
 
     data: str | None = None
@@ -35,6 +41,10 @@ class Calibration:
         for flag, value in (("--calib-samples", self.samples), ("--calib-seqlen", self.seqlen)):
             if value < 1:
                 raise LlmqError(f"{flag} is {value}", "give it a positive number", exit_code=USAGE)
+
+    def of(self, model: str) -> Calibration:
+        """The same for ``model``, its data decided."""
+        return self if self.data is not None else replace(self, data=DEMO if model == DEMO else SELF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +69,18 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """``re:.*down_proj=w8a16``, or ``lm_head=none``"""
+        """``re:.*down_proj=w8a16``, ``down_proj=int4 g64 sym``, or ``lm_head=none``"""
         pattern, equals, name = text.rpartition("=")
-        if not equals or name not in (*PRESETS, *KEPT):
+        if not equals or name not in (*SCHEMES, *WEIGHT_SCHEMES, *KEPT):
             raise LlmqError(
                 f"--override {text} does not end in = and a scheme",
-                f"write 're:.*down_proj=w8a16'; there are {', '.join((*PRESETS, *KEPT))}",
+                f"write 're:.*down_proj=w8a16'; there are {', '.join((*SCHEMES, *KEPT))}, and such as 'int4 g64 sym'",
                 exit_code=USAGE,
             )
-        return cls(pattern, None if name in KEPT else PRESETS[name].scheme)
+        return cls(pattern, None if name in KEPT else (SCHEMES | WEIGHT_SCHEMES)[name])
 
     def __str__(self) -> str:
-        names = (name for name, preset in PRESETS.items() if preset.scheme == self.scheme)
+        names = (name for name, scheme in SCHEMES.items() if scheme == self.scheme)
         return f"{self.pattern}={next(names, self.scheme or KEPT[0])}"
 
     def covers(self, name: str) -> bool:
@@ -148,6 +158,11 @@ class QuantizeOptions:
     def third_party(self) -> Backend | None:
         """The backend in an environment of its own that does the work, if it is not llmq."""
         return third_party(self.backend)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything is learnt from the calibration text."""
+        return self.choice.method in CALIBRATED or self.third_party is not None or self.kv_cache is not None
 
 
 DEFAULTS = QuantizeOptions()

@@ -30,10 +30,13 @@ from llmq.quant.check import check_runs
 from llmq.quant.job import REST, Job
 from llmq.quant.journal import Journal
 from llmq.quant.methods import gptq
+from llmq.quant.model_card import model_card
 from llmq.quant.needs import Needs, needs_of
 from llmq.quant.options import DEFAULTS, DYNAMIC, Calibration, QuantizeOptions, Rule
+from llmq.quant.plot import write_plot
 from llmq.quant.prepare import prepare
-from llmq.quant.report import LayerReport, QuantizationReport, model_card
+from llmq.quant.recipe import RECIPE, recipe_text
+from llmq.quant.report import LayerReport, QuantizationReport, write_report
 from llmq.quant.rounding import load_weight, round_layers
 from llmq.quant.schemes import GPTQ, choose
 from llmq.quant.third_party import quantize_by
@@ -103,7 +106,7 @@ def quantize(
     rules = [*(overrides or {}).items(), *((pattern, None) for pattern in ignore)]
     options = QuantizeOptions(
         choose(*preferences(backend, scheme, method, format)),
-        calibration,
+        calibration.of(model),
         tuple(Rule(pattern, exception) for pattern, exception in rules),
         clip,
         act_order,
@@ -113,14 +116,14 @@ def quantize(
         backend,
     )
     folders.check_output(output, overwrite=overwrite)
-    job = prepare(model, folders.resolve(model, revision), options)
+    tell = progress or (lambda step: None)
+    job = prepare(model, folders.resolve(model, revision), options, lambda stage: tell(Step(0, 1, 0, 1, stage)))
     needs = needs_of(job, output, max_memory)
     if on_needs is not None:
         on_needs(needs)
     needs.check()
     job = replace(job, batch_tokens=needs.batch_tokens)
     spill = output.absolute().parent if needs.spills else None
-    tell = progress or (lambda step: None)
     try:
         with folders.write_folder(output, overwrite=overwrite, resume=resume) as partial:
             journal = Journal(folders.journal_of(output), job.settings, job.dtype)
@@ -181,6 +184,9 @@ def _run(
     )
     card = model_card(report, job.options, job.folder / "README.md", from_hub=job.from_hub, writer=WRITER)
     (partial / "README.md").write_text(card, encoding="utf-8")
+    write_report(partial, report)
+    write_plot(partial, report)
+    (partial / RECIPE).write_text(recipe_text(job.options), encoding="utf-8")
     return report
 
 

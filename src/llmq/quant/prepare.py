@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +17,13 @@ from llmq.quant.calibration import draw_windows
 from llmq.quant.job import Job, shape_of
 from llmq.quant.methods import bnb
 from llmq.quant.options import QuantizeOptions
-from llmq.quant.schemes import BNB, CALIBRATED
+from llmq.quant.schemes import BNB
 from llmq.runtime.device import resolve_device, resolve_dtype
 from llmq.runtime.loader import HEAD, Source, block_name
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
 
-def prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
+def prepare(model: str, folder: Path, options: QuantizeOptions, on_stage: Callable[[str], None]) -> Job:
     """The job of quantizing ``model``, which is ``folder``. Raises LlmqError for what is wrong."""
     config, tensors, device = read_config(folder), Tensors(folder), resolve_device(options.device)
     if config.quantization is not None:
@@ -54,8 +54,7 @@ def prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
     if not fitting:
         raise LlmqError("every linear layer is ignored: nothing is left to quantize", "ignore fewer by --ignore")
     format_for(options.choice.format, fitting)
-    learns = options.choice.method in CALIBRATED or options.third_party is not None or options.kv_cache is not None
-    windows = draw_windows(folder, config, options.calibration) if learns else None
+    windows = draw_windows(folder, config, options.calibration, device, on_stage) if options.calibrated else None
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
     return Job(

@@ -1,23 +1,22 @@
-"""What happened to each layer, in numbers; and the model card that says so to others. No torch."""
+"""What happened to each layer, in numbers. No torch.
+
+OUT/quantization_report.json     of every layer: method, scheme, error. The same for the same run
+OUT/quantization_report.png      the errors, where matplotlib is installed: see ``quant.plot``
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import yaml
-
-from llmq.checkpoint.formats import FORMATS
-from llmq.checkpoint.formats.packed import HEAD
-from llmq.memory import format_bytes
-from llmq.quant.backends import NATIVE
-from llmq.quant.options import DEFAULTS, QuantizeOptions
-from llmq.quant.schemes import PRESETS, formats_for
-from llmq.scheme import INT, Scheme
+REPORT = "quantization_report.json"
+SCHEMA = "llmq.quantization_report/1"
+OF_THE_RUN = ("output", "seconds", "peak_memory_bytes")
+"""What another run of the same would have otherwise: no part of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,110 +86,8 @@ def errors_by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]
     return kinds
 
 
-def model_card(
-    report: QuantizationReport, options: QuantizeOptions, source_card: Path, *, from_hub: bool, writer: str
-) -> str:
-    """README.md of the written folder. It names no path of this machine, and is the same for the same run."""
-    front: dict[str, Any] = _licence(source_card)
-    if from_hub:
-        front |= {"base_model": report.model, "base_model_relation": "quantized"}
-    scheme = options.choice.scheme
-    front |= {"library_name": "transformers", "tags": ["llmq", report.method, report.format, f"{scheme.bits}-bit"]}
-    front["tags"] = list(dict.fromkeys(front["tags"]))
-    calibrated = report.calibration_samples > 0
-    windows = f"{report.calibration_samples} windows of {report.calibration_seqlen} tokens"
-    data = options.calibration.data
-    text = "the text shipped with llmq" if data is None else Path(data).name
-    exceptions = "".join(f"| {rule.pattern} | {rule.scheme or 'not quantized'} |\n" for rule in options.rules)
-    rows = "\n".join(
-        f"| {kind} | {len(layers)} | {fmean(x.error for x in layers):.2e} | {max(x.error for x in layers):.2e} "
-        f"| {fmean(x.rtn_error for x in layers):.2e} |"
-        for kind, layers in errors_by_kind(report.layers).items()
-    )
-    header = "| layers | number | mean | worst | mean if rounded to nearest |\n|---|---|---|---|---|"
-    table = f"Relative squared error of the {report.error_of}:\n\n{header}\n{rows}\n" if rows else ""
-    return (
-        f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
-
-# {report.model}, quantized to {scheme.bits} bits
-
-| | |
-|---|---|
-| base model | {report.model} |
-| method | {report.method}{f", by {report.backend}" if options.third_party else ""} |
-| scheme | {scheme} |
-{exceptions}| embeddings, norms{"" if any(x.name == HEAD for x in report.layers) else f", {HEAD}"} | not quantized |
-| format | {FORMATS[report.format].title} |
-| calibration | {f"{windows} of {text}, seed {options.calibration.seed}" if calibrated else "none"} |
-| size | {format_bytes(report.bytes_before)} → {format_bytes(report.bytes_after)} |
-| bits a quantized weight | {report.effective_bits:.2f} |
-| made by | {writer} |
-
-```
-{_command(report, options)}
-```
-
-{table}{"".join(f"{chr(10)}- {warning}" for warning in report.warnings)}
-""".rstrip()
-        + "\n"
-    )
-
-
-def _command(report: QuantizationReport, options: QuantizeOptions) -> str:
-    choice, calibration = options.choice, options.calibration
-    words = ["llmq quantize", report.model, "-o", Path(report.output).name, *_scheme_words(choice.scheme)]
-    words += ["--method", choice.method]
-    if options.backend != NATIVE:
-        words += ["--backend", options.backend]
-    if choice.format != formats_for(choice.scheme, choice.method)[0]:
-        words += ["--format", choice.format]
-    if options.clip:
-        words += ["--clip"]
-    if options.act_order != DEFAULTS.act_order:
-        words += ["--act-order", options.act_order]
-    if options.alpha is not None:
-        words += ["--alpha", str(options.alpha)]
-    if options.kv_cache is not None:
-        words += ["--kv-cache-scheme", options.kv_cache]
-    if report.calibration_samples:
-        if calibration.data is not None:
-            words += ["--calib-data", Path(calibration.data).name]
-        words += ["--calib-samples", str(calibration.samples), "--calib-seqlen", str(calibration.seqlen)]
-    for rule in options.rules:
-        words += ["--override", f"'{rule}'"]
-    return " ".join(words)
-
-
-def _scheme_words(scheme: Scheme) -> list[str]:
-    """The flags that ask for ``scheme``: a preset of its numbers, and in what it differs."""
-    kind = [
-        (name, preset.scheme)
-        for name, preset in PRESETS.items()
-        if (preset.scheme.number, preset.scheme.activation_bits) == (scheme.number, scheme.activation_bits)
-    ]
-    name, named = next((pair for pair in kind if pair[1].bits == scheme.bits), kind[0])
-    words = ["--scheme", name]
-    if scheme.bits != named.bits:
-        words += ["--bits", str(scheme.bits)]
-    if scheme.group_size != named.group_size:
-        words += ["--group-size", str(scheme.group_size)]
-    if scheme.number == INT and scheme.activation_bits == 16:
-        words += ["--sym" if scheme.symmetric else "--asym"]
-    return words
-
-
-def _licence(card: Path) -> dict[str, Any]:
-    """The licence that the base model's card states: it binds what is made from the model."""
-    if not card.exists():
-        return {}
-    _, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
-    front, end, _ = rest.partition("\n---")
-    try:
-        fields = yaml.safe_load(front) if end else None
-    except yaml.YAMLError:
-        return {}
-    if not isinstance(fields, dict):
-        return {}
-    return {key: fields[key] for key in ("license", "license_name", "license_link") if key in fields}
+def write_report(folder: Path, report: QuantizationReport) -> None:
+    """The report as a file of ``folder``."""
+    fields = {name: value for name, value in report.to_json().items() if name not in OF_THE_RUN}
+    text = json.dumps({"schema": SCHEMA, **fields}, indent=2, ensure_ascii=False)
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")

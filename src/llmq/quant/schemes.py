@@ -8,7 +8,7 @@ from typing import Any
 
 from llmq.checkpoint.formats import FORMATS
 from llmq.errors import USAGE, LlmqError, either
-from llmq.scheme import E4M3, FP4, NF4, WHOLE_ROW, WHOLE_TENSOR, Scheme
+from llmq.scheme import E4M3, FP4, INT, NF4, WHOLE_ROW, WHOLE_TENSOR, Scheme
 
 METHODS = RTN, GPTQ, AWQ, SMOOTHQUANT, AUTOROUND, BNB = "rtn", "gptq", "awq", "smoothquant", "autoround", "bnb"
 CALIBRATED = (GPTQ, AWQ, SMOOTHQUANT, AUTOROUND)
@@ -108,6 +108,24 @@ def formats_for(scheme: Scheme, method: str) -> tuple[str, ...]:
     """The formats in which ``scheme``, made by ``method``, is written, the default first."""
     preferred = PREFERRED_FORMATS.get(method, OTHERS_PREFER)
     return tuple(name for name in preferred if name in FORMATS and FORMATS[name].why_not(scheme) is None)
+
+
+def scheme_settings(scheme: Scheme) -> dict[str, Any]:
+    """The flags that ask for ``scheme``: a preset of its numbers, and in what it differs."""
+    kind = [
+        (name, preset.scheme)
+        for name, preset in PRESETS.items()
+        if (preset.scheme.number, preset.scheme.activation_bits) == (scheme.number, scheme.activation_bits)
+    ]
+    name, named = next((pair for pair in kind if pair[1].bits == scheme.bits), kind[0])
+    found: dict[str, Any] = {"scheme": name}
+    if scheme.bits != named.bits:
+        found["bits"] = scheme.bits
+    if scheme.group_size != named.group_size:
+        found["group-size"] = scheme.group_size
+    if scheme.number == INT and scheme.activation_bits == 16:
+        found["sym"] = scheme.symmetric
+    return found
 
 
 def preset_table() -> str:
