@@ -134,11 +134,11 @@ class Padded:
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_every_answer_counts_on_in_padded_steps_and_in_parts_of_steps(settings: str, kind: str) -> None:
     options = dict(SETTINGS[settings])
-    windows = options.pop("windows", (None,))
+    windows, dtype = options.pop("windows", (None,)), options.pop("dtype", torch.float32)
     blocks = 22 * len(windows)
     scheduler = make_scheduler(blocks, windows=windows, **options)
     decoder = counting_decoder(windows)
-    cache = KVCache(decoder.config, blocks + 1, 16, torch.float32, "cpu", options.get("cpu_blocks", 0))
+    cache = KVCache(decoder.config, blocks + 1, 16, dtype, "cpu", options.get("cpu_blocks", 0))
     runner = Runner(decoder, cache, "cpu", max_sequences=64, max_tokens=2048)
     graphs = Padded(runner)
     largest = 0
