@@ -52,8 +52,9 @@ class Entry(NamedTuple):
     def _grid(self) -> Iterator[Launch]:
         now = self.table[self.key]
         if self.module is wna16_triton:
-            for block_n, warps, stages in itertools.product((64, 128, 256), (2, 4, 8), (3, 4)):
-                yield now._replace(block_n=block_n, warps=warps, stages=stages)
+            tiles = sorted({now.block_m, max(16, now.block_m)})  # from 16 rows on a step is one product
+            for block_m, block_n, warps, stages in itertools.product(tiles, (64, 128, 256), (2, 4, 8), (3, 4)):
+                yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         elif self.table is w8a8_triton.LARGE:
             for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)

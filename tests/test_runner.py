@@ -100,7 +100,8 @@ def test_a_step_is_padded_to_one_of_a_few_numbers_of_tokens_and_of_rows(lengths:
     shape = padded_shape(padded, drawn=8)
     assert padded[: len(rows)] == rows
     assert all(row.sequence_id == NOBODY and row.sampling is None for row in padded[len(rows) :])
-    assert (shape.tokens, shape.rows) == (padded_size(sum(lengths)), padded_size(shape.rows))
+    assert shape.tokens == padded_size(sum(lengths))
+    assert shape.rows == (shape.tokens if max(lengths) == 1 else 1 << (shape.rows - 1).bit_length()) <= MAX_TOKENS
     assert shape.max_query_length == (1 if max(lengths) == 1 else shape.tokens)
     batch = view(torch.cat((torch.zeros(8), torch.frombuffer(fill(padded, shape, 16), dtype=torch.int32))).int(), shape)
     assert {slot // 16 for slot in batch.slots[0].tolist()[sum(lengths) :]} <= {0}

@@ -122,6 +122,13 @@ class MLP(nn.Module):
         """Make one product of gate and up, where their layers allow it."""
         self.gate_up = stack(self, self.gate_up, "gate_up_proj")
 
+    @property
+    def gates(self) -> bool:
+        """Whether the product of gate and up can end in silu(gate) · up."""
+        merged = getattr(self, self.gate_up[0])
+        gated = isinstance(merged, DenseLinear | WeightOnlyLinear) and merged.bias is None
+        return gated and len(self.gate_up) == 1 and not self.gelu
+
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         return whole(self.product(x))
 
@@ -129,22 +136,12 @@ class MLP(nn.Module):
         """``forward``, perhaps with splits of the last product still to be added up."""
         down = getattr(self, self.down)
         number = input_number(down)
-        gated: Tensor | QuantizedRows
-        merged = getattr(self, self.gate_up[0]) if len(self.gate_up) == 1 else None
-        if (
-            isinstance(merged, DenseLinear | WeightOnlyLinear)
-            and merged.bias is None
-            and number is None
-            and not self.gelu
-        ):
-            assert isinstance(x, Tensor)
-            return product(down, merged.gated(x))
+        if self.gates and number is None:
+            return product(down, getattr(self, self.gate_up[0]).gated(x))
         gate, up = project(self, self.gate_up, x, self.sizes)
         if self.gelu:
-            gated = gelu_mul(gate, up)
-        else:
-            gated = silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
-        return product(down, gated)
+            return product(down, gelu_mul(gate, up))
+        return product(down, silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number))
 
 
 class MixtureOfExperts(nn.Module):

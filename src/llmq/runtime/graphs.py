@@ -1,6 +1,6 @@
 """CUDA graphs: short steps are replayed by one launch, instead of launching hundreds of kernels each.
 
-A step, of new tokens alone or with chunks of prompts among them, is padded to one of a few numbers of tokens and of
+A step, of new tokens alone or with chunks of prompts among them, is padded to one of a few numbers of tokens, and of
 rows; padding reads and writes block 0. For each such shape, and power of two above the longest row, a graph is captured
 when it comes for the second time. All share one pool of memory, and read what they are given from the same ints.
 
@@ -42,12 +42,14 @@ def padded_kv_length(length: int) -> int:
 
 
 def padded_rows(rows: Sequence[PlanRow]) -> list[PlanRow]:
-    """``rows``, and behind them as many of padding as make their tokens, and then themselves, one of the sizes."""
+    """``rows``, and behind them as many of one token as make their tokens one of the sizes; then, with chunks of prompts
+    among them, as many of nothing as make the rows a power of two."""
     tokens = sum(len(row.tokens) for row in rows)
-    tables = tuple([0] for _ in rows[0].block_tables)
-    padding = PlanRow(NOBODY, 0, (0,), tables, None)
+    padding = PlanRow(NOBODY, 0, (0,), tuple([0] for _ in rows[0].block_tables), None)
     padded = [*rows, *[padding] * (padded_size(tokens) - tokens)]
-    return [*padded, *[padding._replace(tokens=())] * (padded_size(len(padded)) - len(padded))]
+    if tokens == len(rows):
+        return padded
+    return [*padded, *[padding._replace(tokens=())] * ((1 << (len(padded) - 1).bit_length()) - len(padded))]
 
 
 def padded_shape(rows: Sequence[PlanRow], drawn: int) -> Shape:

@@ -102,10 +102,10 @@ class Runner:
                 continue
             parts.append(part)
             left = rest
-        if len(drawn := [part.drawn for part in parts if part.drawn is not None]) > 0:
+        drawn = [part.drawn for part in parts if part.drawn is not None]
+        if drawn:
             # Not before the last part has read those of the step before.
-            token_ids = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
-            token_ids = token_ids[: len(self._drawn)]
+            token_ids = (drawn[0] if len(drawn) == 1 else torch.cat(drawn))[: len(self._drawn)]
             self._drawn[: len(token_ids)] = token_ids
         return lambda: StepOutput(
             [token for part in parts for token in part.collect()], [score for part in parts for score in part.scores()]
@@ -138,9 +138,8 @@ class Runner:
             logits = self.decoder.logits(self._last(rows, hidden))
             samples = sample(logits, [rows[index] for index in drawing], self._drawn)
         else:
-            drawn = (
-                drawn[: len(rows)] if len(drawing) == len(rows) else drawn[on_device(drawing, torch.int32, self.device)]
-            )
+            all_draw = len(drawing) == len(rows)
+            drawn = drawn[: len(rows)] if all_draw else drawn[on_device(drawing, torch.int32, self.device)]
             samples = _on_its_way(drawn, [rows[index].sequence_id for index in drawing])
         return _Part(samples.token_ids, samples.collect, scores)
 
@@ -150,9 +149,8 @@ class Runner:
         block_size = self.cache.block_size
         if self._graphs is not None and sum(len(row.tokens) for row in rows) <= MAX_TOKENS:
             padded = padded_rows(rows)
-            if len(padded) <= MAX_TOKENS:
-                self._update_tables(padded)
-                return self._graphs.run(padded, block_size, draws)
+            self._update_tables(padded)
+            return self._graphs.run(padded, block_size, draws)
         self._update_tables(rows)
         shape = batch_shape(rows, len(self._drawn))
         ints = on_device(fill(rows, shape, block_size), torch.int32, self.device)
