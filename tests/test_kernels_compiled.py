@@ -92,7 +92,7 @@ def attention(
 ) -> Any:
     launch = attention_triton.prefill_launch(group, head_dim, 2)
     if decode:
-        launch = attention_triton.decode_launch(group, head_dim, 2, room=True)
+        launch = attention_triton.decode_launch(group, head_dim, 2, narrow=cache != "bf16")
     pointers = {"query": "*bf16", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": "*bf16"}
     scales = dict.fromkeys(("key_scales", "value_scales"))
     pointers |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(
@@ -103,7 +103,8 @@ def attention(
         capability, attention_triton.attention_kernel, pointers | {"scale": "fp32", "cap_scale": "fp32"},
         launch.warps, launch.stages,
         GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-        WINDOWED=windowed, CAPPED=capped, DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
+        PAIRED=cache != "bf16" and head_dim > 64, WINDOWED=windowed, CAPPED=capped,
+        DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
         PDL=capability >= 90, **(scales if cache == "bf16" else {}),
     )  # fmt: skip
 
@@ -173,7 +174,7 @@ def test_attention_over_8_bits_on_hopper(decode: bool, cache: str, most: float, 
     compiled = attention(90, 128, 64, 4, decode, False, cache=cache)
     assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
-    launch = attention_triton.decode_launch(4, 128, 2, room=True)
+    launch = attention_triton.decode_launch(4, 128, 2, narrow=True)
     if decode:
         # Reading 8 bits at full bandwidth leaves time for 7.8 of them, if nothing ever waits.
         assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * 2 * launch.tile * 128

@@ -19,7 +19,7 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
                              and leaves the mask out where every query of the tile sees every key
 
 Keys and values of 8 bits become fp16 in registers. The matrix instruction takes a value's channel from two tokens at
-once, which no load brings together byte by byte; two channels at a time, one does:
+once, which no load brings together byte by byte. In heads of more than 64 channels, two channels at a time, one does:
 
     token t       … c1 c0 …     }  a register of        ┌ c0 of t, c0 of t + 1  →  one product for the even channels
     token t + 1   … c1 c0 …     }  c1 c0 | c1 c0   →    └ c1 of t, c1 of t + 1  →  one for the odd
@@ -32,7 +32,6 @@ the weights.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -86,19 +85,14 @@ class Launch(NamedTuple):
     stages: int
 
 
-@cache
-def has_room(device: torch.device) -> bool:
-    """Whether a program may have more than 128 KiB of shared memory: on A100, H100, B200, and not on other GPUs."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return capability == (8, 0) or 9 <= capability[0] <= 11
-
-
-def decode_launch(group: int, head_dim: int, element_size: int, *, room: bool) -> Launch:
-    """For the grid of rows with few queries."""
+def decode_launch(group: int, head_dim: int, element_size: int, *, narrow: bool = False) -> Launch:
+    """For the grid of rows with few queries; ``narrow``: over a cache of 8 bits."""
     block_m = max(16, triton.next_power_of_2(group))
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
-    return Launch(block_m, 64, 4, 2 if head_dim > 128 else 4 if room else 3)
+    if head_dim > 128:
+        return Launch(block_m, 64, 4, 2)
+    return Launch(block_m, 64, 4, 4 if narrow and head_dim > 64 else 3)
 
 
 def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
@@ -142,7 +136,7 @@ def paged_attention_triton(
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
         raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
     group = heads // kv_heads
-    decode = decode_launch(group, head_dim, query.element_size(), room=has_room(query.device))
+    decode = decode_launch(group, head_dim, query.element_size(), narrow=scales is not None)
     prefill = prefill_launch(group, head_dim, query.element_size())
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
 
@@ -167,7 +161,8 @@ def paged_attention_triton(
             heads, rows, few_queries, splits, shared, span, split or 0, window or 0,
             LOG2_E * (softcap or scale), cap_scale,
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_SIZE=block_size, WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
+            BLOCK_SIZE=block_size, PAIRED=scales is not None and head_dim > 64,
+            WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
             BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
             **pdl(query.device),
         )  # fmt: skip
@@ -216,8 +211,8 @@ def attention_kernel(
     scale_block_stride, scale_head_stride, table_stride, out_token_stride, heads, rows, few_queries, splits, shared,
     span, split, window, scale, cap_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
-    PDL: tl.constexpr,
+    PAIRED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one KV head, over one split of the row's positions (DECODE) or all of them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
@@ -292,18 +287,18 @@ def attention_kernel(
         last = tl.minimum(last, (own + 1) * split)
     first = first // TILE * TILE
 
-    if key_scales is None:
-        acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
-        acc_odd = 0.0
-    else:
+    if PAIRED:
         acc = tl.zeros([BLOCK_M, DIM_PADDED // 2], dtype=tl.float32)
         acc_odd = tl.zeros([BLOCK_M, DIM_PADDED // 2], dtype=tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, DIM_PADDED], dtype=tl.float32)
+        acc_odd = 0.0
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     table = block_tables + row.to(tl.int64) * table_stride
     keys = key_cache + kv_head * cache_head_stride
     values = value_cache + kv_head * cache_head_stride
-    if key_scales is not None:
+    if PAIRED:
         values = values.to(tl.pointer_type(tl.int16), bitcast=True)  # two channels each
     if not DECODE:
         first_full = first
@@ -314,22 +309,22 @@ def attention_kernel(
                 acc, acc_odd, best, total, q, first, tl.minimum(first_full, last), keys, values, key_scales,
                 value_scales, table, position, window, scale, cap_scale, cache_block_stride, cache_token_stride,
                 scale_block_stride,
-                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
+                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, True,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
         acc, acc_odd, best, total = attend(
             acc, acc_odd, best, total, q, first_full, last_full, keys, values, key_scales, value_scales, table,
             position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
-            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, False,
+            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, False,
         )  # fmt: skip
         first = last_full
     acc, acc_odd, best, total = attend(
         acc, acc_odd, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
         scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
-        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, WINDOWED, CAPPED, TILE, True,
+        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, True,
     )  # fmt: skip
 
-    if key_scales is not None:
+    if PAIRED:
         acc = tl.interleave(acc, acc_odd)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if key_scales is not None:
@@ -352,8 +347,8 @@ def attention_kernel(
 def attend(
     acc, acc_odd, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
     scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAIRED: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [first, last), tile by tile, into the running softmax (acc, best, total) of the queries q.
 
@@ -364,7 +359,6 @@ def attend(
     """
     step = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PADDED)[None, :]
-    PAIRED: tl.constexpr = values.dtype.element_ty == tl.int16
     VALUE_DIM: tl.constexpr = HEAD_DIM // 2 if PAIRED else HEAD_DIM
     value_dim = tl.arange(0, DIM_PADDED // 2 if PAIRED else DIM_PADDED)[None, :]
     pages = load_pages(table, first, last, BLOCK_SIZE, TILE)
@@ -392,18 +386,18 @@ def attend(
         if MASKED:
             if HEAD_DIM == DIM_PADDED:
                 k = tl.load(keys + at, mask=inside, other=0.0)
-                v = tl.load(values + value_at, mask=inside, other=0)
+                v = tl.load(values + value_at, mask=inside, other=0.0)
             else:
                 k = tl.load(keys + at, mask=inside & (dim < HEAD_DIM), other=0.0)
-                v = tl.load(values + value_at, mask=inside & (value_dim < VALUE_DIM), other=0)
+                v = tl.load(values + value_at, mask=inside & (value_dim < VALUE_DIM), other=0.0)
         else:
             if HEAD_DIM == DIM_PADDED:
                 k = tl.load(keys + at)
                 v = tl.load(values + value_at)
             else:
                 k = tl.load(keys + at, mask=dim < HEAD_DIM, other=0.0)
-                v = tl.load(values + value_at, mask=value_dim < VALUE_DIM, other=0)
-        scores = tl.dot(q, tl.trans(widened(k, q.dtype)), input_precision="ieee")
+                v = tl.load(values + value_at, mask=value_dim < VALUE_DIM, other=0.0)
+        scores = tl.dot(q, tl.trans(widened(k, q.dtype, PAIRED)), input_precision="ieee")
         if key_scales is not None:
             if keys.dtype.element_ty == tl.int8:
                 scores *= key_scale
@@ -429,15 +423,15 @@ def attend(
             acc = tl.dot(weights, even, acc * fade[:, None], input_precision="ieee")
             acc_odd = tl.dot(weights, odd, acc_odd * fade[:, None], input_precision="ieee")
         else:
-            acc = tl.dot(weights, v, acc * fade[:, None], input_precision="ieee")
+            acc = tl.dot(weights, v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
         best = new_best
     return acc, acc_odd, best, total
 
 
 @triton.jit
-def widened(codes, dtype: tl.constexpr):
+def widened(codes, dtype: tl.constexpr, PAIRED: tl.constexpr):
     """``codes`` of the cache as numbers of ``dtype``."""
-    if codes.dtype == tl.int8 and dtype == tl.float16 and not INTERPRETED:
+    if PAIRED and codes.dtype == tl.int8 and dtype == tl.float16 and not INTERPRETED:
         numbers = tl.inline_asm_elementwise(
             WIDEN_INT8, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
         )  # fmt: skip
@@ -451,8 +445,8 @@ def unpaired(pairs, keys, dtype: tl.constexpr):
     """Two codes side by side in each of ``pairs`` → the numbers of the first and of the second."""
     kind: tl.constexpr = keys.dtype.element_ty
     if INTERPRETED or dtype == tl.float32:
-        first = widened((pairs & 0xFF).to(tl.int8).to(kind, bitcast=True), dtype)
-        second = widened((pairs >> 8).to(tl.int8).to(kind, bitcast=True), dtype)
+        first = (pairs & 0xFF).to(tl.int8).to(kind, bitcast=True).to(dtype)
+        second = (pairs >> 8).to(tl.int8).to(kind, bitcast=True).to(dtype)
         both = (first, second)
     elif kind == tl.int8:
         both = tl.inline_asm_elementwise(
