@@ -42,8 +42,8 @@ def padded_kv_length(length: int) -> int:
 
 
 def padded_rows(rows: Sequence[PlanRow]) -> list[PlanRow]:
-    """``rows``, and behind them as many of one token as make their tokens one of the sizes; then, with chunks of prompts
-    among them, as many of nothing as make the rows a power of two."""
+    """``rows``, and behind them as many of one token as make their tokens one of the sizes; then, where
+    chunks of prompts are among them, as many of nothing as make the rows a power of two."""
     tokens = sum(len(row.tokens) for row in rows)
     padding = PlanRow(NOBODY, 0, (0,), tuple([0] for _ in rows[0].block_tables), None)
     padded = [*rows, *[padding] * (padded_size(tokens) - tokens)]
