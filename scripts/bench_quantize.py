@@ -63,7 +63,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "errors": [(rounding, "energy")],
     "pack and write": [(Shards, "fill")],
     "sync": [(Shards, "sync")],
-    "check": [(pipeline, "check_generates")],
+    "check": [(pipeline, "check_runs")],
 }
 
 

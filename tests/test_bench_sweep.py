@@ -185,6 +185,14 @@ def test_every_layer_scheme_and_number_of_rows_has_a_line(tiny: Path, monkeypatc
     assert max(map(len, printed.splitlines()[1:])) <= 100
 
 
+@pytest.mark.gpu
+def test_products_on_a_card_stay_below_the_roofline(tiny: Path) -> None:
+    flags = ("--schemes", "16bit,w4a16,w8a8,fp8", "--rows", "1,64", "--device", "cuda", "--json")
+    report = json.loads(llmq("bench", "kernels", tiny, *flags).out)
+    assert len(report["products"]) == 4 * 4 * 2
+    assert all(0 < product["share_of_roofline"] < 1 for product in report["products"])
+
+
 @pytest.mark.parametrize("flags", [("--schemes", "w5a5"), ("--rows", "0"), ("--rows", "1.5"), ("--rows", "many")])
 def test_products_that_are_none_are_usage_errors(tiny: Path, flags: tuple[str, ...]) -> None:
     assert llmq("bench", "kernels", tiny, *flags).code == USAGE

@@ -34,8 +34,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             LLM("demo", device="cpu", options=EngineOptions(deterministic=True))
 
 else:
+    from test_kernels_reference import draw_paged
     from tiny_models import save_tiny
+    from torch import Tensor
 
+    from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
     from llmq.runtime.kernels.invariant import invariant_matmul
 
     PROMPTS = [[5, 6] * 7, [9, 10, 11] * 5]
@@ -73,6 +76,26 @@ else:
         assert llm.stats.preemptions > 0
         assert (llm.stats.swapped_out > 0) == (preemption == "swap")
         assert pressed == roomy
+
+    @pytest.mark.parametrize("window", [None, 20])
+    def test_a_query_has_the_same_bits_in_a_step_of_any_number_of_queries(window: int | None) -> None:
+        torch.manual_seed(0)
+        whole = draw_paged([(70, 70), (18, 33)], 4, 2, 16, 16)
+        query, keys, values, tables, starts, lengths = (x.float() if x.is_floating_point() else x for x in whole)
+
+        def attend(query: Tensor, starts: list[int], most: int) -> Tensor:
+            return paged_attention(
+                query, keys, values, tables, torch.tensor(starts, dtype=torch.int32), lengths, window=window,
+                max_query_length=most, max_kv_length=70, batch_invariant=True,
+            )  # fmt: skip
+
+        together = attend(query, starts.tolist(), 70)
+        for last in (1, 7):
+            at = [*range(70 - last, 70), *range(88 - last, 88)]
+            assert attend(query[at], [0, last, 2 * last], last).equal(together[at])
+        bounds = {"max_query_length": 70, "max_kv_length": 70}
+        exact = paged_attention_reference(*whole, window=window, **bounds)
+        assert (together - exact).norm() <= 1e-6 * exact.norm()
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
     def test_a_row_of_a_product_has_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:

@@ -84,14 +84,14 @@ def test_chunks_preemption_and_prefix_hits_change_no_token(tmp_path: Path, varia
 
 @pytest.fixture
 def calibrated(tmp_path: Path) -> Path:
-    """A folder with scales for an fp8 KV cache, as llm-compressor stores them, of 0.01 · (layer + 1) and 0.02."""
+    """A folder with scales for an fp8 KV cache, as llm-compressor stores them, of 0.02 · (layer + 1) and 0.03."""
     from safetensors.torch import load_file, save_file
 
     folder = save_tiny(tmp_path / "calibrated", "llama")
     tensors = load_file(folder / "model.safetensors")
     for layer in range(json.loads((folder / "config.json").read_text())["num_hidden_layers"]):
-        tensors[f"model.layers.{layer}.self_attn.k_scale"] = torch.tensor([0.01 * (layer + 1)])
-        tensors[f"model.layers.{layer}.self_attn.v_scale"] = torch.tensor(0.02)
+        tensors[f"model.layers.{layer}.self_attn.k_scale"] = torch.tensor([0.02 * (layer + 1)])
+        tensors[f"model.layers.{layer}.self_attn.v_scale"] = torch.tensor(0.03)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -100,14 +100,14 @@ def test_keys_and_values_are_rounded_by_the_scales_of_the_folder(calibrated: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         llm = LLM(str(calibrated), device="cpu", options=EngineOptions(kv_cache_dtype="fp8", kv_cache_memory=2**20))
-    keys, values, scales = llm._cache.layer(1)
+    scales = llm._cache.layer(1)[2]
     assert scales is not None
-    assert [float(scale) for scale in scales] == pytest.approx([0.02, 0.02])
+    assert [float(scale) for scale in scales] == pytest.approx([0.04, 0.03])
     plain = load(calibrated, "auto", block_size=64)
     for each in (llm, plain):
         each.generate([PROMPTS[-1]], SamplingParams(max_tokens=1, temperature=0))
     keys, values, _ = llm._cache.layer(0)
-    for codes, scale, exact in zip((keys, values), (0.01, 0.02), plain._cache.layer(0)[:2], strict=True):
+    for codes, scale, exact in zip((keys, values), (0.02, 0.03), plain._cache.layer(0)[:2], strict=True):
         kept = codes.float() * scale
         assert exact.abs().max() < 448 * scale
         # Half a step: a sixteenth of the number, or of the smallest that is normal.

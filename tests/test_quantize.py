@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,24 @@ def test_an_expert_that_no_token_is_sent_to_is_rounded_and_named(tmp_path: Path,
     rounded = {layer.name.rpartition(".")[0] for layer in report.layers if layer.method == RTN}
     assert len(rounded) >= 2 * (8 - 6)
     assert all(".experts." in name and name in report.warnings[-1] for name in rounded)
+
+
+def test_an_expert_that_saw_too_few_tokens_to_learn_from_is_rounded_and_named(tmp_path: Path, text: Path) -> None:
+    source = save_tiny(tmp_path / "model", "mixtral", num_local_experts=32, num_experts_per_tok=1, num_hidden_layers=1)
+    calibration = Calibration(str(text), samples=16, seqlen=64)
+    opened = open_source(source, "cpu", torch.float32)
+    states, block = HiddenStates(opened, draw_windows(source, opened.config, calibration)), load_layer(opened, 0)
+    states.mix(block)
+    tokens: Counter[str] = Counter()
+    for (down,) in opened.config.linear_stages[3].groups:
+        states.show_inputs(block, {down: lambda x, name=down: tokens.update({f"model.layers.0.{name}": len(x)})})
+    report = quantize(str(source), tmp_path / "out", scheme=W4, calibration=calibration, device="cpu")
+    rounded = {layer.name for layer in report.layers if layer.method == RTN}
+    few = {name for name, count in tokens.items() if count < 0.005 * 16 * 64}
+    assert few
+    assert few <= rounded
+    assert all(name in report.warnings[-1] for name in few)
+    assert max(tokens, key=tokens.__getitem__) not in rounded
 
 
 @pytest.mark.parametrize("method", [GPTQ, AWQ])
@@ -556,7 +575,7 @@ def test_activations_beyond_fp16_are_calibrated_in_fp32(
     assert all(layer.method == GPTQ and 0 < layer.error < 0.05 for layer in report.layers)
 
 
-def test_a_model_that_cannot_generate_is_not_kept(tmp_path: Path) -> None:
+def test_a_model_that_does_not_run_is_not_kept(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model")
     damage(source, "lm_head.weight", float("nan"))
     refused("computes NaN or infinite logits", source, tmp_path / "out", scheme=W4)

@@ -98,6 +98,7 @@ class Setup:
             "max_num_seqs": options.max_num_seqs,
             "max_num_batched_tokens": options.max_num_batched_tokens,
             "block_size": options.block_size,
+            "kv_cache_dtype": options.kv_cache_dtype,
             "prefix_caching": options.prefix_caching,
             "definitions": DEFINITIONS,
         }

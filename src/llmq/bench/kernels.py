@@ -162,45 +162,53 @@ def measure_roofline(device: str, dtype: torch.dtype) -> Roofline:
     size, side = LARGE[kind]
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    bandwidth = 2 * size / median_seconds([lambda: target.copy_(source)], device)
+    bandwidth = 2 * size / median_seconds(lambda: target.copy_(source), device)
     a, b = torch.randn(2, side, side, dtype=dtype, device=device)
     operations = 2.0 * side**3
-    rates = {16: operations / median_seconds([lambda: a @ b], device)}
+    rates = {16: operations / median_seconds(lambda: a @ b, device)}
     rates[8] = rates[16]
     if kind == "cuda":
         ints = torch.randint(-127, 128, (2, side, side), dtype=torch.int8, device=device)
-        rates[8] = operations / median_seconds([lambda: torch._int_mm(ints[0], ints[1].t())], device)
+        rates[8] = operations / median_seconds(lambda: torch._int_mm(ints[0], ints[1].t()), device)
     return Roofline(bandwidth, rates)
 
 
-def median_seconds(calls: Sequence[Callable[[], object]], device: str) -> float:
-    """Seconds a call, of several over different data: the median over rounds through all of them."""
-    for call in calls:
-        call()
+def median_seconds(run: Callable[[], object], device: str) -> float:
+    """Of ROUNDS calls, after one more."""
+    clock = _clock if torch.device(device).type == "cpu" else _device_clock
+    return statistics.median([clock(run) for _ in range(ROUNDS + 1)][1:])
+
+
+def _clock(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _device_clock(run: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def _in_a_row(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:
+    """All ``calls`` as one: on a GPU a CUDA graph, so that launches take no time."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
     if torch.device(device).type == "cpu":
-        times = [_clock(calls) for _ in range(ROUNDS)]
-        return statistics.median(times) / len(calls)
+        return run
+    run()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(ROUNDS + 1):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times[1:]) / len(calls)
-
-
-def _clock(calls: Sequence[Callable[[], object]]) -> float:
-    started = time.perf_counter()
-    for call in calls:
-        call()
-    return time.perf_counter() - started
+        run()
+    return graph.replay
 
 
 def _weights(scheme: Scheme | None, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Iterator[Linear]:
@@ -239,7 +247,8 @@ def _time(
     roofline: Roofline,
 ) -> Product:
     x = torch.randn(rows, shape[1], dtype=dtype, device=device)
-    seconds = median_seconds([partial(weight, x) for weight in weights], device)
+    every = _in_a_row([partial(weight, x) for weight in weights], device)
+    seconds = median_seconds(every, device) / len(weights)
     moved = resident_bytes(weights[0]) + rows * sum(shape) * dtype.itemsize
     bits = 16 if scheme is None else scheme.activation_bits
     floor = max(moved / roofline.bandwidth, 2.0 * rows * shape[0] * shape[1] / roofline.rates[bits])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -97,8 +98,7 @@ class Vllm:
     name = "vllm"
 
     def __init__(self, subject: Subject) -> None:
-        import vllm
-
+        vllm: Any = import_module("vllm")
         self.version = installed("vllm")
         self._params = vllm.SamplingParams
         options = subject.llm.options

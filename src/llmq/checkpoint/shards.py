@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALIGNMENT = 8
+DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F16": "float16", "BF16": "bfloat16", "F32": "float32",
+    "F64": "float64",
+}  # fmt: skip
+"""torch's names of safetensors' dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,8 @@ class Shards(ExitStack):
         for name, value in values:
             info = self.tensors.infos[name]
             raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            if tuple(value.shape) != info.shape or raw.numel() != info.num_bytes:
+            dtype = str(value.dtype).removeprefix("torch.")
+            if tuple(value.shape) != info.shape or DTYPES.get(info.dtype, dtype) != dtype:
                 raise ValueError(
                     f"{name} is {value.dtype} {list(value.shape)}, and its place {info.dtype} {info.shape}"
                 )

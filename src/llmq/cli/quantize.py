@@ -159,6 +159,6 @@ def _print_report(report: QuantizationReport) -> None:
         f"({report.effective_bits:.2f} bits a quantized weight)"
     )
     peak = memory.format_bytes(report.peak_memory_bytes)
-    out.print(f"{report.seconds:.1f} s on {report.device}, at most {peak} of memory; loads and generates")
+    out.print(f"{report.seconds:.1f} s on {report.device}, at most {peak} of memory; loads and runs")
     for warning in report.warnings:
         err.print(f"warning: {warning}")

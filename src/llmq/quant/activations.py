@@ -26,6 +26,8 @@ from llmq.runtime.rotary import Rotation, rotary_angles
 
 MOMENT_BYTES = 2 * 2**30
 """What second moments may take at once; more of them, of many wide experts, take several passes."""
+FEWEST = 0.005
+"""The share of all tokens below which an expert has seen too few to learn from: as GPTQModel has it."""
 GPU_SHARE = 4
 """Hidden states stay on a GPU when they take no more than one part in this many of its free memory."""
 
@@ -99,8 +101,8 @@ class HiddenStates:
 
     def second_moments(self, block: DecoderLayer, linears: Collection[str], prefix: str) -> dict[str, Tensor]:
         """2/n Σ x xᵀ, fp32 [in, in], over all n inputs x of each of ``linears`` (see ``show_inputs``): the Hessian of
-        the layer's squared output error. An expert that no token was sent to has none. Raises NotFinite, naming the
-        layer by the block's name ``prefix``, when inputs are not finite."""
+        the layer's squared output error. An expert that hardly any token was sent to has none. Raises NotFinite, naming
+        the layer by the block's name ``prefix``, when inputs are not finite."""
         totals: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
 
@@ -109,7 +111,11 @@ class HiddenStates:
             totals[name] = totals[name].add_(moment(x)) if name in totals else moment(x)
 
         self.show_inputs(block, {name: partial(add, name) for name in linears})
-        return {name: _mean_moment(total, counts[name], f"{prefix}.{name}") for name, total in totals.items()}
+        return {
+            name: _mean_moment(total, counts[name], f"{prefix}.{name}")
+            for name, total in totals.items()
+            if counts[name] >= FEWEST * self.tokens
+        }
 
     def head_moment(self, source: Source) -> Tensor:
         """The same of the model's head, once all blocks are passed."""

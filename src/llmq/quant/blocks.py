@@ -81,12 +81,12 @@ class Walk:
         if self.original is not None:
             self.original.mix(block)
             self.original.finish(block)
-        kept = set(job.kept_tensors)
+        kept, format = set(job.kept_tensors), job.format
         for name, _ in list(block.named_parameters()):
             if f"{prefix}.{name}" in kept:
                 _give(block, name, written.load(f"{prefix}.{name}", job.source.device))
         for name in _local(job, prefix):
-            _round_in_place(linear(block, name), job.format.unpack(f"{prefix}.{name}", written, job.source.device))
+            _round_in_place(linear(block, name), format.unpack(f"{prefix}.{name}", written, job.source.device))
         self.states.mix(block)
         self._leave(block, number)
 

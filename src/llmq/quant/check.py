@@ -1,4 +1,4 @@
-"""Does a folder that was just written load, and generate? Block by block: it may be larger than memory."""
+"""Does a folder that was just written load, and run? Block by block: it may be larger than memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = 8192
 
 
 @torch.inference_mode()
-def check_generates(folder: Path, device: str, dtype: torch.dtype) -> None:
+def check_runs(folder: Path, device: str, dtype: torch.dtype) -> None:
     """Load ``folder`` and have it say what follows each token of a short text. Raises LlmqError when it does not load,
     or logits are not finite."""
     source = open_source(folder, device, dtype)

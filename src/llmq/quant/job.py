@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,13 @@ class Job:
         """The part that a layer or tensor belongs to."""
         prefix = ".".join(name.split(".")[:3])
         return prefix if prefix in self.parts else REST
+
+    def by_part(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The names of each part."""
+        parts: dict[str, list[str]] = {part: [] for part in self.parts}
+        for name in names:
+            parts[self.part_of(name)].append(name)
+        return parts
 
     @property
     def kept_tensors(self) -> list[str]:

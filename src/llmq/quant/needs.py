@@ -63,7 +63,7 @@ class Needs:
 
     def to_json(self) -> dict[str, Any]:
         places = [{"where": place.where, "needed": place.needed, "free": place.free} for place in self.places]
-        return {"fits": self.fits, "spills": self.spills, "places": places}
+        return {"fits": self.fits, "spills": self.spills, "batch_tokens": self.batch_tokens, "places": places}
 
     def check(self) -> None:
         """Raise LlmqError unless all is there."""

@@ -28,7 +28,7 @@ from llmq.quant.affine import energy
 from llmq.quant.backends import Backend, preferences
 from llmq.quant.backends.run import run_backend
 from llmq.quant.blocks import Walk
-from llmq.quant.check import check_generates
+from llmq.quant.check import check_runs
 from llmq.quant.job import REST, Job
 from llmq.quant.journal import Journal
 from llmq.quant.methods import gptq, rtn
@@ -91,8 +91,8 @@ def quantize(
     """Write ``model`` (a folder, a hub id, or ``demo``), quantized, to the folder ``output``.
 
     What may be chosen: ``QuantizeOptions``; ``overrides`` are its rules, by their patterns, and ``ignore`` patterns of
-    layers that stay as they are, whatever the rules. The folder gets its name once it is complete and has been loaded
-    and generated from.
+    layers that stay as they are, whatever the rules. The folder gets its name once it is complete, and has been loaded
+    and run.
 
     max_memory  bytes of main memory that the run may have; None: what is available
     resume      go on with a run that was stopped, if there is one; what comes out has the same bytes as if it had not
@@ -171,7 +171,7 @@ def _run(
         act_order=job.options.act_order == DYNAMIC,
     )
     write_configs(job.folder, partial, format, quantization)
-    check_generates(partial, job.source.device, job.source.dtype)
+    check_runs(partial, job.source.device, job.source.dtype)
     report = _report(
         job, output, journal.layers, shards.tensors.num_bytes, journal.seconds + time.monotonic() - started
     )
@@ -182,15 +182,15 @@ def _run(
 
 def _do_parts(job: Job, shards: Shards, journal: Journal, spill: Path | None, tell: Progress) -> None:
     """Do, and write, what is not done yet."""
-    parts, done = job.parts, len(journal.parts)
-    layers = journal.layers
+    parts, done, layers, format = job.parts, len(journal.parts), journal.layers, job.format
+    kept, wanted = job.by_part(job.kept_tensors), job.by_part(job.schemes)
 
     def say(what: str, layer: LayerReport | None = None) -> None:
         tell(Step(len(journal.parts), len(parts), len(layers), len(job.schemes), what, layer))
 
     learns = job.windows is not None and job.options.third_party is None
-    looks = {part for part in parts if part != REST or HEAD in job.schemes}  # at hidden states
-    walk = Walk(job, spill) if learns and looks & set(parts[done:]) else None
+    looks = any(part != REST or HEAD in job.schemes for part in parts[done:])  # at hidden states
+    walk = Walk(job, spill) if learns and looks else None
     for number, part in enumerate(parts):
         if number < done:
             if walk is not None:
@@ -199,13 +199,17 @@ def _do_parts(job: Job, shards: Shards, journal: Journal, spill: Path | None, te
             continue
         started, first = time.monotonic(), len(layers)
         changed: dict[str, Tensor] = {}
-        for weight, layer in _quantized(job, part, walk, changed, say):
-            shards.fill(job.format.pack(layer.name, weight))
+        if job.options.third_party is not None:
+            made = _quantized_by(job.options.third_party, job, shards.tensors.folder, changed, say)
+        elif walk is not None and part != REST:
+            made = walk.quantize(number, changed)
+        else:
+            made = _quantized_alone(job, wanted[part], walk)
+        for weight, layer in made:
+            shards.fill(format.pack(layer.name, weight))
             layers.append(layer)
             say(layer.name, layer)
-        for name in job.kept_tensors:
-            if job.part_of(name) == part:
-                shards.fill([(name, changed.pop(name) if name in changed else job.source.tensors.load(name))])
+        shards.fill((name, job.source.tensors.load(name)) for name in kept[part] if name not in changed)
         shards.fill(changed.items())
         shards.sync()
         journal.add(part, layers[first:], time.monotonic() - started)
@@ -221,33 +225,29 @@ def _summary(part: str, layers: Sequence[LayerReport]) -> str:
     return f"{part} quantized, largest error {worst.error:.1e} of {worst.name.removeprefix(f'{part}.')}"
 
 
-def _quantized(
-    job: Job, part: str, walk: Walk | None, changed: dict[str, Tensor], say: Callable[[str], None]
+def _quantized_alone(
+    job: Job, names: Sequence[str], walk: Walk | None
 ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-    """The layers of ``part``. Tensors beside them that are new, or not as they were, come into ``changed``."""
-    backend = job.options.third_party
-    if backend is not None:
-        yield from _quantized_by(backend, job, changed, say)
-    elif walk is not None and part != REST:
-        yield from walk.quantize(job.parts.index(part), changed)
-    else:
-        for name in job.schemes:
-            if job.part_of(name) == part:
-                hessian = None if walk is None else walk.states.head_moment(job.source)
-                yield from round_layers({name: _weight(job, name)}, job.schemes, hessian, job.options)
+    """Layers that do not need the others of their block: all, where there are no data; the head, where there are."""
+    for name in names:
+        hessian = None if walk is None else walk.states.head_moment(job.source)
+        yield from round_layers({name: _weight(job, name)}, job.schemes, hessian, job.options)
 
 
 def _quantized_by(
-    backend: Backend, job: Job, changed: dict[str, Tensor], say: Callable[[str], None]
+    backend: Backend, job: Job, folder: Path, changed: dict[str, Tensor], say: Callable[[str], None]
 ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-    """Have ``backend`` do the work. What it hands back stands for itself: of layers that it has scaled as well as
-    rounded, nothing says how much of the difference is which."""
+    """Have ``backend`` do the work, in a folder within ``folder``. What it hands back stands for itself: of layers that
+    it has scaled as well as rounded, nothing says how much of the difference is which. Tensors beside them that it has
+    scaled come into ``changed``."""
     options, windows = job.options, job.windows
     assert windows is not None
-    with TemporaryDirectory(prefix="llmq-backend-") as scratch:
+    with TemporaryDirectory(dir=folder, prefix=".backend-") as scratch:
         written = run_backend(backend, job.folder, options.choice, windows, job.source.device, Path(scratch), say)
         if options.choice.method == AWQ:
-            changed |= {name: written.tensors.load(name) for name in job.kept_tensors if name in written.tensors}
+            for name in job.kept_tensors:
+                if name in written.tensors:
+                    changed[name] = written.tensors.load(name).to(job.source.tensors.load(name).dtype)
         for name, scheme in job.schemes.items():
             quantized = written.layer(name, job.shape(name), scheme)
             weight = _weight(job, name).cpu()  # where what the backend wrote has been read to
@@ -303,7 +303,8 @@ def _warnings(job: Job, layers: Sequence[LayerReport]) -> Iterator[str]:
         yield f"the calibration text has {len(job.windows)} windows, and {wanted} were asked for"
     fallen = [layer.name for layer in layers if layer.method != job.options.choice.method]
     if fallen:
-        yield f"{len(fallen)} layers were rounded to nearest, where GPTQ did no better: {', '.join(fallen)}"
+        reason = "where GPTQ did no better, or too few tokens came"
+        yield f"{len(fallen)} layers were rounded to nearest, {reason}: {', '.join(fallen)}"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING
 
 from llmq.bench.load import Load
@@ -73,8 +74,7 @@ def _print(report: ServeReport) -> None:
     grid = table("load", "")
     grid.add_row("duration", f"{metrics.duration:.2f} s")
     total = metrics.completed + metrics.failed
-    rate = f"{metrics.request_throughput:.2f}/s of {run.load.request_rate:g}/s asked"
-    grid.add_row("requests", f"{metrics.completed} of {total}, {rate}")
+    grid.add_row("requests", f"{metrics.completed} of {total}, {metrics.request_throughput:.2f}/s, {_asked(report)}")
     if metrics.request_goodput is not None:
         grid.add_row("goodput", f"{metrics.good} within the limits, {metrics.request_goodput:.2f}/s")
     grid.add_row("at once", f"{metrics.max_concurrent_requests}")
@@ -89,3 +89,10 @@ def _print(report: ServeReport) -> None:
     out.print()
     flags.print_latencies(metrics)
     flags.print_comparison(report.peer)
+
+
+def _asked(report: ServeReport) -> str:
+    if report.client.workload.dataset == "trace":
+        return "sent as traced"
+    rate = report.run.load.request_rate
+    return "sent all at once" if rate == inf else f"sent at {rate:g}/s"

@@ -59,7 +59,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme, hessian: Tensor, act_order: 
     natural = torch.arange(in_features, device=weight.device)
     order = natural if act_order == OFF else torch.argsort(energy, descending=True, stable=True)
     members = order if act_order == DYNAMIC else natural  # the columns, group by group
-    scales, zeros = fit_grid(weight[:, members], scheme, energy[members])
+    scales, zeros = fit_grid(weight if members is natural else weight[:, members], scheme, energy[members])
     group_index = torch.empty_like(natural)
     group_index[members] = natural // scheme.group_length(in_features)
     compensation = _compensation(hessian, order)

@@ -304,7 +304,7 @@ def attention_kernel(
     keys = key_cache + kv_head * cache_head_stride
     values = value_cache + kv_head * cache_head_stride
     if key_scales is not None:
-        values = values.to(tl.pointer_type(tl.int16), bitcast=True)
+        values = values.to(tl.pointer_type(tl.int16), bitcast=True)  # two channels each
     if not DECODE:
         first_full = first
         if WINDOWED:
