@@ -108,9 +108,7 @@ def attention(
     )  # fmt: skip
 
 
-def wna16(
-    capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT, gated: bool = False
-) -> Any:
+def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT) -> Any:
     scaled = rows > SUM_ROWS and (bits, dtype, number) == (4, "bf16", INT)
     launch = wna16_triton.SCALED[128] if scaled else wna16_triton.launch_for(bits, rows, 2)
     pointers = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | {"words": "*i16", "meta": "*i32", "table": "*fp32"}
@@ -118,9 +116,10 @@ def wna16(
     return compile_for(
         capability, wna16_triton.wna16_kernel, pointers | {"sums": "*fp32", "counters": "*i32"}, launch.warps, 3,
         **constants, WHOLE_STEPS=True, BITS=bits, NUMBER=number, PER_GROUP=per_group, BF16_SCALE=False, SPLIT=True,
-        REDUCED=rows > REDUCE_ROWS and not gated, GATED=gated, ASM=True, SCALED=scaled,
-        JOINED=scaled or (bits == 4 and rows > 8 and per_group in (0, 4)),
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, PDL=capability >= 90,
+        REDUCED=rows > REDUCE_ROWS, ASM=True, JOINED=scaled or (bits == 4 and rows > 8 and per_group in (0, 4)),
+        SCALED=scaled,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
+        PDL=capability >= 90,
     )  # fmt: skip
 
 
@@ -201,11 +200,6 @@ def test_wna16_on_hopper(
     assert spilled_bytes(compiled, tmp_path) == 0
     launch = wna16_triton.SCALED[128] if rows > SUM_ROWS else wna16_triton.launch_for(bits, rows, 2)
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * launch.block_n * wna16_triton.STEP
-
-
-@pytest.mark.parametrize("rows", [1, 16, 32])
-def test_a_product_that_ends_in_a_gate_stays_out_of_memory(rows: int, tmp_path: Path) -> None:
-    assert spilled_bytes(wna16(90, 4, rows, 4, "bf16", gated=True), tmp_path) == 0
 
 
 def test_a_step_of_int4_is_one_product_that_the_next_steps_weights_need_not_wait_for() -> None:
@@ -293,15 +287,13 @@ def test_sorting_by_expert_stays_out_of_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launch", [dense_triton.WIDE, dense_triton.NARROW])
 @pytest.mark.parametrize("block_m", [16, 32])
-@pytest.mark.parametrize("gated", [False, True])
 def test_a_dense_product_is_read_ahead_and_stays_out_of_memory(
-    launch: dense_triton.Launch, block_m: int, gated: bool, tmp_path: Path
+    launch: dense_triton.Launch, block_m: int, tmp_path: Path
 ) -> None:
     pointers = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16") | {"sums": "*fp32", "counters": "*i32"}
     compiled = compile_for(
-        90, dense_triton.dense_kernel, pointers, launch.warps, 3, SPLIT=True, GATED=gated, BLOCK_M=block_m,
-        BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=dense_triton.PREFETCHED,
-        PDL=True,
+        90, dense_triton.dense_kernel, pointers, launch.warps, 3, SPLIT=True, BLOCK_M=block_m, BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=dense_triton.PREFETCHED, PDL=True,
     )  # fmt: skip
     assert "mma" in compiled.asm["ptx"]
     assert "cp.async.cg" in compiled.asm["ptx"]

@@ -24,7 +24,7 @@ from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.kernels.routing import choose, combine
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.kernels.split_k import SplitSums, whole
-from llmq.runtime.linear import DenseLinear, WeightOnlyLinear, input_number, merge, product
+from llmq.runtime.linear import DenseLinear, input_number, merge, product
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 
@@ -122,13 +122,6 @@ class MLP(nn.Module):
         """Make one product of gate and up, where their layers allow it."""
         self.gate_up = stack(self, self.gate_up, "gate_up_proj")
 
-    @property
-    def gates(self) -> bool:
-        """Whether the product of gate and up can end in silu(gate) · up."""
-        merged = getattr(self, self.gate_up[0])
-        gated = isinstance(merged, DenseLinear | WeightOnlyLinear) and merged.bias is None
-        return gated and len(self.gate_up) == 1 and not self.gelu
-
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         return whole(self.product(x))
 
@@ -136,8 +129,6 @@ class MLP(nn.Module):
         """``forward``, perhaps with splits of the last product still to be added up."""
         down = getattr(self, self.down)
         number = input_number(down)
-        if self.gates and number is None:
-            return product(down, getattr(self, self.gate_up[0]).gated(x))
         gate, up = project(self, self.gate_up, x, self.sizes)
         if self.gelu:
             return product(down, gelu_mul(gate, up))

@@ -12,13 +12,12 @@ from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.errors import note
 from llmq.runtime.device import multiplies_fp8
 from llmq.runtime.kernels import triton_runs_on
-from llmq.runtime.kernels.dense import dense_gated, dense_matmul
+from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
-from llmq.runtime.kernels.silu import silu_mul
 from llmq.runtime.kernels.split_k import SplitSums, whole
 from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_product
-from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_gated, wna16_product
+from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_product
 from llmq.scheme import INT
 
 
@@ -31,10 +30,6 @@ class DenseLinear(nn.Linear):
         if self.batch_invariant:
             return invariant_matmul(x, self.weight, self.bias, x.dtype)
         return dense_matmul(x, self.weight, self.bias)
-
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(gate) · up, of a layer without bias that is a gate's rows over those of up."""
-        return _gated(self(x)) if self.batch_invariant else dense_gated(x, self.weight)
 
 
 class WeightOnlyLinear(nn.Module):
@@ -56,10 +51,6 @@ class WeightOnlyLinear(nn.Module):
         if self.batch_invariant:
             return invariant_matmul(x, self.packed, self.bias, x.dtype)
         return wna16_product(x, self.packed, self.bias)
-
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(gate) · up, of a layer without bias that is a gate's rows over those of up."""
-        return _gated(self(x)) if self.batch_invariant else wna16_gated(x, self.packed)
 
 
 class W8A8Linear(nn.Module):
@@ -142,10 +133,6 @@ def merge(layers: Sequence[nn.Module]) -> Linear | None:
         weight = merge_w8a8([layer.packed for layer in rounded])
         return None if weight is None else W8A8Linear(weight, bias, rounded[0].dtype)
     return None
-
-
-def _gated(gate_and_up: Tensor) -> Tensor:
-    return silu_mul(*gate_and_up.chunk(2, dim=1))
 
 
 def _dense(weight: Tensor, bias: Tensor | None) -> DenseLinear:

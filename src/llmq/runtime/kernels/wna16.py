@@ -33,12 +33,10 @@ from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight, numbers
 from llmq.runtime.kernels import runs_triton
-from llmq.runtime.kernels.silu import silu_mul
 from llmq.runtime.kernels.split_k import SplitSums, whole
 from llmq.scheme import INT
 
 PLANE = 32  # channels in a bit plane
-GATED_ROWS = 32
 STEP = 128  # channels that the kernel takes at a time; K is padded to a multiple
 SUM_ROWS = 64  # up to here scales multiply sums; above, of integers of 4 bits in bf16, the weights
 
@@ -148,18 +146,6 @@ def wna16_product(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
     from llmq.runtime.kernels.wna16_triton import wna16_product_triton
 
     return wna16_product_triton(x, packed, bias)
-
-
-def wna16_gated(x: Tensor, packed: PackedWeight) -> Tensor:
-    """``silu_mul`` of the halves of ``wna16_matmul(x, packed)``, gate over up, → [M, N / 2]: the same bits, up to
-    GATED_ROWS in one kernel."""
-    if x.shape[0] > GATED_ROWS or not runs_triton(x):
-        return silu_mul(*wna16_matmul(x, packed).chunk(2, dim=1))
-    if packed.order is not None:
-        x = x.index_select(1, packed.order)
-    from llmq.runtime.kernels.wna16_triton import wna16_product_triton
-
-    return whole(wna16_product_triton(x, packed, None, gated=True))
 
 
 def wna16_matmul_reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import numbers
-from llmq.runtime.kernels.gated_triton import store_gated, tile_rows
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.split_k import SplitSums
 from llmq.runtime.kernels.split_k_triton import (
@@ -75,10 +74,8 @@ def launch_for(bits: int, rows: int, element_size: int) -> Launch:
     return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
 
-def wna16_product_triton(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, *, gated: bool = False
-) -> Tensor | SplitSums:
-    """``wna16_product`` through Triton, or if ``gated``, ``wna16_gated``; ``x`` is in packed order."""
+def wna16_product_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor | SplitSums:
+    """``wna16_product`` through Triton; ``x`` is in packed order."""
     rows, out_features = x.shape[0], packed.out_features
     if rows > FUSED_ROWS:
         return F.linear(x, dequantize(packed, x.dtype), bias)
@@ -92,14 +89,14 @@ def wna16_product_triton(
     least, programs = (launch.block_n, SCALED_PROGRAMS) if scaled else (64, PROGRAMS)
     per_split = steps_per_split(triton.cdiv(out_features, least), steps, programs)
     splits = triton.cdiv(steps, per_split)
-    reduced = splits > 1 and rows > REDUCE_ROWS and not gated
-    out = torch.empty(rows, out_features // (1 + gated), dtype=x.dtype, device=x.device)
+    reduced = splits > 1 and rows > REDUCE_ROWS
+    out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
     tiles_m = triton.cdiv(rows, launch.block_m)
     wna16_kernel[triton.cdiv(out_features, launch.block_n) * tiles_m, splits](
         x, packed.words, packed.meta, table_of(packed.number, x.device), bias, out, sums, counters(x.device), rows,
         out_features, packed.in_features, x.stride(0), steps, per_split, tiles_m, **_format(packed), SPLIT=splits > 1,
-        REDUCED=reduced, GATED=gated, ASM=not INTERPRETED and x.element_size() == 2,
+        REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2,
         JOINED=scaled or (packed.bits == 4 and launch.block_m > 8 and whole_groups), SCALED=scaled,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         num_warps=launch.warps, **pdl(x.device),
@@ -310,17 +307,18 @@ def wna16_kernel(
     x, words, meta, table, bias, out, sums, counters, rows, out_features, in_features, x_stride, steps,
     steps_per_split, tiles_m,
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr, PER_GROUP: tl.constexpr,
-    BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, GATED: tl.constexpr, ASM: tl.constexpr,
-    JOINED: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, ASM: tl.constexpr, JOINED: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     PLANES: tl.constexpr = 16 // BITS
     TYPE: tl.constexpr = x.dtype.element_ty
     # Programs that share a tile of the weight are neighbours, so that all but one find it in the cache.
-    n, is_n = tile_rows(tl.program_id(0) // tiles_m, out_features, BLOCK_N, GATED)
+    n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 32)
+    is_n = n < out_features
     is_x = (m < rows)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     tile_size = tl.cast(out_features, tl.int64) * 32  # words may have more than 2^31 elements
@@ -405,10 +403,7 @@ def wna16_kernel(
         acc = sum_splits(sums, at_out, inside, size, tl.num_programs(1))
     if bias is not None:
         acc += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        store_gated(acc, out, tl.program_id(0) // tiles_m, m, m < rows, out_features, BLOCK_N)
-    else:
-        tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
