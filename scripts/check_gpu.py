@@ -53,7 +53,7 @@ from llmq.runtime.kernels.routing import choose, choose_reference, combine, sort
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
 from llmq.runtime.kernels.split_k import SplitSums, whole
 from llmq.runtime.kernels.w8a8 import LIBRARY_ROWS, Weight8, pack_w8a8, w8a8_matmul, w8a8_product
-from llmq.runtime.kernels.wna16 import SUM_ROWS, pack_wna16, wna16_matmul, wna16_product
+from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_product
 from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
@@ -358,8 +358,8 @@ class LinearCase:
         x = torch.randn(self.batch, 2 * self.in_features, device="cuda").to(self.dtype)[:, : self.in_features]
         bias = torch.randn(self.out_features, device="cuda").to(self.dtype) if self.bias else None
         exact = F.linear(x.double(), weight.dequantize().double(), None if bias is None else bias.double())
-        # Many rows are multiplied by the weight in the type of x: the weight is rounded too, not the output alone.
-        return compare(lambda: wna16_matmul(x, packed, bias), exact, 1.2 if self.batch > SUM_ROWS else 1.0)
+        # A long batch is multiplied by the weight in the type of x: the weight is rounded too, not the output alone.
+        return compare(lambda: wna16_matmul(x, packed, bias), exact, 1.2 if self.batch > 256 else 1.0)
 
 
 @dataclass
@@ -565,9 +565,9 @@ class AloneCase:
             )  # fmt: skip
             wrong += int((alone[0] != together[row]).sum())
         packed = pack_wna16(draw_weight(4096, 4096, Scheme()), BF16)
-        x = torch.randn(SUM_ROWS, 4096, device="cuda", dtype=BF16)
+        x = torch.randn(200, 4096, device="cuda", dtype=BF16)
         together = wna16_matmul(x, packed)
-        for batch in (1, 8, 9, 16, 17, 33, 64):
+        for batch in (1, 8, 9, 16, 17, 33, 100):
             wrong += int((wna16_matmul(x[:batch], packed) != together[:batch]).sum())
         for number, batches in ((INT, (1, 8, 16, 17, 64, 65, 257, 400)), (E4M3, (1, 8)), (E4M3, (9, 16, 17, 32, 64))):
             weight = pack_w8a8(draw_weight(4096, 4096, w8a8_scheme(number)))

@@ -28,7 +28,6 @@ from llmq.runtime.kernels import (  # noqa: E402
 )
 from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
 from llmq.runtime.kernels.split_k_triton import REDUCE_ROWS  # noqa: E402
-from llmq.runtime.kernels.wna16 import SUM_ROWS  # noqa: E402
 from llmq.scheme import E4M3, INT, NF4  # noqa: E402
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -109,15 +108,13 @@ def attention(
 
 
 def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT) -> Any:
-    scaled = rows > SUM_ROWS and (bits, dtype, number) == (4, "bf16", INT)
-    launch = wna16_triton.SCALED[128] if scaled else wna16_triton.launch_for(bits, rows, 2)
+    launch = wna16_triton.launch_for(bits, rows, 2)
     pointers = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | {"words": "*i16", "meta": "*i32", "table": "*fp32"}
     constants = {} if number == NF4 else {"table": None}
     return compile_for(
         capability, wna16_triton.wna16_kernel, pointers | {"sums": "*fp32", "counters": "*i32"}, launch.warps, 3,
         **constants, WHOLE_STEPS=True, BITS=bits, NUMBER=number, PER_GROUP=per_group, BF16_SCALE=False, SPLIT=True,
-        REDUCED=rows > REDUCE_ROWS, ASM=True, JOINED=scaled or (bits == 4 and rows > 8 and per_group in (0, 4)),
-        SCALED=scaled,
+        REDUCED=rows > REDUCE_ROWS, ASM=True, JOINED=bits == 4 and rows > 8 and per_group in (0, 4),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         PDL=capability >= 90,
     )  # fmt: skip
@@ -187,8 +184,7 @@ def test_capped_attention_on_hopper(decode: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "rows", "per_group", "dtype", "number", "most"),
-    [(4, 1, 4, "bf16", INT, 3), (4, 16, 4, "bf16", INT, 3), (4, 64, 4, "bf16", INT, 3.5), (4, 128, 4, "bf16", INT, 5.5),
-     (4, 128, 1, "bf16", INT, 6), (4, 128, 0, "bf16", INT, 5.5), (4, 16, 1, "fp16", INT, 4),
+    [(4, 1, 4, "bf16", INT, 3), (4, 16, 4, "bf16", INT, 3), (4, 64, 4, "bf16", INT, 3.5), (4, 16, 1, "fp16", INT, 4),
      (8, 1, 0, "bf16", INT, 4.5), (8, 16, 2, "fp16", INT, 4.5), (8, 64, 4, "bf16", INT, 5),
      (8, 1, 0, "bf16", E4M3, 8), (8, 16, 4, "fp16", E4M3, 8), (4, 8, 2, "bf16", NF4, 9)],
 )  # fmt: skip
@@ -198,15 +194,12 @@ def test_wna16_on_hopper(
     compiled = wna16(90, bits, rows, per_group, dtype, number)
     assert (MATRIX[90] if rows > 8 else "mma.sync") in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
-    launch = wna16_triton.SCALED[128] if rows > SUM_ROWS else wna16_triton.launch_for(bits, rows, 2)
+    launch = wna16_triton.launch_for(bits, rows, 2)
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * launch.block_n * wna16_triton.STEP
 
 
-def test_a_step_of_int4_is_one_product_that_the_next_steps_weights_need_not_wait_for() -> None:
-    ptx = wna16(90, 4, 128, 4, "bf16").asm["ptx"]
-    assert re.search(r"wgmma\.wait_group\.sync\.aligned\s+7", ptx)
-    ptx = wna16(90, 4, 32, 4, "bf16").asm["ptx"]
-    assert ptx.count("wgmma.wait_group") == 1
+def test_a_step_of_int4_is_one_product() -> None:
+    assert wna16(90, 4, 32, 4, "bf16").asm["ptx"].count("wgmma.wait_group") == 1
 
 
 @pytest.mark.parametrize("number", [INT, E4M3])

@@ -38,7 +38,6 @@ from llmq.scheme import INT
 
 PLANE = 32  # channels in a bit plane
 STEP = 128  # channels that the kernel takes at a time; K is padded to a multiple
-SUM_ROWS = 64  # up to here scales multiply sums; above, of integers of 4 bits in bf16, the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +131,7 @@ def wna16_matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
 
     On a GPU a batch of up to FUSED_ROWS goes through one kernel that unpacks in registers. For a longer one, whose
     time goes into arithmetic, the weight is widened to the type of ``x`` and multiplied by the library.
-    Sums are fp32. Up to SUM_ROWS rows their order depends on N and K, never on the batch: the same row, the same bits.
+    Sums are fp32. In the kernel the order of a sum depends on N and K, never on the batch: the same row, the same bits.
     """
     return whole(wna16_product(x, packed, bias))
 
