@@ -47,9 +47,8 @@ else:
         sort_by_expert_reference,
     )
     from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
-    from llmq.runtime.kernels.split_k import SplitSums, whole
-    from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference, w8a8_product
-    from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference, wna16_product
+    from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference
+    from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference
     from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
     TOLERANCE = {torch.float16: 4e-4, torch.float32: 1e-6}
@@ -298,24 +297,6 @@ else:
         expected = add_rms_norm_reference(theirs, x if added else None, weight, 1e-5)
         assert ours.equal(theirs)
         assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-
-    @pytest.mark.parametrize("number", [None, INT, E4M3])
-    def test_a_norm_adds_up_the_splits_of_a_product(number: str | None) -> None:
-        torch.manual_seed(0)
-        x, bias, weight = torch.randn(20, 2048), torch.randn(64), torch.randn(64)
-        if number is None:
-            product = wna16_product(x, pack_wna16(draw_weight((64, 2048), Scheme()), torch.float32), bias)
-        else:
-            packed = pack_w8a8(draw_weight((64, 2048), Scheme(8, -1, number=number, activation_bits=8)))
-            product = w8a8_product(quantize_rows(x, number), packed, bias, torch.float32)
-        assert isinstance(product, SplitSums)
-        reference = product._whole_reference()
-        assert (whole(product) - reference).norm() <= 1e-6 * reference.norm()
-        ours = torch.randn(20, 64)
-        theirs = ours.clone()
-        expected = add_rms_norm(theirs, whole(product), weight, 1e-5)
-        assert add_rms_norm(ours, product, weight, 1e-5).equal(expected)
-        assert ours.equal(theirs)
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_silu_mul(dtype: torch.dtype) -> None:

@@ -15,9 +15,8 @@ from llmq.runtime.kernels import triton_runs_on
 from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
-from llmq.runtime.kernels.split_k import SplitSums, whole
-from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_product
-from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_product
+from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
+from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
 from llmq.scheme import INT
 
 
@@ -44,13 +43,9 @@ class WeightOnlyLinear(nn.Module):
         self.in_features, self.out_features = packed.in_features, packed.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return whole(self.product(x))
-
-    def product(self, x: Tensor) -> Tensor | SplitSums:
-        """``forward``, perhaps with splits of K still to be added up."""
         if self.batch_invariant:
             return invariant_matmul(x, self.packed, self.bias, x.dtype)
-        return wna16_product(x, self.packed, self.bias)
+        return wna16_matmul(x, self.packed, self.bias)
 
 
 class W8A8Linear(nn.Module):
@@ -69,14 +64,10 @@ class W8A8Linear(nn.Module):
         self.out_features, self.in_features = packed.codes.shape
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        return whole(self.product(x))
-
-    def product(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
-        """``forward``, perhaps with splits of K still to be added up."""
         rows = quantize_rows(x, self.packed.number) if isinstance(x, Tensor) else x
         if self.batch_invariant:
             return invariant_matmul(rows, self.packed, self.bias, self.dtype)
-        return w8a8_product(rows, self.packed, self.bias, self.dtype)
+        return w8a8_matmul(rows, self.packed, self.bias, self.dtype)
 
 
 Linear = nn.Linear | WeightOnlyLinear | W8A8Linear
@@ -98,12 +89,6 @@ def quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.
         except ValueError as error:
             note(f"{error}: there is no kernel for such layers, and they are widened to {dtype} as they are loaded")
     return _dense(weight.dequantize().to(dtype), bias)
-
-
-def product(layer: nn.Module, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
-    """``layer(x)``, perhaps with splits of K still to be added up: what ``add_rms_norm`` takes."""
-    out: Tensor | SplitSums = getattr(layer, "product", layer)(x)
-    return out
 
 
 def input_number(layer: nn.Module) -> str | None:

@@ -33,7 +33,6 @@ from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight, numbers
 from llmq.runtime.kernels import runs_triton
-from llmq.runtime.kernels.split_k import SplitSums, whole
 from llmq.scheme import INT
 
 PLANE = 32  # channels in a bit plane
@@ -133,18 +132,14 @@ def wna16_matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
     time goes into arithmetic, the weight is widened to the type of ``x`` and multiplied by the library.
     Sums are fp32. In the kernel the order of a sum depends on N and K, never on the batch: the same row, the same bits.
     """
-    return whole(wna16_product(x, packed, bias))
-
-
-def wna16_product(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor | SplitSums:
-    """``wna16_matmul``, perhaps with splits of K still to be added up."""
     if packed.order is not None:
         x = x.index_select(1, packed.order)
-    if not runs_triton(x):
-        return _matmul_reference(x, packed, bias)
-    from llmq.runtime.kernels.wna16_triton import wna16_product_triton
-
-    return wna16_product_triton(x, packed, bias)
+    if runs_triton(x):
+        from llmq.runtime.kernels.wna16_triton import wna16_matmul_triton as matmul
+    else:
+        matmul = _matmul_reference
+    out: Tensor = matmul(x, packed, bias)
+    return out
 
 
 def wna16_matmul_reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -27,11 +27,11 @@ from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import numbers
 from llmq.runtime.kernels.pdl_triton import pdl, wait
-from llmq.runtime.kernels.split_k import SplitSums
 from llmq.runtime.kernels.split_k_triton import (
     REDUCE_ROWS,
     counters,
     is_last,
+    reduce_splits,
     steps_per_split,
     sum_splits,
 )
@@ -71,8 +71,8 @@ def launch_for(bits: int, rows: int, element_size: int) -> Launch:
     return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
 
-def wna16_product_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor | SplitSums:
-    """``wna16_product`` through Triton; ``x`` is in packed order."""
+def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``wna16_matmul`` through Triton; ``x`` is in packed order."""
     rows, out_features = x.shape[0], packed.out_features
     if rows > FUSED_ROWS:
         return F.linear(x, dequantize(packed, x.dtype), bias)
@@ -96,7 +96,9 @@ def wna16_product_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
-    return SplitSums(sums, None, None, bias, x.dtype) if reduced else out
+    if reduced:
+        reduce_splits(sums, None, None, bias, out)
+    return out
 
 
 @cache
