@@ -71,7 +71,6 @@ def entries() -> list[Entry]:
         Entry(f"w{bits}", rows, wna16_triton, wna16_triton.LAUNCHES, (bits, rows), rf"\({bits}, {rows}\): ")
         for bits, rows in wna16_triton.LAUNCHES
     ]
-    found.append(Entry("w4", 128, wna16_triton, wna16_triton.SCALED, 128, r"SCALED = {128: "))
     for table in (w8a8_triton.SLICED, w8a8_triton.SPLIT):
         found += [Entry("w8a8", rows, w8a8_triton, table, rows, rf"\b{rows}: ") for rows in table]
     return [*found, Entry("w8a8", 8192, w8a8_triton, w8a8_triton.LARGE, INT, "LARGE = {INT: ")]

@@ -29,7 +29,7 @@ else:
     from test_kernels_reference import Rows, draw_paged, draw_weight
 
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
-    from llmq.runtime.kernels.dense import CHANNELS, dense_gated, dense_matmul
+    from llmq.runtime.kernels.dense import CHANNELS, dense_matmul
     from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
     from llmq.runtime.kernels.grouped import GroupedWeight, grouped_matmul, grouped_matmul_reference
     from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
@@ -47,9 +47,8 @@ else:
         sort_by_expert_reference,
     )
     from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
-    from llmq.runtime.kernels.split_k import SplitSums, whole
-    from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference, w8a8_product
-    from llmq.runtime.kernels.wna16 import pack_wna16, wna16_gated, wna16_matmul, wna16_matmul_reference, wna16_product
+    from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference
+    from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference
     from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
     TOLERANCE = {torch.float16: 4e-4, torch.float32: 1e-6}
@@ -298,37 +297,6 @@ else:
         expected = add_rms_norm_reference(theirs, x if added else None, weight, 1e-5)
         assert ours.equal(theirs)
         assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-
-    @pytest.mark.parametrize(
-        ("batch", "inner", "channels"),
-        [(1, 100, 256), (20, 24, 256), (3, 24, 1024), (20, 24, 1024), (40, 24, 256)],  # splits, too; and too many rows
-    )
-    def test_a_product_that_ends_in_a_gate_gives_the_bits_of_two_kernels(batch: int, inner: int, channels: int) -> None:
-        torch.manual_seed(0)
-        x = torch.randn(batch, channels).half()
-        dense = (torch.randn(2 * inner, channels) / channels**0.5).half()
-        expected = silu_mul(*dense_matmul(x, dense).chunk(2, dim=1))
-        assert (dense_gated(x, dense) - expected).norm() <= 4e-4 * expected.norm()
-        packed = pack_wna16(draw_weight((2 * inner, channels), Scheme()), torch.float16)
-        assert wna16_gated(x / 64, packed).equal(silu_mul(*wna16_matmul(x / 64, packed).chunk(2, dim=1)))
-
-    @pytest.mark.parametrize("number", [None, INT, E4M3])
-    def test_a_norm_adds_up_the_splits_of_a_product(number: str | None) -> None:
-        torch.manual_seed(0)
-        x, bias, weight = torch.randn(20, 2048), torch.randn(64), torch.randn(64)
-        if number is None:
-            product = wna16_product(x, pack_wna16(draw_weight((64, 2048), Scheme()), torch.float32), bias)
-        else:
-            packed = pack_w8a8(draw_weight((64, 2048), Scheme(8, -1, number=number, activation_bits=8)))
-            product = w8a8_product(quantize_rows(x, number), packed, bias, torch.float32)
-        assert isinstance(product, SplitSums)
-        reference = product._whole_reference()
-        assert (whole(product) - reference).norm() <= 1e-6 * reference.norm()
-        ours = torch.randn(20, 64)
-        theirs = ours.clone()
-        expected = add_rms_norm(theirs, whole(product), weight, 1e-5)
-        assert add_rms_norm(ours, product, weight, 1e-5).equal(expected)
-        assert ours.equal(theirs)
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_silu_mul(dtype: torch.dtype) -> None:

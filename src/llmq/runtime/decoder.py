@@ -25,8 +25,7 @@ from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.kernels.routing import choose, combine
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
-from llmq.runtime.kernels.split_k import SplitSums, whole
-from llmq.runtime.linear import DenseLinear, WeightOnlyLinear, input_number, merge, product
+from llmq.runtime.linear import DenseLinear, input_number, merge
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 
@@ -53,9 +52,7 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
-    def forward(
-        self, residual: Tensor, x: Tensor | SplitSums | None = None, number: str | None = None
-    ) -> Tensor | QuantizedRows:
+    def forward(self, residual: Tensor, x: Tensor | None = None, number: str | None = None) -> Tensor | QuantizedRows:
         """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension; in 8 bits of
         ``number``, if given."""
         if number is not None:
@@ -113,7 +110,6 @@ class MLP(nn.Module):
         self.gate_up, self.down = config.names.gate_up, config.names.down
         self.sizes = (inner, inner)
         self.gelu = config.activation == "gelu_tanh"
-        self.merged = False
         add_linears(self, self.gate_up, config.hidden_size, self.sizes, bias=config.mlp_bias)
         add_linears(self, (self.down,), inner, (config.hidden_size,), bias=config.mlp_bias)
 
@@ -124,28 +120,18 @@ class MLP(nn.Module):
     def merge(self) -> None:
         """Make one product of gate and up, where their layers allow it."""
         self.gate_up = stack(self, self.gate_up, "gate_up_proj")
-        self.merged = True
-
-    @property
-    def gates(self) -> bool:
-        """Whether the product of gate and up can end in silu(gate) · up; not of a layer whose inputs are watched."""
-        merged = getattr(self, self.gate_up[0])
-        gated = isinstance(merged, DenseLinear | WeightOnlyLinear) and merged.bias is None
-        return self.merged and gated and len(self.gate_up) == 1 and not self.gelu
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        return whole(self.product(x))
-
-    def product(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
-        """``forward``, perhaps with splits of the last product still to be added up."""
+        gate, up = project(self, self.gate_up, x, self.sizes)
         down = getattr(self, self.down)
         number = input_number(down)
-        if self.gates and number is None:
-            return product(down, getattr(self, self.gate_up[0]).gated(x))
-        gate, up = project(self, self.gate_up, x, self.sizes)
+        gated: Tensor | QuantizedRows
         if self.gelu:
-            return product(down, gelu_mul(gate, up))
-        return product(down, silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number))
+            gated = gelu_mul(gate, up)
+        else:
+            gated = silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
+        out: Tensor = down(gated)
+        return out
 
 
 class MixtureOfExperts(nn.Module):
@@ -258,25 +244,21 @@ class DecoderLayer(nn.Module):
         self.self_attn.merge()
         self.feed_forward.merge()
 
-    def mix(self, residual: Tensor, x: Tensor | SplitSums | None, rotation: Rotation, attend: Attend) -> Tensor:
+    def mix(self, residual: Tensor, x: Tensor | None, rotation: Rotation, attend: Attend) -> Tensor:
         """Add ``x`` to ``residual`` in place; return what the heads make of the sum: the input of ``finish``."""
         normed = self.input_layernorm(residual, x, self.self_attn.input_number)
         return self.self_attn.mix(normed, rotation, attend)
 
     def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
         """Add the attention's output to ``residual`` in place; return the MLP's, which is still to be added."""
-        return whole(self.product(residual, mixed))
-
-    def product(self, residual: Tensor, mixed: Tensor) -> Tensor | SplitSums:
-        """``finish``, perhaps with splits of the last product still to be added up."""
+        x = self.self_attn.o_proj(mixed)
         number = self.feed_forward.input_number
         if self.post_norms:  # Gemma's names: its post_attention_layernorm is where Llama has none
-            x = self.post_attention_layernorm(self.self_attn.o_proj(mixed))
-            normed = self.pre_feedforward_layernorm(residual, x, number)
+            normed = self.pre_feedforward_layernorm(residual, self.post_attention_layernorm(x), number)
             out: Tensor = self.post_feedforward_layernorm(self.feed_forward(normed))
-            return out
-        normed = self.post_attention_layernorm(residual, product(self.self_attn.o_proj, mixed), number)
-        return product(self.feed_forward, normed)
+        else:
+            out = self.feed_forward(self.post_attention_layernorm(residual, x, number))
+        return out
 
 
 class Decoder(nn.Module):
@@ -303,7 +285,7 @@ class Decoder(nn.Module):
         rotations = rotary_angles(self.config, positions)
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
-            x = layer.product(residual, layer.mix(residual, x, rotations[layer.self_attn.rope], attend))
+            x = layer.finish(residual, layer.mix(residual, x, rotations[layer.self_attn.rope], attend))
         out: Tensor = self.norm(residual, x)
         return out
 

@@ -12,13 +12,11 @@ from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.errors import note
 from llmq.runtime.device import multiplies_fp8
 from llmq.runtime.kernels import triton_runs_on
-from llmq.runtime.kernels.dense import dense_gated, dense_matmul
+from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
-from llmq.runtime.kernels.silu import silu_mul
-from llmq.runtime.kernels.split_k import SplitSums, whole
-from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_product
-from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_gated, wna16_product
+from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
+from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
 from llmq.scheme import INT
 
 
@@ -31,10 +29,6 @@ class DenseLinear(nn.Linear):
         if self.batch_invariant:
             return invariant_matmul(x, self.weight, self.bias, x.dtype)
         return dense_matmul(x, self.weight, self.bias)
-
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(gate) · up, of a layer without bias that is a gate's rows over those of up."""
-        return _gated(self(x)) if self.batch_invariant else dense_gated(x, self.weight)
 
 
 class WeightOnlyLinear(nn.Module):
@@ -49,17 +43,9 @@ class WeightOnlyLinear(nn.Module):
         self.in_features, self.out_features = packed.in_features, packed.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return whole(self.product(x))
-
-    def product(self, x: Tensor) -> Tensor | SplitSums:
-        """``forward``, perhaps with splits of K still to be added up."""
         if self.batch_invariant:
             return invariant_matmul(x, self.packed, self.bias, x.dtype)
-        return wna16_product(x, self.packed, self.bias)
-
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(gate) · up, of a layer without bias that is a gate's rows over those of up."""
-        return _gated(self(x)) if self.batch_invariant else wna16_gated(x, self.packed)
+        return wna16_matmul(x, self.packed, self.bias)
 
 
 class W8A8Linear(nn.Module):
@@ -78,14 +64,10 @@ class W8A8Linear(nn.Module):
         self.out_features, self.in_features = packed.codes.shape
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        return whole(self.product(x))
-
-    def product(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
-        """``forward``, perhaps with splits of K still to be added up."""
         rows = quantize_rows(x, self.packed.number) if isinstance(x, Tensor) else x
         if self.batch_invariant:
             return invariant_matmul(rows, self.packed, self.bias, self.dtype)
-        return w8a8_product(rows, self.packed, self.bias, self.dtype)
+        return w8a8_matmul(rows, self.packed, self.bias, self.dtype)
 
 
 Linear = nn.Linear | WeightOnlyLinear | W8A8Linear
@@ -107,12 +89,6 @@ def quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.
         except ValueError as error:
             note(f"{error}: there is no kernel for such layers, and they are widened to {dtype} as they are loaded")
     return _dense(weight.dequantize().to(dtype), bias)
-
-
-def product(layer: nn.Module, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
-    """``layer(x)``, perhaps with splits of K still to be added up: what ``add_rms_norm`` takes."""
-    out: Tensor | SplitSums = getattr(layer, "product", layer)(x)
-    return out
 
 
 def input_number(layer: nn.Module) -> str | None:
@@ -142,10 +118,6 @@ def merge(layers: Sequence[nn.Module]) -> Linear | None:
         weight = merge_w8a8([layer.packed for layer in rounded])
         return None if weight is None else W8A8Linear(weight, bias, rounded[0].dtype)
     return None
-
-
-def _gated(gate_and_up: Tensor) -> Tensor:
-    return silu_mul(*gate_and_up.chunk(2, dim=1))
 
 
 def _dense(weight: Tensor, bias: Tensor | None) -> DenseLinear:

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq.runtime.kernels.gated_triton import store_gated, tile_rows
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.split_k_triton import counters, is_last, sum_splits
 
@@ -44,8 +43,8 @@ def launch_for(out_features: int) -> Launch:
     return NARROW if out_features <= NARROW_FEATURES else WIDE
 
 
-def dense_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Tensor:
-    """``dense_matmul`` through Triton, or if ``gated``, ``dense_gated``."""
+def dense_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``dense_matmul`` through Triton."""
     (rows, in_features), out_features = x.shape, weight.shape[0]
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -53,11 +52,11 @@ def dense_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated
     tiles, steps = triton.cdiv(out_features, launch.block_n), in_features // launch.block_k
     per_split = triton.cdiv(steps, max(1, min(PROGRAMS // tiles, in_features // launch.shortest_split)))
     splits = triton.cdiv(steps, per_split)
-    out = torch.empty(rows, out_features // (1 + gated), dtype=x.dtype, device=x.device)
+    out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
     dense_kernel[tiles, splits](
         x, weight, bias, out, sums, counters(x.device), rows, out_features, in_features, x.stride(0), per_split,
-        SPLIT=splits > 1, GATED=gated, BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
+        SPLIT=splits > 1, BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
         STAGES=launch.stages, PREFETCHED=PREFETCHED, num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
     return out
@@ -79,14 +78,14 @@ def prefetch(pointers, sizes):
 @triton.jit(do_not_specialize=["rows", "per_split"])
 def dense_kernel(
     x, weight, bias, out, sums, counters, rows, out_features, in_features, x_stride, per_split,
-    SPLIT: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
-    n, is_n = tile_rows(tl.program_id(0), out_features, BLOCK_N, GATED)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    is_m = m < rows
+    is_n, is_m = n < out_features, m < rows
     first = tl.program_id(1) * per_split
     last = tl.minimum(first + per_split, in_features // BLOCK_K)
     at_weight = weight + n.to(tl.int64) * in_features
@@ -111,7 +110,4 @@ def dense_kernel(
         acc = sum_splits(sums, at_out, inside, size, tl.num_programs(1))
     if bias is not None:
         acc += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        store_gated(acc, out, tl.program_id(0), m, is_m, out_features, BLOCK_N)
-    else:
-        tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)

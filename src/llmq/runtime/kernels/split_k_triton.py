@@ -1,7 +1,9 @@
-"""Device code of ``split_k``: a narrow weight keeps all multiprocessors busy.
+"""Split K: a product's sum over K, divided among programs so that a narrow weight keeps all multiprocessors busy.
 
-The splits are added in order, whoever is done first: in a small batch by the program that finishes a tile last, in a
-bigger one by the norm that comes next, or else by reduce_kernel, which has all multiprocessors to do it.
+    sums [splits, M, N]     each split's, of the type of the accumulator
+
+They are added in order, whoever is done first: in a small batch by the program that finishes a tile last, in a bigger
+one by reduce_kernel, which has all multiprocessors to do it.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -14,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq.runtime.kernels.pdl_triton import pdl, wait
-from llmq.runtime.kernels.split_k import SplitSums
 
 REDUCE_ROWS = 16  # above, a kernel of its own adds the splits
 REDUCE_BLOCK = 512
@@ -36,15 +37,15 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(2**16, dtype=torch.int32, device=device)
 
 
-def add_splits(product: SplitSums) -> Tensor:
-    """``SplitSums.whole`` through Triton."""
-    splits, rows, out_features = product.sums.shape
-    out = torch.empty(rows, out_features, dtype=product.dtype, device=product.sums.device)
+def reduce_splits(
+    sums: Tensor, x_scales: Tensor | None, weight_scales: Tensor | None, bias: Tensor | None, out: Tensor
+) -> None:
+    """out [M, N] ← the splits' sum · x_scales [M] · weight_scales [N] + bias [N], of what is there of these."""
+    splits, rows, out_features = sums.shape
     reduce_kernel[rows, triton.cdiv(out_features, REDUCE_BLOCK)](
-        product.sums, product.x_scales, product.weight_scales, product.bias, out, rows, out_features, splits,
+        sums, x_scales, weight_scales, bias, out, rows, out_features, splits,
         BLOCK=REDUCE_BLOCK, num_warps=4, **pdl(out.device),
     )  # fmt: skip
-    return out
 
 
 @triton.jit
@@ -68,19 +69,6 @@ def sum_splits(sums, at, inside, size, splits):
     return total
 
 
-@triton.jit
-def summed(sums, x_scales, weight_scales, bias, row, n, inside, rows, out_features, splits):
-    """fp32: outputs ``n`` of ``row``, from all splits."""
-    size = tl.cast(rows, tl.int64) * out_features
-    acc = sum_splits(sums, row * out_features + n, inside, size, splits).to(tl.float32)
-    if weight_scales is not None:
-        # In this order wherever 8-bit products are scaled: a row has the same bits in a batch of any size.
-        acc = acc * tl.load(weight_scales + n, mask=inside, other=0.0) * tl.load(x_scales + row)
-    if bias is not None:
-        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
-    return acc
-
-
 @triton.jit(do_not_specialize=["rows", "splits"])
 def reduce_kernel(
     sums, x_scales, weight_scales, bias, out, rows, out_features, splits, BLOCK: tl.constexpr, PDL: tl.constexpr
@@ -90,5 +78,11 @@ def reduce_kernel(
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < out_features
     wait(PDL)
-    acc = summed(sums, x_scales, weight_scales, bias, row, n, inside, rows, out_features, splits)
+    size = tl.cast(rows, tl.int64) * out_features
+    acc = sum_splits(sums, row * out_features + n, inside, size, splits).to(tl.float32)
+    if weight_scales is not None:
+        # In this order wherever 8-bit products are scaled: a row has the same bits in a batch of any size.
+        acc = acc * tl.load(weight_scales + n, mask=inside, other=0.0) * tl.load(x_scales + row)
+    if bias is not None:
+        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_features + n, acc.to(out.dtype.element_ty), mask=inside)

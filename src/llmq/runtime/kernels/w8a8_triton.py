@@ -30,8 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
-from llmq.runtime.kernels.split_k import SplitSums
-from llmq.runtime.kernels.split_k_triton import steps_per_split
+from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
 from llmq.runtime.kernels.w8a8 import LIBRARY_ROWS, Weight8
 from llmq.scheme import E4M3, INT
 
@@ -63,10 +62,8 @@ SPLIT = {
 LARGE = {INT: Launch(128, 128, 128, 4, 3), E4M3: Launch(128, 128, 128, 8, 4)}
 
 
-def w8a8_product_triton(
-    x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor | SplitSums:
-    """``w8a8_product`` through Triton, or PyTorch's product."""
+def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``w8a8_matmul`` through Triton, or PyTorch's product."""
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     whole = in_features % 16 == 0 and out_features % 16 == 0  # as the copy engine and PyTorch's product want it
     if rows > LIBRARY_ROWS and whole and weight.number == E4M3 and dtype == torch.bfloat16 and x.codes.is_cuda:
@@ -79,9 +76,7 @@ def w8a8_product_triton(
         return out
     if kernel is large_kernel and not whole:
         kernel, launch = kernel_for(max(SPLIT), weight.number)
-    if kernel is split_kernel:
-        return _split(x, weight, bias, out, launch)
-    run = _sliced if kernel is sliced_kernel else _large
+    run = {sliced_kernel: _sliced, split_kernel: _split, large_kernel: _large}[kernel]
     run(x, weight, bias, out, launch)
     return out
 
@@ -104,7 +99,7 @@ def _sliced(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor,
     )  # fmt: skip
 
 
-def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> Tensor | SplitSums:
+def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     tiles_n, tiles_m = triton.cdiv(out_features, launch.block_n), triton.cdiv(rows, launch.block_m)
     steps = triton.cdiv(in_features, SPLIT_STEP)
@@ -118,7 +113,8 @@ def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, 
         SPLIT=splits > 1, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
         STAGES=launch.stages, num_warps=launch.warps, **pdl(out.device),
     )  # fmt: skip
-    return SplitSums(sums, x.scales, weight.scales, bias, out.dtype) if splits > 1 else out
+    if splits > 1:
+        reduce_splits(sums, x.scales, weight.scales, bias, out)
 
 
 def _large(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:

@@ -33,14 +33,10 @@ from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight, numbers
 from llmq.runtime.kernels import runs_triton
-from llmq.runtime.kernels.silu import silu_mul
-from llmq.runtime.kernels.split_k import SplitSums, whole
 from llmq.scheme import INT
 
 PLANE = 32  # channels in a bit plane
-GATED_ROWS = 32
 STEP = 128  # channels that the kernel takes at a time; K is padded to a multiple
-SUM_ROWS = 64  # up to here scales multiply sums; above, of integers of 4 bits in bf16, the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,32 +130,16 @@ def wna16_matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
 
     On a GPU a batch of up to FUSED_ROWS goes through one kernel that unpacks in registers. For a longer one, whose
     time goes into arithmetic, the weight is widened to the type of ``x`` and multiplied by the library.
-    Sums are fp32. Up to SUM_ROWS rows their order depends on N and K, never on the batch: the same row, the same bits.
+    Sums are fp32. In the kernel the order of a sum depends on N and K, never on the batch: the same row, the same bits.
     """
-    return whole(wna16_product(x, packed, bias))
-
-
-def wna16_product(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor | SplitSums:
-    """``wna16_matmul``, perhaps with splits of K still to be added up."""
     if packed.order is not None:
         x = x.index_select(1, packed.order)
-    if not runs_triton(x):
-        return _matmul_reference(x, packed, bias)
-    from llmq.runtime.kernels.wna16_triton import wna16_product_triton
-
-    return wna16_product_triton(x, packed, bias)
-
-
-def wna16_gated(x: Tensor, packed: PackedWeight) -> Tensor:
-    """``silu_mul`` of the halves of ``wna16_matmul(x, packed)``, gate over up, → [M, N / 2]: the same bits, up to
-    GATED_ROWS in one kernel."""
-    if x.shape[0] > GATED_ROWS or not runs_triton(x):
-        return silu_mul(*wna16_matmul(x, packed).chunk(2, dim=1))
-    if packed.order is not None:
-        x = x.index_select(1, packed.order)
-    from llmq.runtime.kernels.wna16_triton import wna16_product_triton
-
-    return whole(wna16_product_triton(x, packed, None, gated=True))
+    if runs_triton(x):
+        from llmq.runtime.kernels.wna16_triton import wna16_matmul_triton as matmul
+    else:
+        matmul = _matmul_reference
+    out: Tensor = matmul(x, packed, bias)
+    return out
 
 
 def wna16_matmul_reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -9,8 +9,7 @@ matrix unit reads from registers, and a batch of 8 fills it as well as one of 64
                                          acc += scale · Σ plane_i · x[:, the 32 channels of plane i]ᵀ
 
 The scale multiplies the fp32 sum of its group, not the weights: that costs less and rounds nothing. Where a group is
-whole steps, the four planes of 4 bits lie side by side in the registers, and a step is one product. For many rows the
-sums cost more than the weights: there the scale multiplies those, which are rounded to bf16 as for the library.
+whole steps, the four planes of 4 bits lie side by side in the registers, and a step is one product.
 """
 
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
@@ -27,17 +26,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import numbers
-from llmq.runtime.kernels.gated_triton import store_gated, tile_rows
 from llmq.runtime.kernels.pdl_triton import pdl, wait
-from llmq.runtime.kernels.split_k import SplitSums
 from llmq.runtime.kernels.split_k_triton import (
     REDUCE_ROWS,
     counters,
     is_last,
+    reduce_splits,
     steps_per_split,
     sum_splits,
 )
-from llmq.runtime.kernels.wna16 import PLANE, STEP, SUM_ROWS, PackedWeight
+from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
 from llmq.scheme import E4M3, INT
 
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
@@ -65,46 +63,42 @@ LAUNCHES = {
     (8, 32): Launch(32, 128, 4, 4),
     (8, 64): Launch(64, 256, 8, 4),
 }
-SCALED = {128: Launch(128, 256, 8, 3)}  # for more rows than SUM_ROWS
-SCALED_PROGRAMS = 132
 
 
 def launch_for(bits: int, rows: int, element_size: int) -> Launch:
-    """Launch parameters for a batch of ``rows``, of elements of so many bytes, whose sums are scaled."""
+    """Launch parameters for a batch of ``rows``, of elements of so many bytes."""
     block_m = next((most for width, most in LAUNCHES if width == bits and rows <= most), 64)
     return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
 
-def wna16_product_triton(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, *, gated: bool = False
-) -> Tensor | SplitSums:
-    """``wna16_product`` through Triton, or if ``gated``, ``wna16_gated``; ``x`` is in packed order."""
+def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``wna16_matmul`` through Triton; ``x`` is in packed order."""
     rows, out_features = x.shape[0], packed.out_features
     if rows > FUSED_ROWS:
         return F.linear(x, dequantize(packed, x.dtype), bias)
     if x.stride(1) != 1:
         x = x.contiguous()
-    scaled = rows > SUM_ROWS and (packed.number, packed.bits, x.dtype) == (INT, 4, torch.bfloat16)
     whole_groups = packed.group_length % STEP == 0 or packed.group_length >= packed.in_features
-    launch = SCALED[128] if scaled else launch_for(packed.bits, rows, x.element_size())
+    launch = launch_for(packed.bits, rows, x.element_size())
     steps = triton.cdiv(packed.in_features, STEP)
-    # They depend on the weight alone where sums are scaled, so that a row's result does not depend on the batch.
-    least, programs = (launch.block_n, SCALED_PROGRAMS) if scaled else (64, PROGRAMS)
-    per_split = steps_per_split(triton.cdiv(out_features, least), steps, programs)
+    # They depend on the weight alone, so that a row's result does not depend on the batch.
+    per_split = steps_per_split(triton.cdiv(out_features, 64), steps, PROGRAMS)
     splits = triton.cdiv(steps, per_split)
-    reduced = splits > 1 and rows > REDUCE_ROWS and not gated
-    out = torch.empty(rows, out_features // (1 + gated), dtype=x.dtype, device=x.device)
+    reduced = splits > 1 and rows > REDUCE_ROWS
+    out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
     tiles_m = triton.cdiv(rows, launch.block_m)
     wna16_kernel[triton.cdiv(out_features, launch.block_n) * tiles_m, splits](
         x, packed.words, packed.meta, table_of(packed.number, x.device), bias, out, sums, counters(x.device), rows,
         out_features, packed.in_features, x.stride(0), steps, per_split, tiles_m, **_format(packed), SPLIT=splits > 1,
-        REDUCED=reduced, GATED=gated, ASM=not INTERPRETED and x.element_size() == 2,
-        JOINED=scaled or (packed.bits == 4 and launch.block_m > 8 and whole_groups), SCALED=scaled,
+        REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2,
+        JOINED=packed.bits == 4 and launch.block_m > 8 and whole_groups,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
-    return SplitSums(sums, None, None, bias, x.dtype) if reduced else out
+    if reduced:
+        reduce_splits(sums, None, None, bias, out)
+    return out
 
 
 @cache
@@ -148,19 +142,6 @@ def _unpack4(magic: int, one: int, kind: str) -> str:
     return f"{{ .reg .b32 t, one; mov.b32 one, {one:#x}; {body} }}"
 
 
-# The scale, where it multiplies the weights, does so in fp32: only the product is rounded.
-def _unpack4_scaled() -> str:
-    body = "".join(
-        f"shr.u32 t, $4, {4 * plane}; lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;"
-        "shl.b32 a, t, 16; and.b32 b, t, 0xFFFF0000; mov.b32 p, a; mov.b32 q, b;"
-        f"fma.rn.f32 p, p, ${13 + 2 * plane}, ${5 + 2 * plane}; fma.rn.f32 q, q, ${14 + 2 * plane}, ${6 + 2 * plane};"
-        f"cvt.rn.bf16x2.f32 ${plane}, q, p;"
-        for plane in range(4)
-    )
-    return f"{{ .reg .b32 t, a, b; .reg .f32 p, q; {body} }}"
-
-
-UNPACK4_SCALED = tl.constexpr(_unpack4_scaled())
 UNPACK4_BF16 = tl.constexpr(_unpack4(0x43004300, 0x3F803F80, "bf16x2"))
 UNPACK4_FP16 = tl.constexpr(_unpack4(0x64006400, 0x3C003C00, "f16x2"))
 UNPACK8_FP16 = tl.constexpr(
@@ -207,12 +188,6 @@ def scale_of(meta, NUMBER: tl.constexpr, BF16_SCALE: tl.constexpr):
 
 
 @triton.jit
-def zero_of(meta):
-    """The zero point in fp32."""
-    return (meta >> 16).to(tl.float32)
-
-
-@triton.jit
 def e4m3(codes, TYPE: tl.constexpr):
     """1/256 of what codes of e4m3 stand for, exact: with their bits in those of fp16, whose exponent is wider."""
     bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)
@@ -253,27 +228,6 @@ def unpack4(words, offsets, ASM: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def unpack4_scaled(words, zeros, scales, ASM: tl.constexpr, TYPE: tl.constexpr):
-    """words [n, 32] → four planes [n, 32] of scale · (code − zero), rounded to TYPE; zeros, scales: fp32 [n] for each
-    plane."""
-    s0, s1, s2, s3 = scales[0][:, None], scales[1][:, None], scales[2][:, None], scales[3][:, None]
-    z0, z1, z2, z3 = zeros[0][:, None], zeros[1][:, None], zeros[2][:, None], zeros[3][:, None]
-    if ASM:
-        planes = tl.inline_asm_elementwise(
-            UNPACK4_SCALED, "=r,=r,=r,=r,r,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
-            [words, -(128 + z0) * s0, -(128 + z1) * s1, -(128 + z2) * s2, -(128 + z3) * s3, s0, s1, s2, s3],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        p0 = (((words & 15).to(tl.float32) - z0) * s0).to(TYPE)
-        p1 = ((((words >> 4) & 15).to(tl.float32) - z1) * s1).to(TYPE)
-        p2 = ((((words >> 8) & 15).to(tl.float32) - z2) * s2).to(TYPE)
-        p3 = ((((words >> 12) & 15).to(tl.float32) - z3) * s3).to(TYPE)
-        planes = (p0, p1, p2, p3)
-    return planes
-
-
-@triton.jit
 def unpack8(words, offset0, offset1, ASM: tl.constexpr, TYPE: tl.constexpr):
     """words [n, 32] → two planes [n, 32] of code − zero, exact in any TYPE; an offset [n] for each plane."""
     o0, o1 = offset0[:, None], offset1[:, None]
@@ -310,17 +264,18 @@ def wna16_kernel(
     x, words, meta, table, bias, out, sums, counters, rows, out_features, in_features, x_stride, steps,
     steps_per_split, tiles_m,
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr, PER_GROUP: tl.constexpr,
-    BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, GATED: tl.constexpr, ASM: tl.constexpr,
-    JOINED: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, ASM: tl.constexpr, JOINED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     PLANES: tl.constexpr = 16 // BITS
     TYPE: tl.constexpr = x.dtype.element_ty
     # Programs that share a tile of the weight are neighbours, so that all but one find it in the cache.
-    n, is_n = tile_rows(tl.program_id(0) // tiles_m, out_features, BLOCK_N, GATED)
+    n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 32)
+    is_n = n < out_features
     is_x = (m < rows)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     tile_size = tl.cast(out_features, tl.int64) * 32  # words may have more than 2^31 elements
@@ -329,7 +284,6 @@ def wna16_kernel(
     wait(PDL)
     if PER_GROUP == 0:
         of_row = tl.load(meta + n, mask=is_n, other=0)
-        metas = (of_row, of_row, of_row, of_row)
         if NUMBER == "int":
             offset = offset_of(of_row, BITS, ASM, TYPE)
             offsets = (offset, offset, offset, offset)
@@ -353,19 +307,11 @@ def wna16_kernel(
                     offset_of(m0, BITS, ASM, TYPE), offset_of(m1, BITS, ASM, TYPE),
                     offset_of(m2, BITS, ASM, TYPE), offset_of(m3, BITS, ASM, TYPE),
                 )  # fmt: skip
-        if SCALED:
-            zeros = (zero_of(metas[0]), zero_of(metas[1]), zero_of(metas[2]), zero_of(metas[3]))
-            scales = (
-                scale_of(metas[0], NUMBER, BF16_SCALE), scale_of(metas[1], NUMBER, BF16_SCALE),
-                scale_of(metas[2], NUMBER, BF16_SCALE), scale_of(metas[3], NUMBER, BF16_SCALE),
-            )  # fmt: skip
         for plane in tl.static_range(4):
             if plane % PLANES == 0:
                 at_words = words + (step * (4 // PLANES) + plane // PLANES) * tile_size
                 packed = tl.load(at_words + n[:, None] * 32 + j[None, :], mask=is_n[:, None], other=0)
-                if SCALED:
-                    planes = unpack4_scaled(packed, zeros, scales, ASM, TYPE)
-                elif NUMBER == "e4m3":
+                if NUMBER == "e4m3":
                     planes = (e4m3(packed, TYPE), e4m3(packed >> 8, TYPE))
                 elif NUMBER != "int":
                     planes = look_up4(packed, table, TYPE)
@@ -386,12 +332,12 @@ def wna16_kernel(
                         acc += part * scale_of(metas[plane], NUMBER, BF16_SCALE)[:, None]
         if JOINED:
             x_step = load_x(x, m, step * 128 + tl.arange(0, 128), x_stride, is_x, in_features, WHOLE_STEPS)
-            if SCALED or PER_GROUP == 0:
+            if PER_GROUP == 0:
                 acc = tl.dot(side_by_side(planes), x_step, acc, input_precision="ieee")
             else:
                 part = tl.dot(side_by_side(planes), x_step, input_precision="ieee")
                 acc += part * scale_of(metas[0], NUMBER, BF16_SCALE)[:, None]
-    if PER_GROUP == 0 and not SCALED:
+    if PER_GROUP == 0:
         acc *= scale_of(of_row, NUMBER, BF16_SCALE)[:, None]
     inside = is_x & is_n[:, None]
     at_out = m[None, :].to(tl.int64) * out_features + n[:, None]
@@ -405,10 +351,7 @@ def wna16_kernel(
         acc = sum_splits(sums, at_out, inside, size, tl.num_programs(1))
     if bias is not None:
         acc += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        store_gated(acc, out, tl.program_id(0) // tiles_m, m, m < rows, out_features, BLOCK_N)
-    else:
-        tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
