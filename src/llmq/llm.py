@@ -20,6 +20,7 @@ from typing import Any
 from llmq import memory
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import resolve
+from llmq.checkpoint.formats import open_format
 from llmq.checkpoint.tokenizer import Tokenizer, encode_chat, has_tokenizer, load_tokenizer
 from llmq.engine import request
 from llmq.engine.admission import Limits, Rejected, format_cache_size
@@ -564,6 +565,9 @@ class LLM:
             reserve = memory.activation_bytes(
                 self.config, options.max_num_batched_tokens, options.max_num_seqs, self.dtype.itemsize
             )
+            format = open_format(self.config)
+            scheme = None if format is None else format.scheme
+            reserve += memory.widened_bytes(self.config, scheme, options.max_num_batched_tokens, self.dtype.itemsize)
             budget = free_kv_cache_bytes(self.device, options.gpu_memory_utilization, reserve)
         affordable = memory.pool_blocks(budget, self.config, options.block_size, self.kv_dtype)
         groups = len(layer_groups(self.config.windows))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 from llmq.errors import USAGE, LlmqError
@@ -194,6 +195,20 @@ def activation_bytes(model: Widths, batched_tokens: int, sampled_rows: int, dtyp
     mlp = batched_tokens * (3 * model.hidden_size + model.mlp_elements) * dtype_bytes
     logits = sampled_rows * model.vocab_size * 4 * LOGITS_COPIES
     return max(mlp, logits) + batched_tokens * model.hidden_size * dtype_bytes
+
+
+FUSED_ROWS = 256
+"""Rows up to which a product unpacks weights of few bits in registers. For more, widening the weight once and
+multiplying through the library is faster."""
+
+
+def widened_bytes(config: ModelConfig, scheme: Scheme | None, batched_tokens: int, dtype_bytes: int) -> int:
+    """What a step widens at once, on a GPU, of weights of few bits: the largest of the layers that are multiplied as
+    one. Experts are unpacked in registers in steps of any length."""
+    if scheme is None or scheme.activation_bits == 8 or batched_tokens <= FUSED_ROWS:
+        return 0
+    groups = [group for stage in config.linear_stages for group in stage.groups if ".experts." not in group[0]]
+    return dtype_bytes * max(sum(prod(config.linears[name]) for name in group) for group in groups)
 
 
 MICRO_BATCH_TOKENS = 4096

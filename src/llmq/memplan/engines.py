@@ -37,6 +37,10 @@ class Band:
     likely: int
     high: int
 
+    def plus(self, num_bytes: int) -> Band:
+        """With so many more in long steps, which the least does not have."""
+        return Band(self.low, self.likely + num_bytes, self.high + num_bytes)
+
 
 def sequence_tokens(engine: str, layer: LayerCache, tokens: int, block_size: int, batched_tokens: int) -> int:
     """Tokens' room that one layer takes for a sequence of ``tokens``, of which a step computes ``batched_tokens``."""

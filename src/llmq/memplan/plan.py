@@ -149,9 +149,13 @@ class MemoryPlan:
     def activations(self) -> Band:
         rows = max(self.batch_size, self.max_num_seqs)
         dtype_bytes = DTYPE_BYTES[self.architecture.dtype]
-        return engines.activations(
+        band = engines.activations(
             self.engine, self.architecture, self.max_num_batched_tokens, rows, self.batch_size, dtype_bytes
         )
+        config = self.model.config
+        if self.engine != LLMQ or config is None:
+            return band
+        return band.plus(memory.widened_bytes(config, self.weights.scheme, self.max_num_batched_tokens, dtype_bytes))
 
     @property
     def context(self) -> int:

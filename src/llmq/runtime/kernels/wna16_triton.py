@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import numbers
+from llmq.memory import FUSED_ROWS
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.split_k_triton import (
     REDUCE_ROWS,
@@ -39,7 +40,6 @@ from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
 from llmq.scheme import E4M3, INT
 
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
-FUSED_ROWS = 256  # above, widening the weight once and multiplying through the library is faster
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
