@@ -282,3 +282,14 @@ def test_demo_s_own_text_calibrates_within_10_percent_of_real_text(tmp_path: Pat
         quantize(DEMO, tmp_path / data, scheme="w3a16", method="gptq", calibration=calibration, device="cpu")
         kl[data] = fmean(window_divergences(original, predict(tmp_path / data, windows)))
     assert kl[SELF] < 1.1 * kl[DEMO]
+
+
+def test_a_dry_run_has_no_model_write_its_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("this is what takes long")
+
+    monkeypatch.setattr("llmq.quant.pipeline.draw_windows", refuse)
+    arguments = ("quantize", "demo", "-o", tmp_path / "out", "--calib-data", "self", "--device", "cpu")
+    assert llmq(*arguments, "--dry-run").code == 0
+    with pytest.raises(AssertionError, match="takes long"):
+        llmq(*arguments)

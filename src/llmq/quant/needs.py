@@ -83,7 +83,8 @@ def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
     Of main memory, only what belongs to the run counts: what is read is mapped, and the system may drop it.
     """
     device, on_cpu, choice = job.source.device, job.source.device == "cpu", job.options.choice
-    samples, seqlen = (0, 0) if job.windows is None else job.windows.shape
+    samples, seqlen = job.options.calibration.samples, job.options.calibration.seqlen
+    calibrated = job.options.calibrated and job.options.third_party is None
     memory = available_memory_bytes() if max_memory is None else max_memory
     room = memory if on_cpu else torch.cuda.mem_get_info(torch.device(device))[0]
     model, batch_tokens = open_model(str(job.folder)), MICRO_BATCH_TOKENS
@@ -92,13 +93,13 @@ def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
             model,
             choice.scheme,
             choice.method,
-            calibrated=job.windows is not None and job.options.third_party is None,
+            calibrated=calibrated,
             samples=samples,
             seqlen=seqlen,
             dtype_bytes=job.source.dtype.itemsize,
             batch_tokens=batch_tokens,
         )
-        if plan.device <= room or batch_tokens <= seqlen:
+        if not calibrated or plan.device <= room or batch_tokens <= seqlen:
             break
         batch_tokens //= 2
     states = plan.states * (2 if choice.method == AUTOROUND else 1)

@@ -26,6 +26,7 @@ from llmq.errors import LlmqError
 from llmq.quant.activations import NotFinite
 from llmq.quant.backends import preferences
 from llmq.quant.blocks import Walk
+from llmq.quant.calibration import draw_windows
 from llmq.quant.check import check_runs
 from llmq.quant.job import REST, Job
 from llmq.quant.journal import Journal
@@ -117,12 +118,14 @@ def quantize(
     )
     folders.check_output(output, overwrite=overwrite)
     tell = progress or (lambda step: None)
-    job = prepare(model, folders.resolve(model, revision), options, lambda stage: tell(Step(0, 1, 0, 1, stage)))
+    job = prepare(model, folders.resolve(model, revision), options)
     needs = needs_of(job, output, max_memory)
     if on_needs is not None:
         on_needs(needs)
     needs.check()
-    job = replace(job, batch_tokens=needs.batch_tokens)
+    job = replace(job, batch_tokens=needs.batch_tokens, windows=_windows(job, tell))
+    if job.source.device != "cpu":
+        torch.cuda.reset_peak_memory_stats(job.source.device)  # not of the model that wrote its own text
     spill = output.absolute().parent if needs.spills else None
     try:
         with folders.write_folder(output, overwrite=overwrite, resume=resume) as partial:
@@ -137,6 +140,15 @@ def quantize(
             f"{error.filename or output}: {error.strerror}",
             "what is done is kept: once there is room, go on by --resume",
         ) from error
+
+
+def _windows(job: Job, tell: Progress) -> Tensor | None:
+    options, source = job.options, job.source
+    if not options.calibrated:
+        return None
+    return draw_windows(
+        job.folder, source.config, options.calibration, source.device, lambda stage: tell(Step(0, 1, 0, 1, stage))
+    )
 
 
 def _run_at_any_width(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.formats import FORMATS, format_for, kept_layers
@@ -13,7 +11,6 @@ from llmq.checkpoint.formats.merged import merged_layers
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import USAGE, LlmqError
 from llmq.quant.backends.environment import python_of
-from llmq.quant.calibration import draw_windows
 from llmq.quant.job import Job, shape_of
 from llmq.quant.methods import bnb
 from llmq.quant.options import QuantizeOptions
@@ -23,8 +20,9 @@ from llmq.runtime.loader import HEAD, Source, block_name
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
 
-def prepare(model: str, folder: Path, options: QuantizeOptions, on_stage: Callable[[str], None]) -> Job:
-    """The job of quantizing ``model``, which is ``folder``. Raises LlmqError for what is wrong."""
+def prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
+    """The job of quantizing ``model``, which is ``folder``, but for its calibration windows, which may take long to
+    come by. Raises LlmqError for what is wrong."""
     config, tensors, device = read_config(folder), Tensors(folder), resolve_device(options.device)
     if config.quantization is not None:
         raise LlmqError(
@@ -54,9 +52,6 @@ def prepare(model: str, folder: Path, options: QuantizeOptions, on_stage: Callab
     if not fitting:
         raise LlmqError("every linear layer is ignored: nothing is left to quantize", "ignore fewer by --ignore")
     format_for(options.choice.format, fitting)
-    windows = draw_windows(folder, config, options.calibration, device, on_stage) if options.calibrated else None
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
     return Job(
         model,
         folder,
@@ -65,7 +60,7 @@ def prepare(model: str, folder: Path, options: QuantizeOptions, on_stage: Callab
         fitting,
         tuple(kept_layers(tensors, fitting)),
         (*notes, *_misfit_notes(misfits), *_merge_notes(every, fitting)),
-        windows,
+        None,
     )
 
 
