@@ -186,25 +186,25 @@ def tokens(items: list[Item]) -> list[list[int]]:
 
 
 def test_prompts_are_of_one_length_and_have_no_special_token() -> None:
-    prompts = tokens(Workload(num_prompts=20, input_len=30).items(TEN))
+    prompts = tokens(Workload(num_prompts=20, input_len=30).drawn(TEN))
     assert [len(prompt) for prompt in prompts] == [30] * 20
     assert {token for prompt in prompts for token in prompt} == set(range(1, 9))
 
 
 def test_the_same_seed_gives_the_same_prompts_and_another_seed_others() -> None:
-    first, again, other = (Workload(4, 16, seed=seed).items(THOUSAND) for seed in (1, 1, 2))
+    first, again, other = (Workload(4, 16, seed=seed).drawn(THOUSAND) for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_no_two_measurements_have_a_prompt_in_common() -> None:
     workload = Workload(8, 16)
-    drawn = [prompt for cell in range(4) for prompt in tokens(workload.items(THOUSAND, cell))]
+    drawn = [prompt for cell in range(4) for prompt in tokens(workload.drawn(THOUSAND, cell))]
     assert len(set(map(tuple, drawn))) == 8 * 4
 
 
 @pytest.mark.parametrize("vocabulary", [THOUSAND, None])
 def test_warm_up_prompts_are_others_of_the_same_lengths(vocabulary: Vocabulary | None) -> None:
-    measured = Workload(8, 16, range_ratio=0.5).items(vocabulary)
+    measured = Workload(8, 16, range_ratio=0.5).drawn(vocabulary)
     others = warm_up(measured, vocabulary, seed=0)
     assert [prompt_len(item, vocabulary) for item in others] == [prompt_len(item, vocabulary) for item in measured]
     assert [item.output_len for item in others] == [item.output_len for item in measured]
@@ -214,7 +214,7 @@ def test_warm_up_prompts_are_others_of_the_same_lengths(vocabulary: Vocabulary |
 
 @given(st.integers(1, 50), st.floats(0, 0.99), st.integers(0, 99))
 def test_lengths_stay_within_the_ratio(length: int, ratio: float, seed: int) -> None:
-    drawn = Workload(20, length, length, seed, range_ratio=ratio).items(THOUSAND)
+    drawn = Workload(20, length, length, seed, range_ratio=ratio).drawn(THOUSAND)
     bounds = length * (1 - ratio) - 1e-9, length * (1 + ratio) + 1e-9
     for item in drawn:
         assert bounds[0] <= item.output_len <= bounds[1]
@@ -223,14 +223,14 @@ def test_lengths_stay_within_the_ratio(length: int, ratio: float, seed: int) -> 
 
 def test_prefixes_are_shared_within_a_measurement_and_with_no_other() -> None:
     workload = Workload(12, 20, dataset="prefix", num_prefixes=3, prefix_len=15)
-    first, second = ({tuple(prompt[:15]) for prompt in tokens(workload.items(THOUSAND, cell))} for cell in (0, 1))
+    first, second = ({tuple(prompt[:15]) for prompt in tokens(workload.drawn(THOUSAND, cell))} for cell in (0, 1))
     assert (len(first), len(second)) == (3, 3)
     assert not first & second
-    assert len({tuple(prompt) for prompt in tokens(workload.items(THOUSAND))}) == 12
+    assert len({tuple(prompt) for prompt in tokens(workload.drawn(THOUSAND))}) == 12
 
 
 def test_without_a_vocabulary_prompts_are_words() -> None:
-    (item,) = Workload(1, 30).items(None)
+    (item,) = Workload(1, 30).drawn(None)
     assert isinstance(item.prompt, str)
     assert prompt_len(item, None) == len(item.prompt.split()) == 30
 

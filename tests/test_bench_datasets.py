@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from command_line import llmq
 
+from llmq.bench.datasets import items_of
 from llmq.bench.workload import Item, Vocabulary, Workload
 from llmq.errors import FAILED, USAGE, LlmqError
 
@@ -23,7 +24,7 @@ def written(folder: Path, name: str, *lines: object) -> Path:
 
 
 def read(path: Path, dataset: Any, vocabulary: Vocabulary | None = LETTERS, cell: int = 0, **fields: Any) -> list[Item]:
-    return Workload(dataset=dataset, path=path, **fields).items(vocabulary, cell)
+    return items_of(Workload(dataset=dataset, path=path, **fields), vocabulary, cell)
 
 
 def refused(path: Path, dataset: Any, **fields: Any) -> str:

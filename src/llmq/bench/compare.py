@@ -22,6 +22,7 @@ import torch
 from llmq import memory
 from llmq.bench.candidates import BASE, BATCH_SIZES, ROUNDS, SCHEMES, WORKLOADS, workload_of
 from llmq.bench.compare_report import CompareReport, Row, Speeds
+from llmq.bench.datasets import items_of
 from llmq.bench.engine import Setup, Subject
 from llmq.bench.load import Progress
 from llmq.bench.staircase import decode_speeds, output_lengths
@@ -162,7 +163,7 @@ class _Load:
         """LlmqError when the workload does not fit the model's context."""
         context, vocabulary = read_config(folder).context_length, vocabulary_of(folder)
         cells = range(1) if workload.path else range(rounds + 1)
-        items = [item for cell in cells for item in workload.items(vocabulary, cell)]
+        items = [item for cell in cells for item in items_of(workload, vocabulary, cell)]
         try:
             check_context(items, vocabulary, context)
         except LlmqError as error:

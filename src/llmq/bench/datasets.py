@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from llmq.bench.workload import Item, Prompt, Vocabulary, Workload, draw_prompt, prompt_len
+from llmq.bench.workload import FROM_FILE, Item, Prompt, Vocabulary, Workload, draw_prompt, prompt_len
 from llmq.errors import LlmqError
 
 SHAREGPT_LEAST, SHAREGPT_PROMPT, SHAREGPT_TOTAL = 4, 1024, 2048
@@ -37,9 +37,17 @@ class Malformed(Exception):
     """What an entry of a file should be, and is not."""
 
 
-def read_items(workload: Workload, vocabulary: Vocabulary | None, cell: int) -> list[Item]:
-    """The requests of a workload from a file, for measurement number ``cell``: each has its own part of the file, or,
-    of a trace, prompts of its own. LlmqError with the number of the line or entry that is malformed."""
+def items_of(workload: Workload, vocabulary: Vocabulary | None, cell: int = 0) -> list[Item]:
+    """The requests of measurement number ``cell``, which has none of another one's prompts: what an earlier one left
+    in a prefix cache cannot flatter it. LlmqError when a file is not as it should be, or too short."""
+    return (
+        _read_items(workload, vocabulary, cell) if workload.dataset in FROM_FILE else workload.drawn(vocabulary, cell)
+    )
+
+
+def _read_items(workload: Workload, vocabulary: Vocabulary | None, cell: int) -> list[Item]:
+    """Of a file: each measurement has its own part of it, or, of a trace, prompts of its own. LlmqError with the number
+    of the line or entry that is malformed."""
     path = workload.path
     assert path is not None
     if workload.dataset == "trace":

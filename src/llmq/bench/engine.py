@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmq.bench.datasets import items_of
 from llmq.bench.environment import device_name, setting
 from llmq.bench.load import Progress
 from llmq.bench.memory import Line
@@ -132,7 +133,7 @@ class Subject:
         return found
 
     def _drawn(self, workload: Workload, cell: int, context_length: int) -> list[Item]:
-        drawn = workload.items(self.vocabulary, cell)
+        drawn = items_of(workload, self.vocabulary, cell)
         found = [Item(self.vocabulary.token_ids(item.prompt), item.output_len) for item in drawn]
         check_context(found, self.vocabulary, context_length)
         return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmq.bench.comparison import ROUNDS, Comparison, figures
+from llmq.bench.datasets import items_of
 from llmq.bench.endpoint import Endpoint, connect
 from llmq.bench.environment import cpu_name, setting
 from llmq.bench.load import Load, Outcome, Progress, run_load
@@ -62,7 +63,7 @@ class Client:
 
     def items(self, cell: int) -> list[Item]:
         """The requests of measurement ``cell``. LlmqError when the server cannot take one of them."""
-        items = self.workload.items(self.vocabulary, cell)
+        items = items_of(self.workload, self.vocabulary, cell)
         self.endpoint.check(items)
         # Words are about as many as tokens: only what was counted is held against the context.
         if self.endpoint.context_length is not None and self.vocabulary is not None:

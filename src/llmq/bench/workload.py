@@ -110,13 +110,8 @@ class Workload:
         """What two runs must have alike to be compared."""
         return {name: str(value) if name == "path" and value else value for name, value in asdict(self).items()}
 
-    def items(self, vocabulary: Vocabulary | None, cell: int = 0) -> list[Item]:
-        """The requests of measurement number ``cell``, which has none of another one's prompts: what an earlier one
-        left in a prefix cache cannot flatter it. LlmqError when a file is not as it should be, or too short."""
-        if self.dataset in FROM_FILE:
-            from llmq.bench.datasets import read_items
-
-            return read_items(self, vocabulary, cell)
+    def drawn(self, vocabulary: Vocabulary | None, cell: int = 0) -> list[Item]:
+        """The requests of measurement number ``cell`` where prompts are random: see ``datasets.items_of``."""
         noise = random.Random(f"{self.dataset} {self.seed} {cell}")
         shared = self.prefix_len if self.dataset == "prefix" else 0
         prefixes = [_draw(noise, shared, vocabulary) for _ in range(self.num_prefixes)]
