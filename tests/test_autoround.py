@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmq.checkpoint.config import read_config
-from llmq.checkpoint.folder import resolve
+from llmq.checkpoint.folder import DEMO, resolve
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.memory import MICRO_BATCH_TOKENS
 from llmq.quant.activations import HiddenStates
@@ -100,8 +100,8 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
 
 
 def test_on_text_not_seen_a_trained_block_is_closer_than_by_gptq_or_rounding() -> None:
-    folder, scheme = resolve("demo"), Scheme(2, 64, symmetric=False)
-    windows = draw_windows(folder, read_config(folder), Calibration(samples=24, seqlen=128))
+    folder, scheme = resolve(DEMO), Scheme(2, 64, symmetric=False)
+    windows = draw_windows(folder, read_config(folder), Calibration(DEMO, samples=24, seqlen=128))
     seen, unseen = Example(folder, windows[:16]), Example(folder, windows[16:])
     rounded = {name: rtn.quantize_weight(seen.weight(name), scheme) for name in seen.linears}
     compensated = {name: gptq.quantize_weight(seen.weight(name), scheme, seen.hessian(name)) for name in seen.linears}

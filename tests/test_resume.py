@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 from llmq import quantize
-from llmq.checkpoint.folder import journal_of, write_folder
+from llmq.checkpoint.folder import journal_of, partial_of, write_folder
 from llmq.checkpoint.shards import Shards
 from llmq.errors import LlmqError
 from llmq.quant.journal import Journal
@@ -158,6 +158,12 @@ def test_what_is_done_is_not_done_again(model: Path, stopped: Path) -> None:
     assert {step.layer.name.split(".")[2] for step in steps if step.layer} == {"2", "3"}
     assert len(report.layers) == 4 * 7
     assert [path.name for path in stopped.parent.iterdir()] == ["out"]
+
+
+def test_what_was_being_written_when_a_run_was_killed_is_not_in_the_folder(model: Path, stopped: Path) -> None:
+    (partial_of(stopped) / ".config.json.partial-1").write_text("{")
+    quantize(str(model), stopped, method=RTN, scheme=W4, device="cpu", resume=True)
+    assert not list(stopped.glob(".*"))
 
 
 def test_a_run_that_can_go_on_is_not_thrown_away_by_mistake(model: Path, stopped: Path) -> None:

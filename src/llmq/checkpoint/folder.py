@@ -130,7 +130,9 @@ def write_folder(output: Path, *, overwrite: bool = False, resume: bool = False)
                 f"a run that was to write {output} was stopped, and can go on",
                 "go on with it by --resume, or start over by --overwrite",
             )
-        if not (stopped and resume):
+        if stopped and resume:
+            _remove(*partial.glob(".*"))  # what was being written: everything there has a plain name once it is whole
+        else:
             _remove(journal, partial)
         try:
             partial.mkdir(exist_ok=True)
