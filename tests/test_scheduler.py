@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -175,6 +176,7 @@ def work_of_a_cycle(context: int) -> tuple[list[int], list[int]]:
         instructions[-1] += event == "opcode"
         return count
 
+    gc.disable()  # what others do after a collection, hypothesis for one, is no work of a step
     for _ in range(2 * BLOCK):
         instructions.append(0)
         tracemalloc.start()
@@ -185,6 +187,7 @@ def work_of_a_cycle(context: int) -> tuple[list[int], list[int]]:
             sys.settrace(None)
             allocated.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
+    gc.enable()
     return instructions[BLOCK:], allocated[BLOCK:]  # Python 3.12 does not count all of the first one that it traces
 
 
