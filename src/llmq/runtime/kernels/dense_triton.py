@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.prefetch_triton import prefetch
 from llmq.runtime.kernels.split_k_triton import counters, is_last, sum_splits
 
 PREFETCHED = 32768  # bytes of the weight that a program asks for before its activations are there
@@ -60,19 +61,6 @@ def dense_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
         STAGES=launch.stages, PREFETCHED=PREFETCHED, num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
     return out
-
-
-PREFETCH = tl.constexpr(
-    "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"
-)
-
-
-@triton.jit
-def prefetch(pointers, sizes):
-    """Ask for ``sizes`` bytes, multiples of 16, from each of ``pointers`` to be brought into the L2 cache."""
-    tl.inline_asm_elementwise(
-        PREFETCH, "=r,l,r", [pointers.to(tl.int64), sizes], dtype=tl.int32, is_pure=False, pack=1
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "per_split"])
