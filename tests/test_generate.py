@@ -239,6 +239,8 @@ def test_openai_batch_lines_have_openai_answers_among_plain_ones(tiny: Path) -> 
     assert [(choice.index, choice.finish_reason) for choice in first.choices] == [(0, "length"), (1, "length")]
     assert first.usage is not None
     assert first.usage.completion_tokens == 10
+    assert first.usage.prompt_tokens_details is not None
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
     second = ChatCompletion.model_validate(chat["response"]["body"], strict=True)
     llmq("generate", tiny, "-p", "hi", "--chat", "-o", "chat.jsonl", *SEEDED)
     assert second.choices[0].message.content == read_lines("chat.jsonl")[0]["text"]

@@ -413,12 +413,13 @@ def test_a_preempted_request_is_computed_anew_with_what_it_had_produced() -> Non
 
 def test_with_the_prefix_cache_a_preempted_request_finds_what_is_still_there() -> None:
     scheduler = make_scheduler(4)
-    add(scheduler, make_request(0, 16, 3), make_request(1, 31, 8))
+    requests = add(scheduler, make_request(0, 16, 3), make_request(1, 31, 8))
     step(scheduler)
     scheduler.pressure = lambda running: running[-1] if scheduler.stats.preemptions == 0 else None
     step(scheduler)
     plan = scheduler.schedule()
     assert (plan.rows[1].start, len(plan.rows[1].tokens)) == (16, 16)
+    assert requests[1].cached_tokens == 0, "of its prompt nothing was there before it came"
 
 
 def test_the_oldest_request_is_never_preempted_for_another() -> None:

@@ -129,6 +129,20 @@ def test_a_streamed_chat_begins_with_the_role_and_ends_with_usage(client: OpenAI
     assert all(chunk.usage is None for chunk in middle)
 
 
+@pytest.mark.parametrize("way", [{}, {"stream": True}, {"n": 2}, {"best_of": 3}, {"stop": "\n"}], ids=str)
+def test_usage_says_how_much_of_the_prompt_was_in_the_prefix_cache(client: OpenAI, way: dict[str, Any]) -> None:
+    """Whole blocks of 16 tokens, of each prompt once."""
+    prompts = [f"{way} and so forth for more than two blocks", "short"]
+    found: list[int] = []
+    for _ in range(2):
+        options = {"stream_options": {"include_usage": True}} if "stream" in way else {}
+        answer: Any = client.completions.create(model="tiny", prompt=prompts, **way, **options, **ASKED)
+        usage = (list(answer)[-1] if "stream" in way else answer).usage
+        assert usage.prompt_tokens == sum(map(len, prompts)) + 2
+        found.append(usage.prompt_tokens_details.cached_tokens)
+    assert found == [0, len(prompts[0]) // 16 * 16]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_async_client_gets_the_same(async_client: AsyncOpenAI, llm: LLM, stream: bool) -> None:
     async def ask() -> str:

@@ -82,6 +82,8 @@ class RequestOutput:
     error: LlmqError | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of the prompt's tokens from the second on, where asked for."""
+    cached_tokens: int = 0
+    """Of the prompt, those that the prefix cache had."""
 
     @property
     def finished(self) -> bool:
@@ -438,6 +440,7 @@ class LLM:
             if not live.output.finished:
                 yield from self._rank(live, streaming) if live.ranked else self._cut_short(live, streaming)
             live.output.prompt_logprobs = live.request.prompt_logprobs
+            live.output.cached_tokens = live.request.cached_tokens
             yield live.output
 
     def _extend(self, live: _Live, sequence: request.Sequence, now: float, streaming: bool) -> Iterator[TextDelta]:
@@ -583,7 +586,7 @@ class LLM:
 
 def _token_delta(live: _Live, sequence: request.Sequence) -> TokenDelta:
     logprobs = None if live.request.params.logprobs is None else sequence.logprobs[-1]
-    waited = live.request.queue_seconds if sequence.num_output == 1 else None
-    return TokenDelta(
-        live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason, waited
-    )
+    delta = TokenDelta(live.output.index, sequence.index, sequence.token_ids[-1], logprobs, sequence.finish_reason)
+    if sequence.num_output > 1:
+        return delta
+    return delta._replace(queue_seconds=live.request.queue_seconds, cached_tokens=live.request.cached_tokens)

@@ -10,7 +10,8 @@ from llmq.plan import TokenLogprobs
 
 class TokenDelta(NamedTuple):
     """A token that completion ``sample`` of a request has just got. The last one says why it ended: ``stop``, by that
-    token, or ``length``. The first of a request says how many seconds that waited to be let in."""
+    token, or ``length``. The first of a request says how many seconds that waited to be let in, and how many tokens of
+    its prompt were in the prefix cache then."""
 
     request_index: int
     sample: int
@@ -18,3 +19,4 @@ class TokenDelta(NamedTuple):
     logprobs: TokenLogprobs | None
     finish_reason: FinishReason | None
     queue_seconds: float | None = None
+    cached_tokens: int | None = None

@@ -169,6 +169,8 @@ class Request:
     arrival_time: float = 0.0
     queue_seconds: float | None = None
     """How long it waited to be let in, the first time."""
+    cached_tokens: int = 0
+    """Of its prompt, those that the prefix cache had then."""
     sequences: list[Sequence] = field(default_factory=list)
     live: list[Sequence] = field(default_factory=list)
     """Of ``sequences``, those that are not finished."""

@@ -496,6 +496,7 @@ class Scheduler:
             self.blocks.admit(request.live[0])
             if request.queue_seconds is None:
                 request.queue_seconds = self._clock() - request.arrival_time
+                request.cached_tokens = request.live[0].computed
             _enqueue(self.running, request)
             draft.admitted.append(request)
             self._prefill(request, draft)

@@ -49,6 +49,8 @@ class Generation:
         """Of the prompt's tokens from the second on, where asked for; there when all answers are."""
         self.every_token = params.logprobs is not None
         """Whether pieces come as tokens do, although they have no text yet."""
+        self.cached_tokens = 0
+        """Of the prompt, those that the prefix cache had."""
         self.completion_tokens = 0
         self._client = client
         self._detokenizers = [
@@ -104,6 +106,8 @@ class Generation:
     def _extend(self, token: TokenDelta, pieces: dict[int, Answer]) -> None:
         """As LLM does it: the same tokens make the same text, and end at the same place."""
         index, params = token.sample, self.params
+        if token.cached_tokens is not None:
+            self.cached_tokens = token.cached_tokens
         if self._reasons[index] is not None:
             return  # the engine had not heard yet that a stop text ended this one
         self._numbers[index] += 1
@@ -124,7 +128,7 @@ class Generation:
         piece.finish_reason = self._reasons[index] = "stop" if detokenizer.stopped else reason
 
     def _conclude(self, done: Done, pieces: dict[int, Answer]) -> None:
-        self.prompt_logprobs = done.prompt_logprobs
+        self.prompt_logprobs, self.cached_tokens = done.prompt_logprobs, done.cached_tokens
         for index, ranked in enumerate(done.ranked[: self.params.n]):
             self._take_whole(index, ranked, pieces)
 

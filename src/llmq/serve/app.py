@@ -174,9 +174,10 @@ async def _respond(
     return JSONResponse(Envelope(form.object, service.name).around(choices, usage=_usage(generations)))
 
 
-def _usage(generations: Sequence[Generation]) -> dict[str, int]:
+def _usage(generations: Sequence[Generation]) -> dict[str, Any]:
     return usage(
         sum(len(generation.prompt_ids) for generation in generations),
+        sum(generation.cached_tokens for generation in generations),
         sum(generation.completion_tokens for generation in generations),
     )
 

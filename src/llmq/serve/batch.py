@@ -93,7 +93,7 @@ def _answer(body: Body, output: RequestOutput, tokenizer: Tokenizer) -> dict[str
         Answer(one.index, 0, one.text, one.token_ids, one.logprobs, one.finish_reason) for one in output.completions
     ]
     prompt_ids, params = output.prompt_token_ids, body.params()
-    counts = usage(len(prompt_ids), sum(len(one.token_ids) for one in answers))
+    counts = usage(len(prompt_ids), output.cached_tokens, sum(len(one.token_ids) for one in answers))
     if isinstance(body, ChatRequest):
         choices = [chat_choice(one, one.index, token_text, top=params.logprobs) for one in answers]
         return Envelope("chat.completion", body.model or "").around(choices, usage=counts)

@@ -52,6 +52,7 @@ class Done(NamedTuple):
 
     request_id: int
     prompt_logprobs: list[TokenLogprobs]
+    cached_tokens: int
     ranked: list[Ranked]
 
 

@@ -57,10 +57,14 @@ class Echo:
     logprobs: Sequence[TokenLogprobs | None] = ()
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """How many tokens were read and written."""
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    """How many tokens were read, those in the prefix cache among them, and written."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
 
 
 def completion_choice(

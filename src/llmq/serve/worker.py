@@ -74,7 +74,7 @@ def _obey(llm: LLM, connection: Connection) -> list[Event]:
 def _done(output: RequestOutput) -> Done:
     ranked = [one for one in output.completions if one.score is not None]
     answers = [Ranked(one.token_ids, one.logprobs, one.finish_reason) for one in ranked]
-    return Done(output.index, output.prompt_logprobs, answers)
+    return Done(output.index, output.prompt_logprobs, output.cached_tokens, answers)
 
 
 def _load_of(llm: LLM) -> Load:
