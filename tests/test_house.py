@@ -35,6 +35,7 @@ TORCH_FREE = {"engine", "memplan", "checkpoint", "errors", "memory", "plan", "sc
 USES_TORCH_IN_FUNCTIONS = (
     "checkpoint.tensors",
     "checkpoint.shards",
+    "checkpoint.staging",
     "checkpoint.quantized_weight",
     "checkpoint.formats",
 )

@@ -65,6 +65,15 @@ def test_a_header_that_claims_absurd_lengths_is_refused(tmp_path: Path) -> None:
         Tensors(tmp_path)
 
 
+@pytest.mark.parametrize(("dtype", "shape"), [("F32", [3, 8]), ("BF16", [2, 8]), ("F32", "no shape")])
+def test_a_tensor_whose_bytes_are_not_those_of_its_shape_is_refused(tmp_path: Path, dtype: str, shape: object) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, 64]}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(64)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(LlmqError, match="cut short or damaged"):
+        Tensors(tmp_path)
+
+
 def test_a_shard_that_the_index_names_and_is_missing_is_named(tmp_path: Path) -> None:
     write(tmp_path, some_tensors(), 1100)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()

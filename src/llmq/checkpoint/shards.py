@@ -16,18 +16,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from llmq.checkpoint.tensors import DEFAULT_SHARD_BYTES, INDEX, SINGLE, Tensors, write_json
+from llmq.checkpoint.tensors import DEFAULT_SHARD_BYTES, DTYPES, INDEX, SINGLE, Tensors, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ALIGNMENT = 8
-DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F16": "float16", "BF16": "bfloat16", "F32": "float32",
-    "F64": "float64",
-}  # fmt: skip
-"""torch's names of safetensors' dtypes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,12 @@ SINGLE = "model.safetensors"
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 DEFAULT_SHARD_BYTES = 4 * 2**30
 MAX_HEADER_BYTES = 100 * 2**20
+DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F16": "float16", "BF16": "bfloat16", "F32": "float32",
+    "F64": "float64",
+}  # fmt: skip
+"""torch's names of safetensors' dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,7 @@ class Tensors:
         """
         self.folder = folder
         self.infos: dict[str, TensorInfo] = {}
+        self._fetched: dict[tuple[str, str], Tensor] = {}
         for file in _weight_files(folder):
             self.infos.update(_read_header(file))
 
@@ -60,15 +68,33 @@ class Tensors:
     def num_bytes(self) -> int:
         return sum(info.num_bytes for info in self.infos.values())
 
+    def fetch(self, module: str, device: str) -> None:
+        """Read all tensors of ``module`` and below at once, in place of those of the last call: ``load`` has each of
+        them ready then, once."""
+        from llmq.checkpoint.staging import read_to_device
+
+        self._fetched.clear()
+        infos = {
+            name: info for name, info in self.infos.items() if name.startswith(f"{module}.") and info.dtype in DTYPES
+        }
+        self._fetched = {(name, device): tensor for name, tensor in read_to_device(infos, device).items()}
+
     def load(self, name: str, device: str = "cpu") -> Tensor:
         """One tensor, as stored. Raises LlmqError when the folder does not have it."""
         from safetensors import safe_open
 
-        if name not in self.infos:
+        from llmq.checkpoint.staging import read_to_device
+
+        info = self.infos.get(name)
+        if info is None:
             raise LlmqError(
                 f"{self.folder} has no tensor {name}", "the folder is incomplete, or its config.json is another's"
             )
-        with safe_open(self.infos[name].file, framework="pt", device=device) as file:
+        if (name, device) in self._fetched:
+            return self._fetched.pop((name, device))
+        if device != "cpu" and info.dtype in DTYPES:
+            return read_to_device({name: info}, device)[name]
+        with safe_open(info.file, framework="pt", device=device) as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
@@ -113,6 +139,8 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             for name, entry in header.items()
         }
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if any(8 * info.num_bytes != prod(info.shape) * _element_bits(info.dtype) for info in infos.values()):
+            raise truncated
     except FileNotFoundError:
         raise LlmqError(f"{file} is missing", "download or copy it again") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -120,6 +148,11 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     if 8 + header_bytes + end != size:
         raise truncated
     return infos
+
+
+def _element_bits(dtype: str) -> int:
+    """As the name says: 8 of F8_E4M3."""
+    return 8 if dtype == "BOOL" else int("".join(filter(str.isdigit, dtype.split("_")[0])))
 
 
 class ShardWriter:

@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
-from llmq.checkpoint.shards import DTYPES, Shards, lay_out
+from llmq.checkpoint.shards import Shards, lay_out
+from llmq.checkpoint.tensors import DTYPES
 from llmq.quant.affine import energy
 from llmq.quant.backends import Backend
 from llmq.quant.backends.run import Written, run_backend

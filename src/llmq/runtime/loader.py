@@ -96,6 +96,8 @@ def load_kv_scales(source: Source) -> Tensor | None:
 
 def load_layer(source: Source, layer: int) -> DecoderLayer:
     """One decoder block, its linears dense or quantized as the folder has them."""
+    if source.device != "cpu":  # which maps files
+        source.tensors.fetch(block_name(layer), source.device)
     with torch.device("meta"):
         block = DecoderLayer(source.config, layer)
     for local_name, module in list(block.named_modules()):
