@@ -32,6 +32,7 @@ SOME: dict[str, Any] = {"prompt": "x", "max_tokens": 1200, "ignore_eos": True, "
 ENDLESS: dict[str, Any] = {**SOME, "max_tokens": CONTEXT - 2}
 """Ends long after any test does."""
 MAX_QUEUE = 4
+FORM = "application/x-www-form-urlencoded"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ BAD: list[tuple[str, Any, int, str | None]] = [
     (COMPLETIONS, {"prompt": "x", "stream_options": {}}, 400, "stream_options"),
     (COMPLETIONS, {"prompt": "x", "stream": True, "best_of": 2}, 400, "best_of"),
     (COMPLETIONS, {"prompt": "x" * CONTEXT}, 400, None),
-    (COMPLETIONS, {"prompt": ["x"] * 50}, 429, None),
+    (COMPLETIONS, {"prompt": ["x"] * (MAX_QUEUE + 1)}, 400, "prompt"),
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, None),
     (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools"),
@@ -132,6 +133,13 @@ def test_a_bad_request_is_answered_with_the_reason(
     assert error["message"]
     if param is not None:
         assert error["param"].split(".")[0] == param
+
+
+def test_a_body_that_is_not_called_json_is_refused_with_the_header_that_mends_it(server: Server) -> None:
+    """As ``curl -d`` sends it."""
+    answer = server.http.post(COMPLETIONS, content=b'{"prompt": "x"}', headers={"content-type": FORM})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (415, "invalid_request_error")
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("field", ["top_k", "priority", "temperature"])

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ OURS = load_tokenizer(DEMO)
 @given(text=st.text())
 def test_texts_have_transformers_tokens(text: str, theirs: Any) -> None:
     assert OURS.encode(text) == theirs.encode(text)
+
+
+def test_a_long_text_leaves_python_to_other_threads_meanwhile() -> None:
+    done = threading.Event()
+
+    def encode() -> None:
+        OURS.encode("x " * 300_000)
+        done.set()
+
+    threading.Thread(target=encode).start()
+    turns = 0
+    while not done.wait(0.001):
+        turns += 1
+    assert turns > 10, "one or two, where they must wait for the text"
 
 
 @given(token_ids=st.lists(st.integers(0, 4095), max_size=20), skip=st.booleans())

@@ -251,6 +251,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        if "json" not in request.headers.get("content-type", ""):
+            return answer(ApiError(415, "the body must be JSON, and say so: Content-Type: application/json"))
         first = error.errors()[0]
         # "body" names nothing to a client, and of a union pydantic names every member that it tried.
         place = ".".join(str(part) for part in first["loc"][1:]) or None

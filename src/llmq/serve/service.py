@@ -101,7 +101,10 @@ class Service:
             if not prompt_ids:
                 raise ApiError(400, "the prompt has no tokens")
             self._check_limits(len(prompt_ids), params)
-        if self.client.waiting + len(prompts) > self.options.max_queue:
+        most = self.options.max_queue
+        if len(prompts) > most:
+            raise ApiError(400, f"{len(prompts)} prompts in a request, and {most} may wait here", param="prompt")
+        if self.client.waiting + len(prompts) > most:
             self.client.metrics.refused += len(prompts)
             raise ApiError(
                 429,
