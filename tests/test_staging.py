@@ -54,6 +54,19 @@ def test_what_is_read_is_what_safetensors_reads(
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), expected[name].reshape(-1).view(torch.uint8))
 
 
+@pytest.mark.gpu
+def test_a_gpu_gets_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through more buffers than there are readers, each of them used again and again."""
+    monkeypatch.setattr(staging, "PIECE_BYTES", 1000)
+    expected = write(tmp_path, [[(dtype, (50, number)) for number in range(20)] for dtype in sorted(DTYPES.values())])
+    tensors = Tensors(tmp_path)
+    tensors.fetch("file3", "cuda")
+    for name, tensor in expected.items():
+        read = tensors.load(name, "cuda")
+        assert (read.is_cuda, read.dtype, read.shape) == (True, tensor.dtype, tensor.shape)
+        assert torch.equal(read.cpu().reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
 def test_neighbours_share_a_read_and_long_tensors_take_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "PIECE_BYTES", 100)
     write(tmp_path, [[("float32", (10,)), ("float32", (10,)), ("float32", (60,))]])

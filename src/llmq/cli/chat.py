@@ -103,6 +103,8 @@ def _converse(answer: Answer, name: str, start: Sequence[dict[str, str]]) -> Non
         try:
             line = input("> " if interactive else "").strip()
         except (EOFError, KeyboardInterrupt):
+            if interactive:
+                print()  # behind the prompt
             return
         command, _, argument = line.partition(" ")
         if command == "/exit":

@@ -74,7 +74,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         params = body.params()
         await service.check_schema(params)
-        prompts = [await service.encode(prompt) for prompt in body.prompts]
+        asked = body.prompts
+        prompts = [await service.encode(prompt) for prompt in asked]
 
         def echo(generation: Generation) -> Echo | None:
             if not body.echo:
@@ -92,7 +93,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             return completion_choice(Answer(index), index, token_text, top=None, echo=echo(generation))
 
         form = Form("text_completion", "text_completion", whole, piece, opening if body.echo else None)
-        _log_prompts(service, request, body.prompts)
+        _log_prompts(service, request, asked)
         return await _respond(service, request, body, prompts, params, form)
 
     @app.post("/v1/chat/completions")
