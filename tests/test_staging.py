@@ -56,7 +56,7 @@ def test_what_is_read_is_what_safetensors_reads(
 
 @pytest.mark.gpu
 def test_a_gpu_gets_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through more buffers than there are readers, each of them used again and again."""
+    """Through buffers that are used again and again."""
     monkeypatch.setattr(staging, "PIECE_BYTES", 1000)
     expected = write(tmp_path, [[(dtype, (50, number)) for number in range(20)] for dtype in sorted(DTYPES.values())])
     tensors = Tensors(tmp_path)
