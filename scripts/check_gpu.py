@@ -854,7 +854,8 @@ def all_cases() -> list[Case]:
             cases.append(AttentionCase(rows, 32, 8, 128, 64, BF16, window, loose=True))
     for dtype in (BF16, FP16):
         for batch in (1, 7, 16, 17, 32):
-            for out_features, in_features in ((6144, 4096), (28672, 4096), (4096, 14336), (1024, 3072), (33, 256)):
+            for out_features, in_features in ((6144, 4096), (28672, 4096), (4096, 14336), (4096, 1024), (1024, 2048),
+                                              (1024, 3072), (33, 256)):  # fmt: skip
                 cases.append(DenseCase(batch, out_features, in_features, dtype))
         cases += [FirstCase(tokens, 3000, 40, dtype) for tokens in (1, 200)]
         cases += [DrawCase(vocabulary, dtype) for vocabulary in (100, 4096, 128_256, 151_936)]

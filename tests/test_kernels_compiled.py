@@ -280,7 +280,7 @@ def test_sorting_by_expert_stays_out_of_memory(tmp_path: Path) -> None:
     assert spilled_bytes(compile_for(90, routing_triton.choose_kernel, types, 1, 3, **constants), tmp_path) == 0
 
 
-@pytest.mark.parametrize("launch", [dense_triton.WIDE, dense_triton.NARROW])
+@pytest.mark.parametrize("launch", [dense_triton.WIDE, dense_triton.MIDDLE, dense_triton.NARROW])
 @pytest.mark.parametrize("block_m", [16, 32])
 def test_a_dense_product_is_read_ahead_and_stays_out_of_memory(
     launch: dense_triton.Launch, block_m: int, tmp_path: Path
@@ -288,7 +288,8 @@ def test_a_dense_product_is_read_ahead_and_stays_out_of_memory(
     pointers = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16") | {"sums": "*fp32", "counters": "*i32"}
     compiled = compile_for(
         90, dense_triton.dense_kernel, pointers, launch.warps, 3, SPLIT=True, BLOCK_M=block_m, BLOCK_N=launch.block_n,
-        BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=dense_triton.PREFETCHED, PDL=True,
+        BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=dense_triton.PREFETCHED,
+        PIECES=launch.warps * 32 // launch.block_n, PDL=True,
     )  # fmt: skip
     assert "mma" in compiled.asm["ptx"]
     assert "cp.async.cg" in compiled.asm["ptx"]

@@ -420,7 +420,17 @@ else:
         ):
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
 
-    @pytest.mark.parametrize(("rows", "shape"), [(1, (40, 256)), (5, (100, 1024)), (17, (64, 1280)), (32, (2081, 256))])
+    @pytest.mark.parametrize(
+        ("rows", "shape"),
+        [
+            (1, (40, 256)),
+            (5, (100, 2048)),  # splits
+            (17, (64, 1280)),
+            (20, (70, 2048)),  # splits of narrow tiles
+            (32, (2081, 256)),
+            (3, (8500, 256)),  # wide
+        ],
+    )
     def test_dense(rows: int, shape: tuple[int, int]) -> None:
         torch.manual_seed(0)
         x, weight, bias = (

@@ -5,7 +5,6 @@ angle of pair i at position p  =  p · frequencies[i]
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from llmq.runtime.kernels import runs_triton
