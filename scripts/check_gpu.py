@@ -39,8 +39,10 @@ from rounded_caches import empty_cache, rounded_caches
 from tiny_models import VARIANTS, save_variant
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
+from llmq.runtime.kernels.angles import cos_and_sin
 from llmq.runtime.kernels.attention import paged_attention
 from llmq.runtime.kernels.dense import dense_matmul
+from llmq.runtime.kernels.embedding import embedding, embedding_reference
 from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
 from llmq.runtime.kernels.grouped import GroupedWeight, block_m_for, grouped_matmul, grouped_matmul_reference
 from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
@@ -380,6 +382,30 @@ class DenseCase:
         x = torch.randn(self.batch, 2 * self.in_features, device="cuda").to(self.dtype)[:, : self.in_features]
         bias = torch.randn(self.out_features, device="cuda").to(self.dtype)
         return compare(lambda: dense_matmul(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
+
+
+@dataclass
+class FirstCase:
+    """What a step begins with: hidden states of tokens, to the bit, and the angles of positions far apart."""
+
+    tokens: int
+    hidden: int
+    pairs: int
+    dtype: torch.dtype
+
+    def check(self) -> Outcome:
+        weight = torch.randn(1000, self.hidden, device="cuda").to(self.dtype)
+        token_ids = torch.randint(0, 1000, (self.tokens,), device="cuda", dtype=torch.int32)
+        positions = torch.randint(0, 131_072, (self.tokens,), device="cuda", dtype=torch.int32)
+        frequencies = torch.logspace(0, -5, self.pairs, device="cuda")
+        same = all(
+            torch.equal(embedding(token_ids, weight, scale), embedding_reference(token_ids, weight, scale))
+            for scale in (1.0, 33.9)
+        )
+        angles = (positions[:, None, None] * frequencies).double()  # the product is rounded, as everywhere
+        exact = torch.cat((angles.cos(), angles.sin())) * 1.5
+        outcome = compare(lambda: torch.cat(cos_and_sin(positions, frequencies, 1.5)), exact)
+        return replace(outcome, repeats=outcome.repeats and same)
 
 
 @dataclass
@@ -835,8 +861,10 @@ def all_cases() -> list[Case]:
             cases.append(AttentionCase(rows, 32, 8, 128, 64, BF16, window, loose=True))
     for dtype in (BF16, FP16):
         for batch in (1, 7, 16, 17, 32):
-            for out_features, in_features in ((6144, 4096), (28672, 4096), (4096, 14336), (1024, 3072), (33, 256)):
+            for out_features, in_features in ((6144, 4096), (28672, 4096), (4096, 14336), (4096, 1024), (1024, 2048),
+                                              (1024, 3072), (33, 256)):  # fmt: skip
                 cases.append(DenseCase(batch, out_features, in_features, dtype))
+        cases += [FirstCase(tokens, 3000, 40, dtype) for tokens in (1, 200)]
         cases += [DrawCase(vocabulary, dtype) for vocabulary in (100, 4096, 128_256, 151_936)]
     return [
         *map(ModelCase, VARIANTS), *cases, AloneCase(), InvariantCase(), GraphCase()

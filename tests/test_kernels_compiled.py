@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.backends.compiler")
 
 from llmq.runtime.kernels import (  # noqa: E402
+    angles_triton,
     attention_triton,
     dense_triton,
     grouped_triton,
@@ -279,7 +280,7 @@ def test_sorting_by_expert_stays_out_of_memory(tmp_path: Path) -> None:
     assert spilled_bytes(compile_for(90, routing_triton.choose_kernel, types, 1, 3, **constants), tmp_path) == 0
 
 
-@pytest.mark.parametrize("launch", [dense_triton.WIDE, dense_triton.NARROW])
+@pytest.mark.parametrize("launch", [dense_triton.WIDE, dense_triton.MIDDLE, dense_triton.NARROW])
 @pytest.mark.parametrize("block_m", [16, 32])
 def test_a_dense_product_is_read_ahead_and_stays_out_of_memory(
     launch: dense_triton.Launch, block_m: int, tmp_path: Path
@@ -287,7 +288,8 @@ def test_a_dense_product_is_read_ahead_and_stays_out_of_memory(
     pointers = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16") | {"sums": "*fp32", "counters": "*i32"}
     compiled = compile_for(
         90, dense_triton.dense_kernel, pointers, launch.warps, 3, SPLIT=True, BLOCK_M=block_m, BLOCK_N=launch.block_n,
-        BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=dense_triton.PREFETCHED, PDL=True,
+        BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=dense_triton.PREFETCHED,
+        PIECES=launch.warps * 32 // launch.block_n, PDL=True,
     )  # fmt: skip
     assert "mma" in compiled.asm["ptx"]
     assert "cp.async.cg" in compiled.asm["ptx"]
@@ -352,13 +354,19 @@ def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
 
 def test_drawing_takes_few_registers_and_stays_out_of_memory(tmp_path: Path) -> None:
     pointers = {"logits": "*bf16", "temperatures": "*fp32", "scores": "*fp32"}
-    pointers |= dict.fromkeys(("seeds", "positions", "tokens"), "*i64")
+    pointers |= dict.fromkeys(("seeds", "positions", "drawn"), "*i64") | dict.fromkeys(("tokens", "counters"), "*i32")
     compiled = compile_for(
         90, gumbel_triton.draw_kernel, pointers, 4, 3, GOLDEN=GOLDEN, MIX_1=MIX_1, MIX_2=MIX_2, MOST=MOST,
-        PART=gumbel_triton.PART, BLOCK=gumbel_triton.BLOCK,
+        PART=gumbel_triton.PART, BLOCK=gumbel_triton.BLOCK, PARTS=64,
     )  # fmt: skip
     assert "ld.global.v4" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
+
+
+def test_angles_are_taken_far_from_zero(tmp_path: Path) -> None:
+    pointers = {"positions": "*i32"} | dict.fromkeys(("frequencies", "cos", "sin"), "*fp32") | {"factor": "fp32"}
+    compiled = compile_for(90, angles_triton.cos_and_sin_kernel, pointers, 1, 3, BLOCK=64)
+    assert "cos.approx" not in compiled.asm["ptx"]  # wrong by 1e-2 at an angle of 1e5
 
 
 def test_the_errors_of_all_columns_stay_in_registers(tmp_path: Path) -> None:

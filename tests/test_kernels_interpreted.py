@@ -28,8 +28,10 @@ else:
     from rounded_caches import empty_cache, rounded_caches
     from test_kernels_reference import Rows, draw_paged, draw_weight
 
+    from llmq.runtime.kernels.angles import cos_and_sin, cos_and_sin_reference
     from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
     from llmq.runtime.kernels.dense import CHANNELS, dense_matmul
+    from llmq.runtime.kernels.embedding import embedding, embedding_reference
     from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
     from llmq.runtime.kernels.grouped import GroupedWeight, grouped_matmul, grouped_matmul_reference
     from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
@@ -401,7 +403,34 @@ else:
             expected = draw_gumbel_reference(narrow, temperatures, seeds, positions)
             assert draw_gumbel(narrow, temperatures, seeds, positions).equal(expected)
 
-    @pytest.mark.parametrize(("rows", "shape"), [(1, (40, 256)), (5, (100, 1024)), (17, (64, 1280)), (32, (2081, 256))])
+    @pytest.mark.parametrize("scale", [1.0, 7.3])
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_embedding(dtype: torch.dtype, scale: float) -> None:
+        weight = torch.randn(50, 1500).to(dtype)
+        token_ids = torch.tensor([49, 0, 7, 7], dtype=torch.int32)
+        assert embedding(token_ids, weight, scale).equal(embedding_reference(token_ids, weight, scale))
+
+    @pytest.mark.parametrize("factor", [1.0, 1.5])
+    def test_cos_and_sin(factor: float) -> None:
+        positions, frequencies = torch.tensor([0, 1, 100_000], dtype=torch.int32), torch.rand(48)
+        for ours, expected in zip(
+            cos_and_sin(positions, frequencies, factor),
+            cos_and_sin_reference(positions, frequencies, factor),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
+
+    @pytest.mark.parametrize(
+        ("rows", "shape"),
+        [
+            (1, (40, 256)),
+            (5, (100, 2048)),  # splits
+            (17, (64, 1280)),
+            (20, (70, 2048)),  # splits of narrow tiles
+            (32, (2081, 256)),
+            (3, (8500, 256)),  # wide
+        ],
+    )
     def test_dense(rows: int, shape: tuple[int, int]) -> None:
         torch.manual_seed(0)
         x, weight, bias = (

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from llmq.checkpoint.shards import reserve
 from llmq.errors import LlmqError
 from llmq.memory import MICRO_BATCH_TOKENS, MOMENT_BYTES
-from llmq.runtime.decoder import Attend, Attention, CausalAttention, DecoderLayer, embed
+from llmq.runtime.decoder import Attend, Attention, CausalAttention, DecoderLayer
+from llmq.runtime.kernels.embedding import embedding
 from llmq.runtime.kernels.norm import add_rms_norm
 from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.loader import EMBEDDING, FINAL_NORM, HEAD, Source
@@ -67,7 +68,7 @@ class HiddenStates:
         seen, places = torch.unique(windows, return_inverse=True)
         rows = source.tensors.load(f"{EMBEDDING}.weight")[seen].to(self.device, source.dtype)
         self.inputs = [
-            self._keep(embed(config, rows, part.flatten().to(self.device)))
+            self._keep(embedding(part.flatten().to(self.device), rows, config.embedding_scale))
             for part in torch.split(places, batch_windows)
         ]
         self.mixed: list[Tensor] = []

@@ -12,13 +12,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmq.checkpoint.config import ModelConfig
 from llmq.errors import note
 from llmq.runtime.experts import GroupedExperts
 from llmq.runtime.kernels import triton_runs_on
 from llmq.runtime.kernels.attention import dot_product_attention
+from llmq.runtime.kernels.embedding import embedding
 from llmq.runtime.kernels.gelu import gelu_mul
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
@@ -281,7 +281,7 @@ class Decoder(nn.Module):
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [tokens, hidden] of ``token_ids`` [tokens] at ``positions`` [tokens], after the last norm."""
-        residual, x = embed(self.config, self.embed_tokens.weight, token_ids), None
+        residual, x = embedding(token_ids, self.embed_tokens.weight, self.config.embedding_scale), None
         rotations = rotary_angles(self.config, positions)
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
@@ -291,16 +291,14 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [tokens, vocabulary]"""
-        out: Tensor = self.lm_head(hidden).float()
+        return self.narrow_logits(hidden).float()
+
+    def narrow_logits(self, hidden: Tensor) -> Tensor:
+        """``logits`` as the head gives them, in its type unless they are capped: enough to draw from, for nothing is
+        summed."""
+        out: Tensor = self.lm_head(hidden)
         softcap = self.config.logits_softcap
-        return out if softcap is None else softcap * torch.tanh(out / softcap)
-
-
-def embed(config: ModelConfig, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """The hidden states that ``token_ids`` [tokens] enter the first block with, [tokens, hidden]."""
-    states = F.embedding(token_ids, weight)
-    # The scale in the type of the weight: the models were trained with it rounded so.
-    return states * weight.new_full((), config.embedding_scale) if config.embedding_scale != 1 else states
+        return out if softcap is None else softcap * torch.tanh(out.float() / softcap)
 
 
 class CausalAttention:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmq.checkpoint.config import ModelConfig
 from llmq.checkpoint.rope import Rope
+from llmq.runtime.kernels.angles import cos_and_sin
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, fp32 [tokens, 1, rotated / 2]."""
@@ -27,9 +28,7 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> dict[Rope, Rotation
 
 def _rotation(rope: Rope, config: ModelConfig, positions: Tensor) -> Rotation:
     frequencies = _frequencies_on(rope, config.head_dim, config.context_length, positions.device)
-    angles = positions.float()[:, None, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return (cos, sin) if rope.attention_factor == 1 else (cos * rope.attention_factor, sin * rope.attention_factor)
+    return cos_and_sin(positions, frequencies, rope.attention_factor)
 
 
 @lru_cache

@@ -162,8 +162,7 @@ class Runner:
         if not draws:
             return hidden, None
         last = hidden if batch.shape.max_query_length == 1 else hidden[batch.last]
-        logits = self.decoder.logits(last)
-        return hidden, draw_gumbel(logits, batch.temperatures, batch.seeds, batch.kv_lengths)
+        return hidden, draw_gumbel(self.decoder.narrow_logits(last), batch.temperatures, batch.seeds, batch.kv_lengths)
 
     def _update_tables(self, rows: Sequence[PlanRow]) -> None:
         for group, tables in enumerate(self._tables):
@@ -203,7 +202,7 @@ class Runner:
                 scales=scales,
             )
 
-        return self.decoder(batch.ints[batch.sources], batch.positions, attend)  # type: ignore[no-any-return]
+        return self.decoder(batch.ints.index_select(0, batch.sources), batch.positions, attend)  # type: ignore[no-any-return]
 
     def _last(self, rows: Sequence[PlanRow], hidden: Tensor) -> Tensor:
         """Of ``hidden``, the last of each row that draws."""

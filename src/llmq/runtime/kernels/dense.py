@@ -5,6 +5,9 @@ y[m, n] = Σ_k x[m, k] · weight[n, k]  +  bias[n]
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,17 +17,24 @@ FEW_ROWS = 32
 """Up to here a product is the time it takes to read the weight, and the library's leaves bandwidth unused."""
 CHANNELS = 256
 """K is a multiple of this where the kernel runs."""
+CAPABILITIES = (9, 10)
+"""Hopper and Blackwell for servers: other cards lack the shared memory that the kernel's tiles take."""
 
 
 def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x`` [M, K] times ``weight`` [N, K], transposed, plus ``bias`` [N] → [M, N].
 
-    On a GPU up to FEW_ROWS rows of 16-bit numbers go through a kernel that starts to read the weight before the rows
-    are there. Its sums are fp32, and their order depends on N and K alone. All else is the library's.
+    On a GPU of CAPABILITIES up to FEW_ROWS rows of 16-bit numbers go through a kernel that starts to read the weight
+    before the rows are there. Its sums are fp32. All else is the library's.
     """
     few = 0 < x.shape[0] <= FEW_ROWS and x.element_size() == 2 and x.shape[1] % CHANNELS == 0
-    if not (few and runs_triton(x)):
+    if not (few and runs_triton(x) and _has_room(x.device)):
         return F.linear(x, weight, bias)
     from llmq.runtime.kernels.dense_triton import dense_matmul_triton
 
     return dense_matmul_triton(x, weight, bias)
+
+
+@cache
+def _has_room(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in CAPABILITIES

@@ -21,6 +21,10 @@ from llmq.runtime.kernels.prefetch_triton import prefetch
 from llmq.runtime.kernels.split_k_triton import counters, is_last, sum_splits
 
 PREFETCHED = 32768  # bytes of the weight that a program asks for before its activations are there
+PROGRAMS = 132  # one on each of an H200's multiprocessors
+SHORTEST_SPLIT = 512  # channels
+WHOLE = 1024  # channels that up to WHOLE_ROWS rows are not worth a sum of splits
+WHOLE_ROWS = 16
 
 
 class Launch(NamedTuple):
@@ -30,18 +34,27 @@ class Launch(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    shortest_split: int  # channels
+
+    def splits(self, rows: int, out_features: int, in_features: int) -> int:
+        """Parts of K that keep PROGRAMS programs busy, or as many as are worth it."""
+        if rows <= WHOLE_ROWS and in_features <= WHOLE:
+            return 1
+        tiles = triton.cdiv(out_features, self.block_n)
+        return max(1, min(PROGRAMS // int(tiles), in_features // max(self.block_k, SHORTEST_SPLIT)))
 
 
-NARROW = Launch(64, 256, 8, 3, 512)
-WIDE = Launch(64, 128, 4, 4, 1024)
-NARROW_FEATURES = 2048  # up to so many outputs
-PROGRAMS = 132  # one on each of an H200's multiprocessors
+NARROW = Launch(32, 512, 4, 3)
+MIDDLE = Launch(64, 256, 4, 4)
+WIDE = Launch(64, 128, 4, 4)  # two programs on a multiprocessor
 
 
-def launch_for(out_features: int) -> Launch:
-    """Launch parameters for a weight of ``out_features`` rows."""
-    return NARROW if out_features <= NARROW_FEATURES else WIDE
+def launch_for(rows: int, out_features: int, in_features: int) -> Launch:
+    """Launch parameters for ``rows`` rows and a weight of this shape."""
+    tiles = triton.cdiv(out_features, MIDDLE.block_n)
+    if tiles > PROGRAMS:
+        return WIDE
+    few = tiles * MIDDLE.splits(rows, out_features, in_features) <= PROGRAMS // 2
+    return NARROW if few and rows > WHOLE_ROWS and in_features % NARROW.block_k == 0 else MIDDLE
 
 
 def dense_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,16 +62,17 @@ def dense_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     (rows, in_features), out_features = x.shape, weight.shape[0]
     if x.stride(1) != 1:
         x = x.contiguous()
-    launch = launch_for(out_features)
+    launch = launch_for(rows, out_features, in_features)
     tiles, steps = triton.cdiv(out_features, launch.block_n), in_features // launch.block_k
-    per_split = triton.cdiv(steps, max(1, min(PROGRAMS // tiles, in_features // launch.shortest_split)))
+    per_split = triton.cdiv(steps, launch.splits(rows, out_features, in_features))
     splits = triton.cdiv(steps, per_split)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
     dense_kernel[tiles, splits](
         x, weight, bias, out, sums, counters(x.device), rows, out_features, in_features, x.stride(0), per_split,
         SPLIT=splits > 1, BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
-        STAGES=launch.stages, PREFETCHED=PREFETCHED, num_warps=launch.warps, **pdl(x.device),
+        STAGES=launch.stages, PREFETCHED=PREFETCHED, PIECES=launch.warps * 32 // launch.block_n,
+        num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
     return out
 
@@ -67,7 +81,7 @@ def dense_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 def dense_kernel(
     x, weight, bias, out, sums, counters, rows, out_features, in_features, x_stride, per_split,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCHED: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -78,8 +92,12 @@ def dense_kernel(
     last = tl.minimum(first + per_split, in_features // BLOCK_K)
     at_weight = weight + n.to(tl.int64) * in_features
     if PDL:
-        size = tl.minimum((last - first) * BLOCK_K * 2, PREFETCHED // BLOCK_N)
-        prefetch(at_weight + first * BLOCK_K, tl.where(is_n, size, 0))
+        # A row of the tile in PIECES, one for each thread: what threads have in common they would all ask for.
+        size = tl.minimum((last - first) * BLOCK_K * 2, PREFETCHED // BLOCK_N) // PIECES
+        piece = tl.arange(0, BLOCK_N * PIECES)
+        row = tl.program_id(0) * BLOCK_N + piece // PIECES
+        at_piece = weight + row.to(tl.int64) * in_features + first * BLOCK_K + piece % PIECES * (size // 2)
+        prefetch(at_piece, tl.where(row < out_features, size, 0))
     wait(PDL)
     at_x = x + m * x_stride
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)

@@ -1,8 +1,8 @@
 """Device code of ``gumbel``.
 
-A row is divided among programs, each of which keeps the best of its part:
+A row is divided among programs, each of which keeps the best of its part; the one that is done last looks at them all:
 
-    logits[r]   | part 0 | part 1 | part 2 … |      → scores, tokens [rows, parts]   → argmax over the parts
+    logits[r]   | part 0 | part 1 | part 2 … |      → scores, tokens [rows, parts]   → drawn [rows]
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST
+from llmq.runtime.kernels.split_k_triton import counters, is_last
 
 PART = 4096  # tokens that a program looks at
 BLOCK = 1024  # of them at a time
@@ -23,12 +24,14 @@ def draw_gumbel_triton(logits: Tensor, temperatures: Tensor, seeds: Tensor, posi
     rows, vocabulary = logits.shape
     parts = triton.cdiv(vocabulary, PART)
     scores = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(rows, parts, dtype=torch.int64, device=logits.device)
+    tokens = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
+    drawn = torch.empty(rows, dtype=torch.int64, device=logits.device)
     draw_kernel[rows, parts](
-        logits, temperatures, seeds, positions, scores, tokens, vocabulary, logits.stride(0),
-        GOLDEN=GOLDEN, MIX_1=MIX_1, MIX_2=MIX_2, MOST=MOST, PART=PART, BLOCK=BLOCK, num_warps=4,
+        logits, temperatures, seeds, positions, scores, tokens, counters(logits.device), drawn, vocabulary,
+        logits.stride(0), GOLDEN=GOLDEN, MIX_1=MIX_1, MIX_2=MIX_2, MOST=MOST, PART=PART, BLOCK=BLOCK,
+        PARTS=triton.next_power_of_2(parts), num_warps=4,
     )  # fmt: skip
-    return tokens.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
+    return drawn
 
 
 @triton.jit
@@ -41,11 +44,11 @@ def mix(x, MIX_1: tl.constexpr, MIX_2: tl.constexpr):
 
 @triton.jit
 def draw_kernel(
-    logits, temperatures, seeds, positions, scores, tokens, vocabulary, logits_stride,
+    logits, temperatures, seeds, positions, scores, tokens, counters, drawn, vocabulary, logits_stride,
     GOLDEN: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr, MOST: tl.constexpr,
-    PART: tl.constexpr, BLOCK: tl.constexpr,
+    PART: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The best of one part of one row."""
+    """The best of one part of one row, and in the last program of the row, of all."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     temperature = tl.load(temperatures + row).to(tl.float32)
@@ -66,9 +69,22 @@ def draw_kernel(
         better = score > best
         best = tl.where(better, score, best)
         of_best = tl.where(better, token, of_best)
-    highest = tl.max(best, 0)
-    # Of equals the first, as argmax has it.
-    token = tl.min(tl.where(best == highest, of_best, 2147483647), 0)
-    at = row * tl.num_programs(1) + part
-    tl.store(scores + at, highest)
-    tl.store(tokens + at, token.to(tl.int64))
+    highest, token = first_of_highest(best, of_best)
+    at = row * tl.num_programs(1)
+    tl.store(scores + at + part, highest)
+    tl.store(tokens + at + part, token)
+    if not is_last(counters + row):
+        return
+    each = tl.arange(0, PARTS)
+    inside = each < tl.num_programs(1)
+    best = tl.load(scores + at + each, mask=inside, other=float("-inf"))
+    of_best = tl.load(tokens + at + each, mask=inside, other=2147483647)
+    highest, token = first_of_highest(best, of_best)
+    tl.store(drawn + row, token.to(tl.int64))
+
+
+@triton.jit
+def first_of_highest(scores, tokens):
+    """The highest score, and its token: of equals the first, as argmax has it."""
+    highest = tl.max(scores, 0)
+    return highest, tl.min(tl.where(scores == highest, tokens, 2147483647), 0)
