@@ -11,6 +11,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.backends.compiler")
+gluon = pytest.importorskip("triton.experimental.gluon._runtime")
 
 from llmq.runtime.kernels import (  # noqa: E402
     attention_triton,
@@ -24,6 +25,7 @@ from llmq.runtime.kernels import (  # noqa: E402
     routing_triton,
     silu_triton,
     w8a8_triton,
+    wna16_hopper_triton,
     wna16_triton,
 )
 from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
@@ -33,10 +35,18 @@ from llmq.scheme import E4M3, INT, NF4  # noqa: E402
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
-def compile_for(capability: int, kernel: Any, types: dict[str, str], warps: int, stages: int, **constants: Any) -> Any:
+def compile_for(
+    capability: int,
+    kernel: Any,
+    types: dict[str, str],
+    warps: int,
+    stages: int,
+    source: Any = triton.compiler.ASTSource,
+    **constants: Any,
+) -> Any:
     """Compile with pointers and strides that are multiples of 16, as they are in a model."""
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    source = triton.compiler.ASTSource(
+    described = source(
         kernel,
         signature,
         {(kernel.arg_names.index(name),): value for name, value in constants.items()},
@@ -48,7 +58,7 @@ def compile_for(capability: int, kernel: Any, types: dict[str, str], warps: int,
         },
     )
     target = compiler.GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    return triton.compile(described, target=target, options={"num_warps": warps, "num_stages": stages})
 
 
 def spilled_bytes(compiled: Any, folder: Path) -> int:
@@ -119,6 +129,16 @@ def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, num
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         PDL=capability >= 90,
     )  # fmt: skip
+
+
+def wna16_hopper(launch: wna16_triton.Launch, dtype: str) -> Any:
+    kernel = wna16_hopper_triton.wna16_hopper_kernel
+    constants = {"sums": None, "BF16_SCALE": False, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+    constants["STAGES"] = launch.stages
+    types = dict.fromkeys(("bias", "out"), f"*{dtype}") | {"meta": "*i32"}
+    types["at_x"] = f"tensordesc<{dtype}[{launch.block_m}, 64],{wna16_hopper_triton.X!r}>"
+    types["at_words"] = f"tensordesc<i16[{launch.block_n}, 32],{wna16_hopper_triton.WORDS!r}>"
+    return compile_for(90, kernel, types, launch.warps, launch.stages, source=gluon.GluonASTSource, **constants)
 
 
 def w8a8(capability: int, kernel: Any, launch: w8a8_triton.Launch, number: str) -> Any:
@@ -201,6 +221,21 @@ def test_wna16_on_hopper(
 
 def test_a_step_of_int4_is_one_product() -> None:
     assert wna16(90, 4, 32, 4, "bf16").asm["ptx"].count("wgmma.wait_group") == 1
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("launch", {*wna16_hopper_triton.LAUNCHES.values()}, ids=str)
+def test_int4_of_many_rows_is_unpacked_while_others_are_multiplied(
+    launch: wna16_triton.Launch, dtype: str, tmp_path: Path
+) -> None:
+    compiled = wna16_hopper(launch, dtype)
+    assert spilled_bytes(compiled, tmp_path) == 0
+    ptx = compiled.asm["ptx"]
+    # The first weights are asked for before the activations are there.
+    assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait")
+    loop = ptx[ptx.index("wgmma.mma_async") : ptx.rindex("wgmma.mma_async")]
+    assert loop.count("lop3") >= 2 * launch.block_n * wna16_triton.STEP // 8 // 32 // launch.warps
+    assert "wgmma.wait_group" not in loop
 
 
 @pytest.mark.parametrize("number", [INT, E4M3])
