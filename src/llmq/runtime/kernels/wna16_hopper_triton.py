@@ -32,7 +32,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from llmq.memory import FUSED_ROWS
 from llmq.runtime.kernels.pdl_triton import wait
 from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
 from llmq.runtime.kernels.wna16 import STEP, PackedWeight
@@ -40,7 +39,7 @@ from llmq.runtime.kernels.wna16_triton import Launch, offset_of, scale_of, unpac
 from llmq.scheme import INT
 
 # rows up to → launch parameters, measured on an H200.
-LAUNCHES = {128: Launch(128, 128, 4, 3), FUSED_ROWS: Launch(256, 128, 8, 3)}
+LAUNCHES = {128: Launch(128, 128, 4, 3), 256: Launch(256, 128, 8, 3)}
 FEWEST_ROWS = 65  # for fewer, the kernel of every GPU is as fast
 PROGRAMS = 132  # one on each of an H200's multiprocessors
 SMALLEST = gl.constexpr(2.0**-64)  # a smaller scale is taken for this, which is nothing beside others
@@ -65,7 +64,7 @@ def takes(x: Tensor, packed: PackedWeight) -> bool:
 def wna16_matmul_hopper(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """``wna16_matmul`` of what it ``takes``; ``x`` is in packed order."""
     (rows, in_features), out_features = x.shape, packed.out_features
-    launch = next(launch for most, launch in LAUNCHES.items() if rows <= most)
+    launch = next((launch for most, launch in LAUNCHES.items() if rows <= most), LAUNCHES[256])
     steps = in_features // STEP
     # They depend on the weight alone, so that a row's result does not depend on the batch.
     per_split = steps_per_split(triton.cdiv(out_features, launch.block_n), steps, PROGRAMS)
