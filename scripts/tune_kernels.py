@@ -31,7 +31,7 @@ from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
 from llmq.scheme import INT, Scheme
 
-Launch = wna16_triton.Launch | w8a8_triton.Launch
+Launch = wna16_triton.Launch | wna16_hopper_triton.Launch | w8a8_triton.Launch
 
 
 class Entry(NamedTuple):
@@ -56,7 +56,8 @@ class Entry(NamedTuple):
             for block_m, block_n, warps, stages in itertools.product(tiles, (64, 128, 256), (2, 4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         elif self.module is wna16_hopper_triton:
-            for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (2, 3, 4)):
+            sizes = sorted({now.block_m, 128})
+            for block_m, block_n, warps, stages in itertools.product(sizes, (128, 256), (4, 8), (2, 3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         elif self.table is w8a8_triton.LARGE:
             for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (3, 4)):

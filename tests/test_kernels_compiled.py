@@ -131,10 +131,10 @@ def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, num
     )  # fmt: skip
 
 
-def wna16_hopper(launch: wna16_triton.Launch, dtype: str) -> Any:
+def wna16_hopper(launch: wna16_hopper_triton.Launch, dtype: str) -> Any:
     kernel = wna16_hopper_triton.wna16_hopper_kernel
-    constants = {"sums": None, "BF16_SCALE": False, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
-    constants["STAGES"] = launch.stages
+    constants = {"sums": None, "STEPS_PER_GROUP": 1, "BF16_SCALE": False, "STAGES": launch.stages}
+    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
     types = dict.fromkeys(("bias", "out"), f"*{dtype}") | {"meta": "*i32"}
     types["at_x"] = f"tensordesc<{dtype}[{launch.block_m}, 64],{wna16_hopper_triton.X!r}>"
     types["at_words"] = f"tensordesc<i16[{launch.block_n}, 32],{wna16_hopper_triton.WORDS!r}>"
@@ -205,7 +205,7 @@ def test_capped_attention_on_hopper(decode: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "rows", "per_group", "dtype", "number", "most"),
-    [(4, 1, 4, "bf16", INT, 3), (4, 16, 4, "bf16", INT, 3), (4, 64, 4, "bf16", INT, 3.5), (4, 16, 1, "fp16", INT, 4),
+    [(4, 1, 4, "bf16", INT, 3), (4, 16, 4, "bf16", INT, 3), (4, 64, 4, "bf16", INT, 3.5), (4, 16, 1, "fp16", INT, 4.5),
      (8, 1, 0, "bf16", INT, 4.5), (8, 16, 2, "fp16", INT, 4.5), (8, 64, 4, "bf16", INT, 5),
      (8, 1, 0, "bf16", E4M3, 8), (8, 16, 4, "fp16", E4M3, 8), (4, 8, 2, "bf16", NF4, 9)],
 )  # fmt: skip
@@ -224,9 +224,9 @@ def test_a_step_of_int4_is_one_product() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("launch", {*wna16_hopper_triton.LAUNCHES.values()}, ids=str)
+@pytest.mark.parametrize("launch", wna16_hopper_triton.LAUNCHES.values())
 def test_int4_of_many_rows_is_unpacked_while_others_are_multiplied(
-    launch: wna16_triton.Launch, dtype: str, tmp_path: Path
+    launch: wna16_hopper_triton.Launch, dtype: str, tmp_path: Path
 ) -> None:
     compiled = wna16_hopper(launch, dtype)
     assert spilled_bytes(compiled, tmp_path) == 0

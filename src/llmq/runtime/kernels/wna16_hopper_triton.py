@@ -17,8 +17,11 @@ which takes no registers for the sum of a group, so that a program has a tile of
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
+from typing import NamedTuple
+
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -35,13 +38,23 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from llmq.runtime.kernels.pdl_triton import wait
 from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
 from llmq.runtime.kernels.wna16 import STEP, PackedWeight
-from llmq.runtime.kernels.wna16_triton import Launch, offset_of, scale_of, unpack_asm
+from llmq.runtime.kernels.wna16_triton import offset_of, scale_of, unpack_asm
 from llmq.scheme import INT
 
+
+class Launch(NamedTuple):
+    """What a program takes; K is split so that there are about so many of them."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    programs: int
+
+
 # rows up to → launch parameters, measured on an H200.
-LAUNCHES = {128: Launch(128, 128, 4, 3), 256: Launch(256, 128, 8, 3)}
-FEWEST_ROWS = 65  # for fewer, the kernel of every GPU is as fast
-PROGRAMS = 132  # one on each of an H200's multiprocessors
+LAUNCHES = {64: Launch(64, 128, 4, 3, 264), 128: Launch(128, 128, 4, 3, 132), 256: Launch(256, 128, 8, 3, 132)}
+FEWEST_ROWS = 33  # for fewer, the kernel of every GPU is faster
 SMALLEST = gl.constexpr(2.0**-64)  # a smaller scale is taken for this, which is nothing beside others
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 X = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -66,8 +79,7 @@ def wna16_matmul_hopper(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
     (rows, in_features), out_features = x.shape, packed.out_features
     launch = next((launch for most, launch in LAUNCHES.items() if rows <= most), LAUNCHES[256])
     steps = in_features // STEP
-    # They depend on the weight alone, so that a row's result does not depend on the batch.
-    per_split = steps_per_split(triton.cdiv(out_features, launch.block_n), steps, PROGRAMS)
+    per_split = steps_per_split(triton.cdiv(out_features, launch.block_n), steps, launch.programs)
     splits = triton.cdiv(steps, per_split)
     out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device) if splits > 1 else None
@@ -75,8 +87,8 @@ def wna16_matmul_hopper(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
     wna16_hopper_kernel[triton.cdiv(out_features, launch.block_n) * tiles_m, splits](
         TensorDescriptor.from_tensor(x, [launch.block_m, 64], X),
         TensorDescriptor.from_tensor(packed.words.view(-1, 32), [launch.block_n, 32], WORDS),
-        packed.meta, bias, out, sums, rows, out_features, steps, per_split,
-        steps if packed.group_length >= in_features else packed.group_length // STEP, tiles_m,
+        packed.meta, bias, out, sums, rows, out_features, steps, per_split, tiles_m,
+        STEPS_PER_GROUP=steps if packed.group_length >= in_features else packed.group_length // STEP,
         BF16_SCALE=packed.scale_dtype == torch.bfloat16, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
         STAGES=launch.stages, num_warps=launch.warps, launch_pdl=True,
     )  # fmt: skip
@@ -127,10 +139,11 @@ def multiply(plane, x, slot, INDEX: gl.constexpr, acc):
     return warpgroup_mma(plane, x_plane.permute((1, 0)), acc, is_async=True)
 
 
-@gluon.jit(do_not_specialize=["rows", "steps", "steps_per_split", "steps_per_group", "tiles_m"])
+@gluon.jit(do_not_specialize=["rows", "steps", "steps_per_split", "tiles_m"])
 def wna16_hopper_kernel(
-    at_x, at_words, meta, bias, out, sums, rows, out_features, steps, steps_per_split, steps_per_group, tiles_m,
-    BF16_SCALE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    at_x, at_words, meta, bias, out, sums, rows, out_features, steps, steps_per_split, tiles_m,
+    STEPS_PER_GROUP: gl.constexpr, BF16_SCALE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K; of x [M, K] and words [tiles · N, 32] there are descriptors."""
     TYPE: gl.constexpr = at_x.dtype
@@ -157,7 +170,7 @@ def wna16_hopper_kernel(
 
     n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
     is_n = n < out_features
-    of_group = gl.load(meta + first // steps_per_group * out_features + n, mask=is_n, other=0)
+    of_group = gl.load(meta + first // STEPS_PER_GROUP * out_features + n, mask=is_n, other=0)
     unit = gl.full([BLOCK_N], 1.0, gl.float32, layout=gl.SliceLayout(1, MMA))
     acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=MMA))
     for step in range(first, last):
@@ -166,7 +179,7 @@ def wna16_hopper_kernel(
         scale = gl.where(gl.abs(scale) < SMALLEST, SMALLEST, scale)
         offset = gl.convert_layout(offset_of(of_group, 4, True, TYPE), gl.SliceLayout(1, PLANE))
         of_group = gl.load(
-            meta + gl.minimum(step + 1, steps - 1) // steps_per_group * out_features + n, mask=is_n, other=0
+            meta + gl.minimum(step + 1, steps - 1) // STEPS_PER_GROUP * out_features + n, mask=is_n, other=0
         )
         mbarrier.wait(ready.index(slot), (step - first) // STAGES & 1)
         packed, offsets = gl.broadcast(words.index(slot).load(PLANE), offset[:, None])
@@ -179,7 +192,7 @@ def wna16_hopper_kernel(
         acc = multiply(plane2, x, slot, 2, acc)
         acc = multiply(plane3, x, slot, 3, acc)
         # All warps have waited for their products of the step before, and its slot is free.
-        barrier()
+        tl.debug_barrier()
         ahead, free = step + STAGES - 1, (step - first + STAGES - 1) % STAGES
         fetch_words(at_words, words, ready, ahead, last, free, first_n, out_features, BYTES)
         fetch_x(at_x, x, ready, ahead, last, free, first_m)
@@ -195,9 +208,3 @@ def wna16_hopper_kernel(
         if bias is not None:
             total += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[:, None]
         gl.store(out + at_out, total.to(TYPE), mask=inside)
-
-
-@gluon.jit
-def barrier():
-    """Wait for all threads of the program; Gluon's own has another name in each release."""
-    gl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -56,7 +56,7 @@ class Launch(NamedTuple):
 # (bits, rows up to) → launch parameters, measured on an H200.
 LAUNCHES = {
     (4, 8): Launch(8, 64, 2, 4),
-    (4, 16): Launch(16, 128, 4, 4),
+    (4, 16): Launch(32, 128, 4, 4),
     (4, 32): Launch(32, 128, 4, 4),
     (4, 64): Launch(64, 128, 4, 3),
     (8, 8): Launch(8, 128, 4, 3),
