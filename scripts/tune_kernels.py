@@ -56,8 +56,8 @@ class Entry(NamedTuple):
             for block_m, block_n, warps, stages in itertools.product(tiles, (64, 128, 256), (2, 4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         elif self.module is wna16_hopper_triton:
-            sizes = sorted({now.block_m, 128})
-            for block_m, block_n, warps, stages in itertools.product(sizes, (128, 256), (4, 8), (2, 3, 4)):
+            tiles = sorted({now.block_m, 128})
+            for block_m, block_n, warps, stages in itertools.product(tiles, (128, 256), (4, 8), (2, 3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         elif self.table is w8a8_triton.LARGE:
             for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (3, 4)):
