@@ -752,6 +752,7 @@ def all_cases() -> list[Case]:
         for rows in (edges, chunks):
             cases.append(AttentionCase(rows, 8, 2, 128, block_size, BF16))
             cases.append(AttentionCase(rows, 8, 2, 128, block_size, BF16, window=100))
+    cases.append(AttentionCase([(5, 40), (30, 30), (1, 70)] * 100, 8, 2, 128, 64, BF16))
     for head_dim in (32, 64, 80, 96, 128, 256):
         cases.append(AttentionCase(chunks, 14, 2, head_dim, 64, BF16))
         for dtype in (BF16, FP16, FP32):
@@ -989,7 +990,8 @@ def visible(queries: int, kv: int) -> int:
 
 def time_prefill() -> None:
     print("\nattention, prefill, bf16, 32/8 heads of 128        ms   TFLOP/s   PyTorch's flash on contiguous keys")
-    for rows in ([(4096, 4096)], [(2048, 2048)] * 4, [(512, 8192)], [(2048, 32768)], [(16384, 16384)]):
+    chats = [(1024, 1024)] * 8
+    for rows in (chats, [(4096, 4096)], [(2048, 2048)] * 4, [(512, 8192)], [(2048, 32768)], [(16384, 16384)]):
         paged = Paged.draw(rows, 32, 8, 128, 64, BF16, poisoned=False)
         operations = 4 * 128 * 32 * sum(visible(*row) for row in rows)
         spent = seconds([paged.run] * 2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.backends.compiler")
@@ -33,6 +34,7 @@ from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
 from llmq.runtime.kernels.split_k_triton import REDUCE_ROWS  # noqa: E402
 from llmq.scheme import E4M3, INT, NF4  # noqa: E402
 
+CACHES = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn, "i8": torch.int8}
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -102,7 +104,7 @@ def attention(
 ) -> Any:
     launch = attention_triton.prefill_launch(group, head_dim, 2)
     if decode:
-        launch = attention_triton.decode_launch(group, head_dim, 2, narrow=cache != "bf16")
+        launch = attention_triton.decode_launch(group, head_dim, 2, CACHES[cache])
     pointers = {"query": "*bf16", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": "*bf16"}
     scales = dict.fromkeys(("key_scales", "value_scales"))
     pointers |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(
@@ -113,7 +115,7 @@ def attention(
         capability, attention_triton.attention_kernel, pointers | {"scale": "fp32", "cap_scale": "fp32"},
         launch.warps, launch.stages,
         GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-        PAIRED=cache != "bf16" and head_dim > 64, WINDOWED=windowed, CAPPED=capped,
+        PAIRED=cache != "bf16" and attention_triton.in_pairs(head_dim, decode), WINDOWED=windowed, CAPPED=capped,
         DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
         PDL=capability >= 90, **(scales if cache == "bf16" else {}),
     )  # fmt: skip
@@ -185,13 +187,13 @@ def test_attention_on_hopper(
     assert spilled_bytes(compiled, tmp_path) == 0
 
 
-@pytest.mark.parametrize(("cache", "most"), [("fp8e4nv", 3.6), ("i8", 5.3)])
+@pytest.mark.parametrize(("cache", "most"), [("fp8e4nv", 3.5), ("i8", 4)])
 @pytest.mark.parametrize("decode", [True, False])
 def test_attention_over_8_bits_on_hopper(decode: bool, cache: str, most: float, tmp_path: Path) -> None:
     compiled = attention(90, 128, 64, 4, decode, False, cache=cache)
     assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
-    launch = attention_triton.decode_launch(4, 128, 2, narrow=True)
+    launch = attention_triton.decode_launch(4, 128, 2, CACHES[cache])
     if decode:
         # Reading 8 bits at full bandwidth leaves time for 7.8 of them, if nothing ever waits.
         assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * 2 * launch.tile * 128

@@ -96,6 +96,14 @@ else:
             out = paged_attention(*narrow, *tables, window=window, **split)
             assert (out - exact).norm() <= TOLERANCE[dtype] * exact.norm()
 
+    def test_attention_of_more_rows_than_are_searched_at_once() -> None:
+        torch.manual_seed(0)
+        query, keys, values, *tables = draw_paged([(1, 1)] * 130 + [(40, 50), (1, 2), (6, 9)], 4, 1, 16, 16)
+        rest = {"window": None, "max_query_length": 40, "max_kv_length": 50}
+        exact = paged_attention_reference(query, keys, values, *tables, **rest)
+        out = paged_attention(query.float(), keys.float(), values.float(), *tables, **rest)
+        assert (out - exact).norm() <= TOLERANCE[torch.float32] * exact.norm()
+
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("window", [None, 40])
     @pytest.mark.parametrize("rows", [MIXED, LONG, CHUNKS])

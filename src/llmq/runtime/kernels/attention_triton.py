@@ -19,7 +19,7 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
                              and leaves the mask out where every query of the tile sees every key
 
 Keys and values of 8 bits become fp16 in registers. The matrix instruction takes a value's channel from two tokens at
-once, which no load brings together byte by byte. In heads of more than 64 channels, two channels at a time, one does:
+once, which no load brings together byte by byte. In wide heads, two channels at a time, one does:
 
     token t       … c1 c0 …     }  a register of        ┌ c0 of t, c0 of t + 1  →  one product for the even channels
     token t + 1   … c1 c0 …     }  c1 c0 | c1 c0   →    └ c1 of t, c1 of t + 1  →  one for the odd
@@ -44,7 +44,7 @@ from llmq.runtime.kernels.kv_write_triton import scale_strides
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
 
-SHORTEST_SPLIT = 64  # positions; a multiple of every tile
+SHORTEST_SPLIT = 128  # positions; joining more splits takes longer than reading so few side by side saves
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
@@ -85,14 +85,20 @@ class Launch(NamedTuple):
     stages: int
 
 
-def decode_launch(group: int, head_dim: int, element_size: int, *, narrow: bool = False) -> Launch:
-    """For the grid of rows with few queries; ``narrow``: over a cache of 8 bits."""
+def decode_launch(group: int, head_dim: int, element_size: int, cache: torch.dtype) -> Launch:
+    """For the grid of rows with few queries; ``element_size``: bytes of an element of the query."""
     block_m = max(16, triton.next_power_of_2(group))
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
     if head_dim > 128:
         return Launch(block_m, 64, 4, 2)
-    return Launch(block_m, 64, 4, 4 if narrow and head_dim > 64 else 3)
+    # A bigger tile of queries does not fit into the registers of two warps.
+    if head_dim > 64 and block_m <= 32:
+        if cache == torch.int8:
+            return Launch(block_m, 64, 2, 3)
+        if cache.itemsize == 2:
+            return Launch(block_m, 32, 2, 4)
+    return Launch(block_m, 64, 4, 3)
 
 
 def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
@@ -102,6 +108,12 @@ def prefill_launch(group: int, head_dim: int, element_size: int) -> Launch:
     if head_dim > 128:
         return Launch(128, 32, 8, 3)
     return Launch(128, 64, 8, 3)
+
+
+def in_pairs(head_dim: int, is_decode: bool) -> bool:
+    """Whether values of 8 bits are taken two channels at a time. In a prefill over heads of 64 the assembler of
+    CUDA 12.8 overwrites the address of the odd channels: their product then read past the end of shared memory."""
+    return head_dim >= 64 if is_decode else head_dim > 64
 
 
 def splits_for(tiles: int, span: int) -> int:
@@ -136,7 +148,7 @@ def paged_attention_triton(
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
         raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
     group = heads // kv_heads
-    decode = decode_launch(group, head_dim, query.element_size(), narrow=scales is not None)
+    decode = decode_launch(group, head_dim, query.element_size(), key_cache.dtype)
     prefill = prefill_launch(group, head_dim, query.element_size())
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
 
@@ -161,7 +173,7 @@ def paged_attention_triton(
             heads, rows, few_queries, splits, shared, span, split or 0, window or 0,
             LOG2_E * (softcap or scale), cap_scale,
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_SIZE=block_size, PAIRED=scales is not None and head_dim > 64,
+            BLOCK_SIZE=block_size, PAIRED=scales is not None and in_pairs(head_dim, is_decode),
             WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
             BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
             **pdl(query.device),
@@ -188,7 +200,7 @@ def split_length(longest, shared, span, split):
     if split == 0:
         if longest is not None:
             span = tl.minimum(span, tl.load(longest))
-        split = tl.cdiv(tl.cdiv(span, shared), 64) * 64  # SHORTEST_SPLIT
+        split = tl.cdiv(tl.cdiv(span, shared), 64) * 64  # a multiple of every tile
         split = tl.maximum(split, 64)
     return split
 
@@ -224,16 +236,13 @@ def attention_kernel(
         first_query = 0
     else:
         # Row r owns the tiles from query_starts[r] // BLOCK_Q + r on: at least as many as it needs. The longest
-        # contexts, at the end of a prompt, start first.
+        # contexts, at the end of a prompt, start first. The row is searched among 128 at once: halving waits each time.
         tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        row = 0
-        above = rows
-        while above - row > 1:
-            middle = (row + above) // 2
-            if tl.load(query_starts + middle) // BLOCK_Q + middle <= tile:
-                row = middle
-            else:
-                above = middle
+        row = -1
+        for start in range(0, rows, 128):
+            other = start + tl.arange(0, 128)
+            begins = tl.load(query_starts + other, mask=other < rows, other=0) // BLOCK_Q + other
+            row += tl.sum(((other < rows) & (begins <= tile)).to(tl.int32), 0)
         first_query = (tile - tl.load(query_starts + row) // BLOCK_Q - row) * BLOCK_Q
     query_start = tl.load(query_starts + row)
     queries = tl.load(query_starts + row + 1) - query_start
@@ -254,12 +263,10 @@ def attention_kernel(
     head = kv_head * GROUP + m % GROUP
     is_query = (query_index < queries) & (m < BLOCK_Q * GROUP)
     position = kv_length - queries + query_index
-    query_token = (query_start + query_index).to(tl.int64)
+    first_token = (query_start + first_query).to(tl.int64)
     stored = is_query[:, None] & (dim < HEAD_DIM)[None, :]
-    q = tl.load(
-        query + (query_token * query_token_stride + head * query_head_stride)[:, None] + dim[None, :],
-        mask=stored, other=0.0,
-    )  # fmt: skip
+    at_query = m // GROUP * query_token_stride + head * query_head_stride
+    q = tl.load(query + first_token * query_token_stride + at_query[:, None] + dim[None, :], mask=stored, other=0.0)
 
     if key_scales is not None:
         if q.dtype == tl.bfloat16:
@@ -276,7 +283,7 @@ def attention_kernel(
 
     # Keys [first, last) are seen by some query of the tile; [first_full, last_full) by all of them.
     last_query = tl.minimum(first_query + BLOCK_Q, queries) - 1
-    last = tl.minimum(kv_length - queries + last_query + 1, kv_length)
+    last = kv_length - queries + last_query + 1
     first = first_seen(kv_length, queries - first_query, window, WINDOWED)
     if DECODE:
         own = first // split + tl.program_id(0)
@@ -339,7 +346,8 @@ def attention_kernel(
             tl.store(means + at[:, None] * HEAD_DIM + dim[None, :], acc, mask=stored)
             tl.store(logsums + at, best + tl.log2(total), mask=is_query)
             return
-    at_out = query_token * out_token_stride + head * HEAD_DIM
+    at_out = m // GROUP * out_token_stride + head * HEAD_DIM
+    out += first_token * out_token_stride
     tl.store(out + at_out[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=stored)
 
 
@@ -365,16 +373,18 @@ def attend(
     for start in range(first, last, TILE):
         key_position = start + step
         inside = (key_position < last)[:, None]
+        # The page's place takes 64 bits, what is within it 32: in half the registers, and the same for all tiles.
         if BLOCK_SIZE % TILE == 0:
-            base = pages.to(tl.int64) * cache_block_stride + start % BLOCK_SIZE * cache_token_stride
-            base = base + step * cache_token_stride
+            place = pages.to(tl.int64) * cache_block_stride + start % BLOCK_SIZE * cache_token_stride
+            within = step * cache_token_stride
         else:
-            base = pages.to(tl.int64) * cache_block_stride + key_position % BLOCK_SIZE * cache_token_stride
-        at = base[:, None] + dim
+            place = (pages.to(tl.int64) * cache_block_stride)[:, None]
+            within = key_position % BLOCK_SIZE * cache_token_stride
+        at = within[:, None] + dim
         if PAIRED:
-            value_at = (base // 2)[:, None] + value_dim
+            value_place, value_at = place // 2, (within // 2)[:, None] + value_dim
         else:
-            value_at = at
+            value_place, value_at = place, at
         if key_scales is not None:
             if keys.dtype.element_ty == tl.int8:
                 scale_at = pages.to(tl.int64) * scale_block_stride + key_position % BLOCK_SIZE
@@ -385,18 +395,18 @@ def attend(
         # Past the row's end a page holds anything, NaN too, which a weight of zero would not remove from the sum.
         if MASKED:
             if HEAD_DIM == DIM_PADDED:
-                k = tl.load(keys + at, mask=inside, other=0.0)
-                v = tl.load(values + value_at, mask=inside, other=0.0)
+                k = tl.load(keys + place + at, mask=inside, other=0.0)
+                v = tl.load(values + value_place + value_at, mask=inside, other=0.0)
             else:
-                k = tl.load(keys + at, mask=inside & (dim < HEAD_DIM), other=0.0)
-                v = tl.load(values + value_at, mask=inside & (value_dim < VALUE_DIM), other=0.0)
+                k = tl.load(keys + place + at, mask=inside & (dim < HEAD_DIM), other=0.0)
+                v = tl.load(values + value_place + value_at, mask=inside & (value_dim < VALUE_DIM), other=0.0)
         else:
             if HEAD_DIM == DIM_PADDED:
-                k = tl.load(keys + at)
-                v = tl.load(values + value_at)
+                k = tl.load(keys + place + at)
+                v = tl.load(values + value_place + value_at)
             else:
-                k = tl.load(keys + at, mask=dim < HEAD_DIM, other=0.0)
-                v = tl.load(values + value_at, mask=value_dim < VALUE_DIM, other=0.0)
+                k = tl.load(keys + place + at, mask=dim < HEAD_DIM, other=0.0)
+                v = tl.load(values + value_place + value_at, mask=value_dim < VALUE_DIM, other=0.0)
         scores = tl.dot(q, tl.trans(widened(k, q.dtype, PAIRED)), input_precision="ieee")
         if key_scales is not None:
             if keys.dtype.element_ty == tl.int8:
