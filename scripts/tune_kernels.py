@@ -59,10 +59,9 @@ class Entry(NamedTuple):
             for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         else:
-            sliced = self.table is w8a8_triton.SLICED
-            sizes, splits = ((16, 32), (264,)) if sliced else ((64, 128), (132, 264))
-            for block_n, block_k, stages, programs in itertools.product(sizes, (128, 256), (3, 4), splits):
-                yield now._replace(block_n=block_n, block_k=block_k, stages=stages, programs=programs)
+            sizes = (16, 32) if self.table is w8a8_triton.SLICED else (64, 128)
+            for block_n, (block_k, stages) in itertools.product(sizes, ((256, 3), (256, 4), (128, 4), (128, 6))):
+                yield now._replace(block_n=block_n, block_k=block_k, stages=stages)
 
 
 def entries() -> list[Entry]:
@@ -73,7 +72,11 @@ def entries() -> list[Entry]:
     ]
     for table in (w8a8_triton.SLICED, w8a8_triton.SPLIT):
         found += [Entry("w8a8", rows, w8a8_triton, table, rows, rf"\b{rows}: ") for rows in table]
-    return [*found, Entry("w8a8", 8192, w8a8_triton, w8a8_triton.LARGE, INT, "LARGE = {INT: ")]
+    return [
+        *found,
+        Entry("w8a8", 256, w8a8_triton, w8a8_triton.LONG_SPLIT, 256, r"LONG_SPLIT = \{256: "),
+        Entry("w8a8", 8192, w8a8_triton, w8a8_triton.LARGE, INT, r"LARGE = \{INT: "),
+    ]
 
 
 def time_of(entry: Entry, launch: Launch, rotated: int) -> float:

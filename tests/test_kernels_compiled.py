@@ -131,7 +131,7 @@ def w8a8(capability: int, kernel: Any, launch: w8a8_triton.Launch, number: str) 
         types |= {"weight": f"tensordesc<{code}[{launch.block_n},{launch.block_k}]>"}
         constants = {"GROUP": w8a8_triton.GROUP}
     else:
-        constants = {"WHOLE_STEPS": True}
+        constants = {"WHOLE_STEPS": True, "PREFETCHED": w8a8_triton.PREFETCHED}
     if kernel is w8a8_triton.sliced_kernel:
         constants["SLICES"] = w8a8_triton.SLICES
     if kernel is w8a8_triton.split_kernel:
@@ -206,7 +206,7 @@ def test_a_step_of_int4_is_one_product() -> None:
 @pytest.mark.parametrize("number", [INT, E4M3])
 @pytest.mark.parametrize("rows", [1, 16, 32, 256, 1000])
 def test_w8a8_on_hopper(rows: int, number: str, tmp_path: Path) -> None:
-    kernel, launch = w8a8_triton.kernel_for(rows, number)
+    kernel, launch = w8a8_triton.kernel_for(rows, 4096, 4096, number)
     compiled = w8a8(90, kernel, launch, number)
     if kernel is w8a8_triton.sliced_kernel:
         product = "mma.sync.*s8" if number == INT else "mma.sync.*f16"  # the small instruction has no FP8 on Hopper
@@ -316,11 +316,11 @@ def test_other_gpus(capability: int) -> None:
         assert "mma" in grouped(capability, True, block_m, "bf16")[0].asm["ptx"]
         assert "mma" in grouped_wna16(capability, True, block_m, 4, 4)[0].asm["ptx"]
     for rows in (16, 64, 1000):
-        assert "mma" in w8a8(capability, *w8a8_triton.kernel_for(rows, INT), INT).asm["ptx"]
+        assert "mma" in w8a8(capability, *w8a8_triton.kernel_for(rows, 4096, 4096, INT), INT).asm["ptx"]
 
 
 def test_kernels_of_hopper_start_before_the_one_before_has_ended() -> None:
-    kernels = [w8a8(90, *w8a8_triton.kernel_for(rows, INT), INT) for rows in (1, 32, 1000)]
+    kernels = [w8a8(90, *w8a8_triton.kernel_for(rows, 4096, 4096, INT), INT) for rows in (1, 32, 1000)]
     for compiled in (*kernels, wna16(90, 4, 1, 4, "bf16")):
         ptx = compiled.asm["ptx"]
         assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents") < ptx.index("mma")

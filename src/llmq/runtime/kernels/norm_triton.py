@@ -51,6 +51,7 @@ def add_rms_norm_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
+    w = tl.load(weight + column, mask=inside, other=0.0)
     wait(PDL)
     at = residual + token * residual_stride + column
     total = tl.load(at, mask=inside, other=0.0)
@@ -60,7 +61,6 @@ def add_rms_norm_kernel(
         tl.store(at, total, mask=inside)
     wide = total.to(tl.float32)
     normal = wide * tl.rsqrt(tl.sum(wide * wide, 0) / hidden + eps)
-    w = tl.load(weight + column, mask=inside, other=0.0)
     scaled = normal.to(w.dtype).to(tl.float32) * w.to(tl.float32)
     rounded = scaled.to(total.dtype)
     if LARGEST > 0:

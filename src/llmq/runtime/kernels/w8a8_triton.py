@@ -29,36 +29,41 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.prefetch_triton import prefetch
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
-from llmq.runtime.kernels.w8a8 import LIBRARY_ROWS, Weight8
+from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import E4M3, INT
 
 PROMOTE = tl.constexpr(128)
+PREFETCHED = 32768  # bytes of the weight that a program asks for before its activations are there
 SPLIT_STEP = 256  # channels: what a split is a multiple of
 SLICES = 4
 GROUP = 8  # tiles of M whose programs are neighbours, so that they find the weight in the cache
+MULTIPROCESSORS = 132  # of an H200
 
 
 class Launch(NamedTuple):
-    """What a program takes; and programs to split K for, on an H200, which has 132 multiprocessors."""
+    """What a program takes."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
-    programs: int = 264
 
 
 # Rows up to → launch parameters, measured on an H200.
 SLICED = {8: Launch(8, 16, 256, 4, 3)}
 SPLIT = {
-    16: Launch(16, 64, 256, 4, 4, 132),
-    32: Launch(32, 64, 256, 4, 4, 132),
+    16: Launch(16, 64, 256, 4, 4),
+    32: Launch(32, 64, 256, 4, 4),
     64: Launch(64, 64, 256, 4, 3),
-    256: Launch(128, 64, 128, 4, 4),
+    256: Launch(64, 64, 128, 4, 4),
 }
+LONG = 8192  # channels from which on a sum is split, although it has tiles for half of the multiprocessors
+LONG_SPLIT = {256: Launch(128, 64, 128, 4, 4)}  # of long sums of more than 64 rows
+LARGE_ROWS = {INT: 256, E4M3: 128}  # above them the tiles are large; above 64, where they are enough of these
 LARGE = {INT: Launch(128, 128, 128, 4, 3), E4M3: Launch(128, 128, 128, 8, 4)}
 
 
@@ -66,28 +71,31 @@ def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
     """``w8a8_matmul`` through Triton, or PyTorch's product."""
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     whole = in_features % 16 == 0 and out_features % 16 == 0  # as the copy engine and PyTorch's product want it
-    if rows > LIBRARY_ROWS and whole and weight.number == E4M3 and dtype == torch.bfloat16 and x.codes.is_cuda:
+    kernel, launch = kernel_for(rows, out_features, in_features, weight.number)
+    if kernel is large_kernel and not whole:
+        kernel, launch = split_kernel, SPLIT[max(SPLIT)]
+    if kernel is large_kernel and weight.number == E4M3 and dtype == torch.bfloat16 and x.codes.is_cuda:
         return torch._scaled_mm(
             x.codes, weight.codes.t(), x.scales, weight.scales[None, :], bias, out_dtype=dtype, use_fast_accum=True
         )
     out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
-    kernel, launch = kernel_for(rows, weight.number)
-    if rows == 0:
-        return out
-    if kernel is large_kernel and not whole:
-        kernel, launch = kernel_for(max(SPLIT), weight.number)
-    run = {sliced_kernel: _sliced, split_kernel: _split, large_kernel: _large}[kernel]
-    run(x, weight, bias, out, launch)
+    if rows:
+        run = {sliced_kernel: _sliced, split_kernel: _split, large_kernel: _large}[kernel]
+        run(x, weight, bias, out, launch)
     return out
 
 
-def kernel_for(rows: int, number: str) -> tuple[Any, Launch]:
-    """The kernel that takes a batch of ``rows``, and its launch parameters."""
-    for kernel, launches in ((sliced_kernel, SLICED), (split_kernel, SPLIT)):
-        for most, launch in launches.items():
-            if rows <= most:
-                return kernel, launch
-    return large_kernel, LARGE[number]
+def kernel_for(rows: int, out_features: int, in_features: int, number: str) -> tuple[Any, Launch]:
+    """The kernel that multiplies ``rows`` by such a weight, and its launch parameters."""
+    for most, launch in SLICED.items():
+        if rows <= most:
+            return sliced_kernel, launch
+    large = LARGE[number]
+    tiles = triton.cdiv(rows, large.block_m) * triton.cdiv(out_features, large.block_n)
+    if rows > (LARGE_ROWS[number] if tiles < MULTIPROCESSORS else 64):
+        return large_kernel, large
+    table = LONG_SPLIT if rows > 64 and in_features >= LONG else SPLIT
+    return split_kernel, next(launch for most, launch in table.items() if rows <= most)
 
 
 def _sliced(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
@@ -95,7 +103,8 @@ def _sliced(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor,
     sliced_kernel[triton.cdiv(out_features, launch.block_n),](
         x.codes, x.scales, weight.codes, weight.scales, bias, out, rows, out_features, in_features,
         WHOLE_STEPS=in_features % (SLICES * launch.block_k) == 0, SLICES=SLICES, BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, STAGES=launch.stages, num_warps=launch.warps, **pdl(out.device),
+        BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=PREFETCHED,
+        num_warps=launch.warps, **pdl(out.device),
     )  # fmt: skip
 
 
@@ -103,7 +112,8 @@ def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, 
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     tiles_n, tiles_m = triton.cdiv(out_features, launch.block_n), triton.cdiv(rows, launch.block_m)
     steps = triton.cdiv(in_features, SPLIT_STEP)
-    per_split = steps_per_split(tiles_n * tiles_m, steps, launch.programs)
+    programs = 2 * MULTIPROCESSORS if in_features >= LONG else MULTIPROCESSORS // 2
+    per_split = steps_per_split(tiles_n * tiles_m, steps, programs)
     splits = triton.cdiv(steps, per_split)
     total = torch.int32 if weight.number == INT else torch.float32
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=total, device=out.device)
@@ -111,7 +121,7 @@ def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, 
         x.codes, x.scales, weight.codes, weight.scales, bias, out, sums, rows, out_features,
         in_features, per_split * (SPLIT_STEP // launch.block_k), tiles_m, WHOLE_STEPS=in_features % SPLIT_STEP == 0,
         SPLIT=splits > 1, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
-        STAGES=launch.stages, num_warps=launch.warps, **pdl(out.device),
+        STAGES=launch.stages, PREFETCHED=PREFETCHED, num_warps=launch.warps, **pdl(out.device),
     )  # fmt: skip
     if splits > 1:
         reduce_splits(sums, x.scales, weight.scales, bias, out)
@@ -140,7 +150,7 @@ def scaled(sums, x_scales, weight_scales, bias):
 def sliced_kernel(
     x, x_scales, weight, weight_scales, bias, out, rows, out_features, in_features,
     WHOLE_STEPS: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all rows."""
     TOTAL: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
@@ -148,9 +158,12 @@ def sliced_kernel(
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     is_n, is_m = n < out_features, m < rows
+    at_rows = weight + n.to(tl.int64) * in_features
+    if PDL and WHOLE_STEPS:
+        prefetch(at_rows, tl.where(is_n, tl.minimum(in_features, PREFETCHED // BLOCK_N), 0))
     n_scales = tl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
     n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[:, None]
-    at_weight = weight + n.to(tl.int64)[None, :, None] * in_features + k[:, None, :]
+    at_weight = at_rows[None, :, None] + k[:, None, :]
     at_x = x + m[None, None, :] * in_features + k[:, :, None]
     wait(PDL)
     acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], dtype=TOTAL)
@@ -172,7 +185,7 @@ def split_kernel(
     x, x_scales, weight, weight_scales, bias, out, sums, rows, out_features, in_features, steps_per_split,
     tiles_m,
     WHOLE_STEPS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     TOTAL: tl.constexpr = sums.dtype.element_ty
@@ -181,11 +194,18 @@ def split_kernel(
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     is_n, is_m = n < out_features, m < rows
-    at_weight = weight + n.to(tl.int64)[:, None] * in_features + k[None, :]
+    at_rows = weight + n.to(tl.int64) * in_features
+    at_weight = at_rows[:, None] + k[None, :]
     at_x = x + m.to(tl.int64)[None, :] * in_features + k[:, None]
     first = tl.program_id(1) * steps_per_split
     last = tl.minimum(first + steps_per_split, tl.cdiv(in_features, BLOCK_K))
+    if PDL and WHOLE_STEPS:
+        size = tl.minimum((last - first) * BLOCK_K, PREFETCHED // BLOCK_N)
+        prefetch(at_rows + first * BLOCK_K, tl.where(is_n, size, 0))
+    n_scales = tl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
+    n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[:, None]
     wait(PDL)
+    m_scales = tl.load(x_scales + m, mask=is_m, other=0.0)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=TOTAL)
     for step in tl.range(first, last, num_stages=STAGES):
         start = step * BLOCK_K
@@ -201,9 +221,6 @@ def split_kernel(
         size = tl.cast(rows, tl.int64) * out_features
         tl.store(sums + tl.program_id(1) * size + at_out, acc, mask=inside)
         return
-    n_scales = tl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
-    n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[:, None]
-    m_scales = tl.load(x_scales + m, mask=is_m, other=0.0)[None, :]
     result = scaled(acc, m_scales, n_scales, n_bias)
     tl.store(out + at_out, result.to(out.dtype.element_ty), mask=inside)
 
