@@ -29,9 +29,10 @@ from llmq.runtime.kernels.quantize_rows import quantize_rows
 from llmq.runtime.kernels.silu import silu_mul
 from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
-from llmq.scheme import INT, Scheme
+from llmq.scheme import E4M3, INT, Scheme
 
 Launch = wna16_triton.Launch | w8a8_triton.Launch
+NAMES = ["w4", "w8", "w8a8", "fp8"]
 
 
 class Entry(NamedTuple):
@@ -55,7 +56,7 @@ class Entry(NamedTuple):
             tiles = sorted({now.block_m, max(16, now.block_m)})  # from 16 rows on a step is one product
             for block_m, block_n, warps, stages in itertools.product(tiles, (64, 128, 256), (2, 4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
-        elif self.table is w8a8_triton.LARGE:
+        elif self.table in (w8a8_triton.LARGE, w8a8_triton.HUGE):
             for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         else:
@@ -70,12 +71,15 @@ def entries() -> list[Entry]:
         Entry(f"w{bits}", rows, wna16_triton, wna16_triton.LAUNCHES, (bits, rows), rf"\({bits}, {rows}\): ")
         for bits, rows in wna16_triton.LAUNCHES
     ]
-    for table in (w8a8_triton.SLICED, w8a8_triton.SPLIT):
-        found += [Entry("w8a8", rows, w8a8_triton, table, rows, rf"\b{rows}: ") for rows in table]
+    found += [Entry("w8a8", 8, w8a8_triton, w8a8_triton.SLICED, 8, r"SLICED = \{8: ")]
+    for name, number, label in (("w8a8", INT, "INT"), ("fp8", E4M3, "E4M3")):
+        table = w8a8_triton.SPLIT[number]
+        found += [Entry(name, rows, w8a8_triton, table, rows, rf"{label}: {{[^}}]*\b{rows}: ") for rows in table]
     return [
         *found,
         Entry("w8a8", 256, w8a8_triton, w8a8_triton.LONG_SPLIT, 256, r"LONG_SPLIT = \{256: "),
         Entry("w8a8", 8192, w8a8_triton, w8a8_triton.LARGE, INT, r"LARGE = \{INT: "),
+        Entry("w8a8", 8192, w8a8_triton, w8a8_triton.HUGE, INT, r"HUGE = \{INT: "),
     ]
 
 
@@ -86,10 +90,13 @@ def time_of(entry: Entry, launch: Launch, rotated: int) -> float:
     for out_features, in_features in SHAPES.values():
         gate, up = torch.randn(2, entry.rows, in_features, device="cuda", dtype=BF16)
         count = max(2, rotated // (out_features * in_features))
-        if entry.name == "w8a8":
-            rounded = [pack_w8a8(draw_weight(out_features, in_features, w8a8_scheme(INT))) for _ in range(count)]
+        if entry.name in ("w8a8", "fp8"):
+            scheme = w8a8_scheme(INT if entry.name == "w8a8" else E4M3)
+            rounded = [pack_w8a8(draw_weight(out_features, in_features, scheme)) for _ in range(count)]
             calls = [
-                partial(lambda weight, x: w8a8_matmul(quantize_rows(x, INT), weight, None, BF16), weight, gate)
+                partial(
+                    lambda weight, x: w8a8_matmul(quantize_rows(x, weight.number), weight, None, BF16), weight, gate
+                )
                 for weight in rounded
             ]
         else:
@@ -123,7 +130,7 @@ def write(entry: Entry, launch: Launch) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["w4", "w8", "w8a8"], default=["w4", "w8", "w8a8"])
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--rows", nargs="+", type=int, help="the entries for so many rows; default: all")
     parser.add_argument("--write", action="store_true", help="put the best into the tables")
     arguments = parser.parse_args()

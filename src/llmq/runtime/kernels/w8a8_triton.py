@@ -5,11 +5,12 @@
                     acc [SLICES, BLOCK_N, BLOCK_M]  += w [SLICES, BLOCK_N, BLOCK_K] · x [SLICES, BLOCK_K, BLOCK_M]
                     out [BLOCK_N, BLOCK_M]           = Σ over the slices
 
-    up to 256   of programs: tiles of outputs, K split among programs
+    up to 256   of programs: tiles of outputs, a long K split among programs
 
                     acc [BLOCK_N, BLOCK_M]  += w [BLOCK_N, BLOCK_K] · x [BLOCK_K, BLOCK_M]
 
-    above       of arithmetic: big tiles, loaded by the copy engine; FP8 by PyTorch
+    above       of arithmetic: big tiles, loaded by the copy engine; FP8 by PyTorch. From 65 rows on where there are
+                such tiles for all multiprocessors, and FP8 from 129 on
 
                     acc [BLOCK_M, BLOCK_N]  += x [BLOCK_M, BLOCK_K] · w [BLOCK_N, BLOCK_K]ᵀ
 
@@ -29,14 +30,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import pdl, wait
-from llmq.runtime.kernels.prefetch_triton import prefetch
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
 from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import E4M3, INT
 
 PROMOTE = tl.constexpr(128)
-PREFETCHED = 32768  # bytes of the weight that a program asks for before its activations are there
 SPLIT_STEP = 256  # channels: what a split is a multiple of
 SLICES = 4
 GROUP = 8  # tiles of M whose programs are neighbours, so that they find the weight in the cache
@@ -56,15 +55,24 @@ class Launch(NamedTuple):
 # Rows up to → launch parameters, measured on an H200.
 SLICED = {8: Launch(8, 16, 256, 4, 3)}
 SPLIT = {
-    16: Launch(16, 64, 256, 4, 4),
-    32: Launch(32, 64, 256, 4, 4),
-    64: Launch(64, 64, 256, 4, 3),
-    256: Launch(64, 64, 128, 4, 4),
+    INT: {
+        16: Launch(16, 64, 256, 4, 4),
+        32: Launch(32, 64, 256, 4, 4),
+        64: Launch(64, 64, 256, 4, 3),
+        256: Launch(64, 64, 128, 4, 4),
+    },
+    E4M3: {  # a step is PROMOTE: between two sums of one the matrix unit would idle
+        16: Launch(16, 64, 128, 4, 6),
+        32: Launch(32, 64, 128, 4, 6),
+        128: Launch(64, 64, 128, 4, 4),
+    },
 }
-LONG = 8192  # channels from which on a sum is split, although it has tiles for half of the multiprocessors
-LONG_SPLIT = {256: Launch(128, 64, 128, 4, 4)}  # of long sums of more than 64 rows
-LARGE_ROWS = {INT: 256, E4M3: 128}  # above them the tiles are large; above 64, where they are enough of these
+LONG = 8192  # channels: a sum of fewer is not split where there are tiles for half of the multiprocessors
+LONG_SPLIT = {256: Launch(128, 64, 128, 4, 4)}  # of long sums, from 65 rows on
+# Number → launch parameters, of weights that the L2 cache holds beside the activations, and of bigger ones.
 LARGE = {INT: Launch(128, 128, 128, 4, 3), E4M3: Launch(128, 128, 128, 8, 4)}
+HUGE = {INT: Launch(256, 128, 128, 8, 4), E4M3: Launch(256, 128, 128, 8, 4)}
+CACHED = 2**25  # bytes
 
 
 def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -73,7 +81,7 @@ def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
     whole = in_features % 16 == 0 and out_features % 16 == 0  # as the copy engine and PyTorch's product want it
     kernel, launch = kernel_for(rows, out_features, in_features, weight.number)
     if kernel is large_kernel and not whole:
-        kernel, launch = split_kernel, SPLIT[max(SPLIT)]
+        kernel, launch = split_kernel, max(SPLIT[weight.number].items())[1]
     if kernel is large_kernel and weight.number == E4M3 and dtype == torch.bfloat16 and x.codes.is_cuda:
         return torch._scaled_mm(
             x.codes, weight.codes.t(), x.scales, weight.scales[None, :], bias, out_dtype=dtype, use_fast_accum=True
@@ -90,11 +98,12 @@ def kernel_for(rows: int, out_features: int, in_features: int, number: str) -> t
     for most, launch in SLICED.items():
         if rows <= most:
             return sliced_kernel, launch
-    large = LARGE[number]
+    split, large = SPLIT[number], LARGE[number]
     tiles = triton.cdiv(rows, large.block_m) * triton.cdiv(out_features, large.block_n)
-    if rows > (LARGE_ROWS[number] if tiles < MULTIPROCESSORS else 64):
-        return large_kernel, large
-    table = LONG_SPLIT if rows > 64 and in_features >= LONG else SPLIT
+    if rows > max(split) or (rows > 64 and tiles >= MULTIPROCESSORS):
+        huge = rows > 128 and out_features * in_features > CACHED
+        return large_kernel, HUGE[number] if huge else large
+    table = LONG_SPLIT if rows > 64 and in_features >= LONG else split
     return split_kernel, next(launch for most, launch in table.items() if rows <= most)
 
 
@@ -103,8 +112,7 @@ def _sliced(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor,
     sliced_kernel[triton.cdiv(out_features, launch.block_n),](
         x.codes, x.scales, weight.codes, weight.scales, bias, out, rows, out_features, in_features,
         WHOLE_STEPS=in_features % (SLICES * launch.block_k) == 0, SLICES=SLICES, BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, STAGES=launch.stages, PREFETCHED=PREFETCHED,
-        num_warps=launch.warps, **pdl(out.device),
+        BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, STAGES=launch.stages, num_warps=launch.warps, **pdl(out.device),
     )  # fmt: skip
 
 
@@ -121,7 +129,7 @@ def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, 
         x.codes, x.scales, weight.codes, weight.scales, bias, out, sums, rows, out_features,
         in_features, per_split * (SPLIT_STEP // launch.block_k), tiles_m, WHOLE_STEPS=in_features % SPLIT_STEP == 0,
         SPLIT=splits > 1, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
-        STAGES=launch.stages, PREFETCHED=PREFETCHED, num_warps=launch.warps, **pdl(out.device),
+        STAGES=launch.stages, num_warps=launch.warps, **pdl(out.device),
     )  # fmt: skip
     if splits > 1:
         reduce_splits(sums, x.scales, weight.scales, bias, out)
@@ -150,7 +158,7 @@ def scaled(sums, x_scales, weight_scales, bias):
 def sliced_kernel(
     x, x_scales, weight, weight_scales, bias, out, rows, out_features, in_features,
     WHOLE_STEPS: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all rows."""
     TOTAL: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
@@ -158,12 +166,9 @@ def sliced_kernel(
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     is_n, is_m = n < out_features, m < rows
-    at_rows = weight + n.to(tl.int64) * in_features
-    if PDL and WHOLE_STEPS:
-        prefetch(at_rows, tl.where(is_n, tl.minimum(in_features, PREFETCHED // BLOCK_N), 0))
     n_scales = tl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
     n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[:, None]
-    at_weight = at_rows[None, :, None] + k[:, None, :]
+    at_weight = weight + n.to(tl.int64)[None, :, None] * in_features + k[:, None, :]
     at_x = x + m[None, None, :] * in_features + k[:, :, None]
     wait(PDL)
     acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], dtype=TOTAL)
@@ -185,7 +190,7 @@ def split_kernel(
     x, x_scales, weight, weight_scales, bias, out, sums, rows, out_features, in_features, steps_per_split,
     tiles_m,
     WHOLE_STEPS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     TOTAL: tl.constexpr = sums.dtype.element_ty
@@ -194,14 +199,10 @@ def split_kernel(
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     is_n, is_m = n < out_features, m < rows
-    at_rows = weight + n.to(tl.int64) * in_features
-    at_weight = at_rows[:, None] + k[None, :]
+    at_weight = weight + n.to(tl.int64)[:, None] * in_features + k[None, :]
     at_x = x + m.to(tl.int64)[None, :] * in_features + k[:, None]
     first = tl.program_id(1) * steps_per_split
     last = tl.minimum(first + steps_per_split, tl.cdiv(in_features, BLOCK_K))
-    if PDL and WHOLE_STEPS:
-        size = tl.minimum((last - first) * BLOCK_K, PREFETCHED // BLOCK_N)
-        prefetch(at_rows + first * BLOCK_K, tl.where(is_n, size, 0))
     n_scales = tl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
     n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[:, None]
     wait(PDL)
