@@ -26,7 +26,7 @@ from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
 from llmq.scheme import E4M3, INT, Scheme
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
-BATCHES = (1, 8, 16, 32, 64, 128, 2048)
+BATCHES = (1, 8, 16, 32, 64, 128, 256, 2048)
 BF16 = torch.bfloat16
 ROTATED = 180_000_000  # bytes of weights to go round: three times an H200's L2
 Product = Callable[[Any], object]  # of one weight, and activations in bf16 or rounded

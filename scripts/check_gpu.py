@@ -550,10 +550,11 @@ class AloneCase:
             )  # fmt: skip
             wrong += int((alone[0] != together[row]).sum())
         packed = pack_wna16(draw_weight(4096, 4096, Scheme()), BF16)
-        x = torch.randn(200, 4096, device="cuda", dtype=BF16)
-        together = wna16_matmul(x, packed)
-        for batch in (1, 8, 9, 16, 17, 33, 100):
-            wrong += int((wna16_matmul(x[:batch], packed) != together[:batch]).sum())
+        for few in ((1, 8, 9, 16, 17, 32), (33, 50, 64), (65, 100, 129, 200)):
+            x = torch.randn(max(few), 4096, device="cuda", dtype=BF16)
+            together = wna16_matmul(x, packed)
+            for batch in few:
+                wrong += int((wna16_matmul(x[:batch], packed) != together[:batch]).sum())
         for number, batches in ((INT, (1, 8, 16, 17, 64, 65, 257, 400)), (E4M3, (1, 8)), (E4M3, (9, 16, 17, 32, 64))):
             weight = pack_w8a8(draw_weight(4096, 4096, w8a8_scheme(number)))
             rows = quantize_rows(torch.randn(max(batches), 4096, device="cuda"), number)
@@ -794,6 +795,12 @@ def all_cases() -> list[Case]:
                         scheme = Scheme(bits, group, symmetric)
                         cases.append(LinearCase(batch, out_features, in_features, scheme, dtype))
     cases.append(LinearCase(64, 1, 256, Scheme(), FP32))
+    # What Hopper has a kernel of its own for.
+    for out_features, in_features, group in ((40, 128, 128), (1000, 1024, 128), (65, 768, -1), (520, 4096, 128)):
+        for batch in (33, 65, 129, 200, 256):
+            for dtype in (BF16, FP16):
+                scheme = Scheme(4, group, batch == 200)
+                cases.append(LinearCase(batch, out_features, in_features, scheme, dtype, bias=batch == 129))
     for batch in (1, 16, 70, 300):
         for dtype in (BF16, FP16, FP32):
             for scheme in (Scheme(2, 32), Scheme(3, 64, False), Scheme(5, 128), Scheme(6, -1, False),

@@ -24,14 +24,14 @@ import torch
 from bench_kernels import BF16, ROTATED, SHAPES
 from check_gpu import draw_weight, seconds, w8a8_scheme
 
-from llmq.runtime.kernels import w8a8_triton, wna16_triton
+from llmq.runtime.kernels import w8a8_triton, wna16_hopper_triton, wna16_triton
 from llmq.runtime.kernels.quantize_rows import quantize_rows
 from llmq.runtime.kernels.silu import silu_mul
 from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
 from llmq.scheme import E4M3, INT, Scheme
 
-Launch = wna16_triton.Launch | w8a8_triton.Launch
+Launch = wna16_triton.Launch | wna16_hopper_triton.Launch | w8a8_triton.Launch
 NAMES = ["w4", "w8", "w8a8", "fp8"]
 
 
@@ -56,6 +56,10 @@ class Entry(NamedTuple):
             tiles = sorted({now.block_m, max(16, now.block_m)})  # from 16 rows on a step is one product
             for block_m, block_n, warps, stages in itertools.product(tiles, (64, 128, 256), (2, 4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
+        elif self.module is wna16_hopper_triton:
+            tiles = sorted({now.block_m, 128})
+            for block_m, block_n, warps, stages in itertools.product(tiles, (128, 256), (4, 8), (2, 3, 4)):
+                yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         elif self.table in (w8a8_triton.LARGE, w8a8_triton.HUGE):
             for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
@@ -71,6 +75,8 @@ def entries() -> list[Entry]:
         Entry(f"w{bits}", rows, wna16_triton, wna16_triton.LAUNCHES, (bits, rows), rf"\({bits}, {rows}\): ")
         for bits, rows in wna16_triton.LAUNCHES
     ]
+    for rows in wna16_hopper_triton.LAUNCHES:
+        found.append(Entry("w4", rows, wna16_hopper_triton, wna16_hopper_triton.LAUNCHES, rows, rf"\b{rows}: "))
     found += [Entry("w8a8", 8, w8a8_triton, w8a8_triton.SLICED, 8, r"SLICED = \{8: ")]
     for name, number, label in (("w8a8", INT, "INT"), ("fp8", E4M3, "E4M3")):
         table = w8a8_triton.SPLIT[number]

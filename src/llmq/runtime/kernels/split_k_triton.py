@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 
-REDUCE_ROWS = 16  # above, a kernel of its own adds the splits
+REDUCE_ROWS = 8  # above, a kernel of its own adds the splits
 
 
 def steps_per_split(tiles: int, steps: int, programs: int) -> int:

@@ -16,6 +16,7 @@ whole steps, the four planes of 4 bits lie side by side in the registers, and a 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ class Launch(NamedTuple):
 # (bits, rows up to) → launch parameters, measured on an H200.
 LAUNCHES = {
     (4, 8): Launch(8, 64, 2, 4),
-    (4, 16): Launch(16, 128, 4, 4),
+    (4, 16): Launch(32, 128, 4, 4),
     (4, 32): Launch(32, 128, 4, 4),
     (4, 64): Launch(64, 128, 4, 3),
     (8, 8): Launch(8, 128, 4, 3),
@@ -78,6 +79,11 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         return F.linear(x, dequantize(packed, x.dtype), bias)
     if x.stride(1) != 1:
         x = x.contiguous()
+    if is_hopper(x.device):
+        from llmq.runtime.kernels.wna16_hopper_triton import takes, wna16_matmul_hopper
+
+        if takes(x, packed):
+            return wna16_matmul_hopper(x, packed, bias)
     whole_groups = packed.group_length % STEP == 0 or packed.group_length >= packed.in_features
     launch = launch_for(packed.bits, rows, x.element_size())
     steps = triton.cdiv(packed.in_features, STEP)
@@ -99,6 +105,12 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
     if reduced:
         reduce_splits(sums, None, None, bias, out)
     return out
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device's matrix unit is that of Hopper."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
@@ -133,17 +145,21 @@ def _format(packed: PackedWeight) -> dict[str, object]:
 # An integer below 16 (256) in the low mantissa bits of 128 (1024) in bf16 (fp16) is that number plus the integer, and
 # taking off the number and the zero point is exact. Two weights at once: for a plane one shift, one and-or, one fused
 # multiply-add. 8 bits do not fit bf16's mantissa: they go through fp32, where the number is 2^23.
-def _unpack4(magic: int, one: int, kind: str) -> str:
+def unpack_asm(kind: str, planes: Sequence[int], offsets: int) -> str:
+    """Assembly of so many ``planes`` of 4 bits, of pairs of words that come behind them; then each plane's offset, or
+    one of all."""
+    magic, one = (0x43004300, 0x3F803F80) if kind == "bf16x2" else (0x64006400, 0x3C003C00)
+    count = len(planes)
     body = "".join(
-        f"shr.u32 t, $4, {4 * plane}; lop3.b32 t, t, 0x000F000F, {magic:#x}, 0xEA;"
-        f"fma.rn.{kind} ${plane}, t, one, ${5 + plane};"
-        for plane in range(4)
+        f"shr.u32 t, ${count}, {4 * plane}; lop3.b32 t, t, 0x000F000F, {magic:#x}, 0xEA;"
+        f"fma.rn.{kind} ${index}, t, one, ${count + 1 + index % offsets};"
+        for index, plane in enumerate(planes)
     )
     return f"{{ .reg .b32 t, one; mov.b32 one, {one:#x}; {body} }}"
 
 
-UNPACK4_BF16 = tl.constexpr(_unpack4(0x43004300, 0x3F803F80, "bf16x2"))
-UNPACK4_FP16 = tl.constexpr(_unpack4(0x64006400, 0x3C003C00, "f16x2"))
+UNPACK4_BF16 = tl.constexpr(unpack_asm("bf16x2", range(4), offsets=4))
+UNPACK4_FP16 = tl.constexpr(unpack_asm("f16x2", range(4), offsets=4))
 UNPACK8_FP16 = tl.constexpr(
     "{ .reg .b32 t, one; mov.b32 one, 0x3C003C00;"
     "prmt.b32 t, $2, 0x64646464, 0x4240; fma.rn.f16x2 $0, t, one, $3;"
