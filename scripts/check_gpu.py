@@ -53,7 +53,8 @@ from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows, qua
 from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
 from llmq.runtime.kernels.routing import choose, choose_reference, combine, sort_by_expert, sort_by_expert_reference
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
-from llmq.runtime.kernels.w8a8 import LIBRARY_ROWS, Weight8, pack_w8a8, w8a8_matmul
+from llmq.runtime.kernels.w8a8 import Weight8, pack_w8a8, w8a8_matmul
+from llmq.runtime.kernels.w8a8_triton import kernel_for, large_kernel
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
 from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
@@ -523,7 +524,8 @@ class RoundedCase:
         exact = sums * x.scales.double() * weight.scales.double() + (0 if bias is None else bias.double())
         outcome = compare(lambda: w8a8_matmul(x, weight, bias, self.dtype), exact)
         if self.number == E4M3:
-            by_library = self.dtype == BF16 and self.batch > LIBRARY_ROWS
+            kernel, _ = kernel_for(self.batch, self.out_features, self.in_features, self.number)
+            by_library = self.dtype == BF16 and kernel is large_kernel
             outcome.tolerance = max(outcome.tolerance, FP8_LIBRARY_TOLERANCE if by_library else FP8_TOLERANCE)
         return outcome
 

@@ -29,9 +29,10 @@ from llmq.runtime.kernels.quantize_rows import quantize_rows
 from llmq.runtime.kernels.silu import silu_mul
 from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
-from llmq.scheme import INT, Scheme
+from llmq.scheme import E4M3, INT, Scheme
 
 Launch = wna16_triton.Launch | wna16_hopper_triton.Launch | w8a8_triton.Launch
+NAMES = ["w4", "w8", "w8a8", "fp8"]
 
 
 class Entry(NamedTuple):
@@ -59,14 +60,13 @@ class Entry(NamedTuple):
             tiles = sorted({now.block_m, 128})
             for block_m, block_n, warps, stages in itertools.product(tiles, (128, 256), (4, 8), (2, 3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
-        elif self.table is w8a8_triton.LARGE:
+        elif self.table in (w8a8_triton.LARGE, w8a8_triton.HUGE):
             for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         else:
-            sliced = self.table is w8a8_triton.SLICED
-            sizes, splits = ((16, 32), (264,)) if sliced else ((64, 128), (132, 264))
-            for block_n, block_k, stages, programs in itertools.product(sizes, (128, 256), (3, 4), splits):
-                yield now._replace(block_n=block_n, block_k=block_k, stages=stages, programs=programs)
+            sizes = (16, 32) if self.table is w8a8_triton.SLICED else (64, 128)
+            for block_n, (block_k, stages) in itertools.product(sizes, ((256, 3), (256, 4), (128, 4), (128, 6))):
+                yield now._replace(block_n=block_n, block_k=block_k, stages=stages)
 
 
 def entries() -> list[Entry]:
@@ -77,9 +77,16 @@ def entries() -> list[Entry]:
     ]
     for rows in wna16_hopper_triton.LAUNCHES:
         found.append(Entry("w4", rows, wna16_hopper_triton, wna16_hopper_triton.LAUNCHES, rows, rf"\b{rows}: "))
-    for table in (w8a8_triton.SLICED, w8a8_triton.SPLIT):
-        found += [Entry("w8a8", rows, w8a8_triton, table, rows, rf"\b{rows}: ") for rows in table]
-    return [*found, Entry("w8a8", 8192, w8a8_triton, w8a8_triton.LARGE, INT, "LARGE = {INT: ")]
+    found += [Entry("w8a8", 8, w8a8_triton, w8a8_triton.SLICED, 8, r"SLICED = \{8: ")]
+    for name, number, label in (("w8a8", INT, "INT"), ("fp8", E4M3, "E4M3")):
+        table = w8a8_triton.SPLIT[number]
+        found += [Entry(name, rows, w8a8_triton, table, rows, rf"{label}: {{[^}}]*\b{rows}: ") for rows in table]
+    return [
+        *found,
+        Entry("w8a8", 256, w8a8_triton, w8a8_triton.LONG_SPLIT, 256, r"LONG_SPLIT = \{256: "),
+        Entry("w8a8", 8192, w8a8_triton, w8a8_triton.LARGE, INT, r"LARGE = \{INT: "),
+        Entry("w8a8", 8192, w8a8_triton, w8a8_triton.HUGE, INT, r"HUGE = \{INT: "),
+    ]
 
 
 def time_of(entry: Entry, launch: Launch, rotated: int) -> float:
@@ -89,10 +96,13 @@ def time_of(entry: Entry, launch: Launch, rotated: int) -> float:
     for out_features, in_features in SHAPES.values():
         gate, up = torch.randn(2, entry.rows, in_features, device="cuda", dtype=BF16)
         count = max(2, rotated // (out_features * in_features))
-        if entry.name == "w8a8":
-            rounded = [pack_w8a8(draw_weight(out_features, in_features, w8a8_scheme(INT))) for _ in range(count)]
+        if entry.name in ("w8a8", "fp8"):
+            scheme = w8a8_scheme(INT if entry.name == "w8a8" else E4M3)
+            rounded = [pack_w8a8(draw_weight(out_features, in_features, scheme)) for _ in range(count)]
             calls = [
-                partial(lambda weight, x: w8a8_matmul(quantize_rows(x, INT), weight, None, BF16), weight, gate)
+                partial(
+                    lambda weight, x: w8a8_matmul(quantize_rows(x, weight.number), weight, None, BF16), weight, gate
+                )
                 for weight in rounded
             ]
         else:
@@ -126,7 +136,7 @@ def write(entry: Entry, launch: Launch) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["w4", "w8", "w8a8"], default=["w4", "w8", "w8a8"])
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--rows", nargs="+", type=int, help="the entries for so many rows; default: all")
     parser.add_argument("--write", action="store_true", help="put the best into the tables")
     arguments = parser.parse_args()

@@ -242,9 +242,13 @@ def test_int4_of_many_rows_is_unpacked_while_others_are_multiplied(
 
 
 @pytest.mark.parametrize("number", [INT, E4M3])
-@pytest.mark.parametrize("rows", [1, 16, 32, 256, 1000])
-def test_w8a8_on_hopper(rows: int, number: str, tmp_path: Path) -> None:
-    kernel, launch = w8a8_triton.kernel_for(rows, number)
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [(1, (4096, 4096)), (16, (4096, 4096)), (32, (4096, 4096)), (64, (4096, 4096)), (128, (4096, 4096)),
+     (128, (4096, 14336)), (128, (28672, 4096)), (1000, (4096, 4096)), (1000, (28672, 4096))],
+)  # fmt: skip
+def test_w8a8_on_hopper(rows: int, shape: tuple[int, int], number: str, tmp_path: Path) -> None:
+    kernel, launch = w8a8_triton.kernel_for(rows, *shape, number)
     compiled = w8a8(90, kernel, launch, number)
     if kernel is w8a8_triton.sliced_kernel:
         product = "mma.sync.*s8" if number == INT else "mma.sync.*f16"  # the small instruction has no FP8 on Hopper
@@ -362,11 +366,11 @@ def test_other_gpus(capability: int) -> None:
         assert "mma" in grouped(capability, True, block_m, "bf16")[0].asm["ptx"]
         assert "mma" in grouped_wna16(capability, True, block_m, 4, 4)[0].asm["ptx"]
     for rows in (16, 64, 1000):
-        assert "mma" in w8a8(capability, *w8a8_triton.kernel_for(rows, INT), INT).asm["ptx"]
+        assert "mma" in w8a8(capability, *w8a8_triton.kernel_for(rows, 4096, 4096, INT), INT).asm["ptx"]
 
 
 def test_kernels_of_hopper_start_before_the_one_before_has_ended() -> None:
-    kernels = [w8a8(90, *w8a8_triton.kernel_for(rows, INT), INT) for rows in (1, 32, 1000)]
+    kernels = [w8a8(90, *w8a8_triton.kernel_for(rows, 4096, 4096, INT), INT) for rows in (1, 32, 1000)]
     for compiled in (*kernels, wna16(90, 4, 1, 4, "bf16")):
         ptx = compiled.asm["ptx"]
         assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents") < ptx.index("mma")

@@ -219,6 +219,7 @@ else:
             (13, (65, 1100)),
             (20, (40, 2048)),  # splits
             (70, (70, 300)),
+            (70, (40, 8192)),  # splits of a long sum
             (260, (80, 304)),  # big tiles
             (260, (65, 300)),  # rows that the copy engine cannot address
         ],

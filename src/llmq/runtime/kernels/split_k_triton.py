@@ -18,7 +18,6 @@ from torch import Tensor
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 
 REDUCE_ROWS = 8  # above, a kernel of its own adds the splits
-REDUCE_BLOCK = 512
 
 
 def steps_per_split(tiles: int, steps: int, programs: int) -> int:
@@ -42,9 +41,10 @@ def reduce_splits(
 ) -> None:
     """out [M, N] ← the splits' sum · x_scales [M] · weight_scales [N] + bias [N], of what is there of these."""
     splits, rows, out_features = sums.shape
-    reduce_kernel[rows, triton.cdiv(out_features, REDUCE_BLOCK)](
-        sums, x_scales, weight_scales, bias, out, rows, out_features, splits,
-        BLOCK=REDUCE_BLOCK, num_warps=4, **pdl(out.device),
+    block = 256 if rows <= 32 else 1024  # for few rows so many programs that each has little to wait for
+    reduce_kernel[rows, triton.cdiv(out_features, block)](
+        sums, x_scales, weight_scales, bias, out, rows, out_features,
+        SPLITS=splits, BLOCK=block, num_warps=block // 256, **pdl(out.device),
     )  # fmt: skip
 
 
@@ -69,20 +69,26 @@ def sum_splits(sums, at, inside, size, splits):
     return total
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=["rows"])
 def reduce_kernel(
-    sums, x_scales, weight_scales, bias, out, rows, out_features, splits, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    sums, x_scales, weight_scales, bias, out, rows, out_features,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """BLOCK outputs of one row of the batch."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < out_features
+    if weight_scales is not None:
+        n_scales = tl.load(weight_scales + n, mask=inside, other=0.0)
     wait(PDL)
     size = tl.cast(rows, tl.int64) * out_features
-    acc = sum_splits(sums, row * out_features + n, inside, size, splits).to(tl.float32)
+    total = tl.load(sums + row * out_features + n, mask=inside, other=0)
+    for split in tl.static_range(1, SPLITS):  # unrolled: all loads at once
+        total += tl.load(sums + split * size + row * out_features + n, mask=inside, other=0)
+    acc = total.to(tl.float32)
     if weight_scales is not None:
         # In this order wherever 8-bit products are scaled: a row has the same bits in a batch of any size.
-        acc = acc * tl.load(weight_scales + n, mask=inside, other=0.0) * tl.load(x_scales + row)
+        acc = acc * n_scales * tl.load(x_scales + row)
     if bias is not None:
         acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_features + n, acc.to(out.dtype.element_ty), mask=inside)

@@ -20,9 +20,6 @@ from llmq.runtime.kernels import runs_triton
 from llmq.runtime.kernels.quantize_rows import CODES, QuantizedRows
 from llmq.scheme import E4M3, INT
 
-LIBRARY_ROWS = 128
-"""Above, PyTorch's FP8 product is faster."""
-
 
 @dataclass(frozen=True, slots=True)
 class Weight8:
@@ -56,8 +53,8 @@ def merge_w8a8(weights: Sequence[Weight8]) -> Weight8 | None:
 def w8a8_matmul(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows of ``x`` [M, K] times the weight [N, K], transposed, plus ``bias`` [N] → ``dtype`` [M, N].
 
-    The order in which floats are summed depends on N and K, and on M only through the kernel that it chooses (up to 8
-    rows, up to 64, above); integers are exact.
+    The order in which floats are summed depends on N and K, and on M only through the kernel and the tile that it
+    chooses; integers are exact.
     """
     if not runs_triton(x.codes):
         return w8a8_matmul_reference(x, weight, bias, dtype)

@@ -5,11 +5,12 @@
                     acc [SLICES, BLOCK_N, BLOCK_M]  += w [SLICES, BLOCK_N, BLOCK_K] · x [SLICES, BLOCK_K, BLOCK_M]
                     out [BLOCK_N, BLOCK_M]           = Σ over the slices
 
-    up to 256   of programs: tiles of outputs, K split among programs
+    up to 256   of programs: tiles of outputs, a long K split among programs
 
                     acc [BLOCK_N, BLOCK_M]  += w [BLOCK_N, BLOCK_K] · x [BLOCK_K, BLOCK_M]
 
-    above       of arithmetic: big tiles, loaded by the copy engine; FP8 by PyTorch
+    above       of arithmetic: big tiles, loaded by the copy engine; FP8 by PyTorch. From 65 rows on where there are
+                such tiles for all multiprocessors, and FP8 from 129 on
 
                     acc [BLOCK_M, BLOCK_N]  += x [BLOCK_M, BLOCK_K] · w [BLOCK_N, BLOCK_K]ᵀ
 
@@ -31,63 +32,79 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
-from llmq.runtime.kernels.w8a8 import LIBRARY_ROWS, Weight8
+from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import E4M3, INT
 
 PROMOTE = tl.constexpr(128)
 SPLIT_STEP = 256  # channels: what a split is a multiple of
 SLICES = 4
 GROUP = 8  # tiles of M whose programs are neighbours, so that they find the weight in the cache
+MULTIPROCESSORS = 132  # of an H200
 
 
 class Launch(NamedTuple):
-    """What a program takes; and programs to split K for, on an H200, which has 132 multiprocessors."""
+    """What a program takes."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
-    programs: int = 264
 
 
 # Rows up to → launch parameters, measured on an H200.
 SLICED = {8: Launch(8, 16, 256, 4, 3)}
 SPLIT = {
-    16: Launch(16, 64, 256, 4, 4, 132),
-    32: Launch(32, 64, 256, 4, 4, 132),
-    64: Launch(64, 64, 256, 4, 3),
-    256: Launch(128, 64, 128, 4, 4),
+    INT: {
+        16: Launch(16, 64, 256, 4, 4),
+        32: Launch(32, 64, 256, 4, 4),
+        64: Launch(64, 64, 256, 4, 3),
+        256: Launch(64, 64, 128, 4, 4),
+    },
+    E4M3: {  # a step is PROMOTE: between two sums of one the matrix unit would idle
+        16: Launch(16, 64, 128, 4, 6),
+        32: Launch(32, 64, 128, 4, 6),
+        128: Launch(64, 64, 128, 4, 4),
+    },
 }
+LONG = 8192  # channels: a sum of fewer is not split where there are tiles for half of the multiprocessors
+LONG_SPLIT = {256: Launch(128, 64, 128, 4, 4)}  # of long sums, from 65 rows on
+# Number → launch parameters, of weights that the L2 cache holds beside the activations, and of bigger ones.
 LARGE = {INT: Launch(128, 128, 128, 4, 3), E4M3: Launch(128, 128, 128, 8, 4)}
+HUGE = {INT: Launch(256, 128, 128, 8, 4), E4M3: Launch(256, 128, 128, 8, 4)}
+CACHED = 2**25  # bytes
 
 
 def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``w8a8_matmul`` through Triton, or PyTorch's product."""
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     whole = in_features % 16 == 0 and out_features % 16 == 0  # as the copy engine and PyTorch's product want it
-    if rows > LIBRARY_ROWS and whole and weight.number == E4M3 and dtype == torch.bfloat16 and x.codes.is_cuda:
+    kernel, launch = kernel_for(rows, out_features, in_features, weight.number)
+    if kernel is large_kernel and not whole:
+        kernel, launch = split_kernel, max(SPLIT[weight.number].items())[1]
+    if kernel is large_kernel and weight.number == E4M3 and dtype == torch.bfloat16 and x.codes.is_cuda:
         return torch._scaled_mm(
             x.codes, weight.codes.t(), x.scales, weight.scales[None, :], bias, out_dtype=dtype, use_fast_accum=True
         )
     out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
-    kernel, launch = kernel_for(rows, weight.number)
-    if rows == 0:
-        return out
-    if kernel is large_kernel and not whole:
-        kernel, launch = kernel_for(max(SPLIT), weight.number)
-    run = {sliced_kernel: _sliced, split_kernel: _split, large_kernel: _large}[kernel]
-    run(x, weight, bias, out, launch)
+    if rows:
+        run = {sliced_kernel: _sliced, split_kernel: _split, large_kernel: _large}[kernel]
+        run(x, weight, bias, out, launch)
     return out
 
 
-def kernel_for(rows: int, number: str) -> tuple[Any, Launch]:
-    """The kernel that takes a batch of ``rows``, and its launch parameters."""
-    for kernel, launches in ((sliced_kernel, SLICED), (split_kernel, SPLIT)):
-        for most, launch in launches.items():
-            if rows <= most:
-                return kernel, launch
-    return large_kernel, LARGE[number]
+def kernel_for(rows: int, out_features: int, in_features: int, number: str) -> tuple[Any, Launch]:
+    """The kernel that multiplies ``rows`` by such a weight, and its launch parameters."""
+    for most, launch in SLICED.items():
+        if rows <= most:
+            return sliced_kernel, launch
+    split, large = SPLIT[number], LARGE[number]
+    tiles = triton.cdiv(rows, large.block_m) * triton.cdiv(out_features, large.block_n)
+    if rows > max(split) or (rows > 64 and tiles >= MULTIPROCESSORS):
+        huge = rows > 128 and out_features * in_features > CACHED
+        return large_kernel, HUGE[number] if huge else large
+    table = LONG_SPLIT if rows > 64 and in_features >= LONG else split
+    return split_kernel, next(launch for most, launch in table.items() if rows <= most)
 
 
 def _sliced(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
@@ -103,7 +120,8 @@ def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, 
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     tiles_n, tiles_m = triton.cdiv(out_features, launch.block_n), triton.cdiv(rows, launch.block_m)
     steps = triton.cdiv(in_features, SPLIT_STEP)
-    per_split = steps_per_split(tiles_n * tiles_m, steps, launch.programs)
+    programs = 2 * MULTIPROCESSORS if in_features >= LONG else MULTIPROCESSORS // 2
+    per_split = steps_per_split(tiles_n * tiles_m, steps, programs)
     splits = triton.cdiv(steps, per_split)
     total = torch.int32 if weight.number == INT else torch.float32
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=total, device=out.device)
@@ -185,7 +203,10 @@ def split_kernel(
     at_x = x + m.to(tl.int64)[None, :] * in_features + k[:, None]
     first = tl.program_id(1) * steps_per_split
     last = tl.minimum(first + steps_per_split, tl.cdiv(in_features, BLOCK_K))
+    n_scales = tl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
+    n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[:, None]
     wait(PDL)
+    m_scales = tl.load(x_scales + m, mask=is_m, other=0.0)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=TOTAL)
     for step in tl.range(first, last, num_stages=STAGES):
         start = step * BLOCK_K
@@ -201,9 +222,6 @@ def split_kernel(
         size = tl.cast(rows, tl.int64) * out_features
         tl.store(sums + tl.program_id(1) * size + at_out, acc, mask=inside)
         return
-    n_scales = tl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
-    n_bias = None if bias is None else tl.load(bias + n, mask=is_n, other=0.0)[:, None]
-    m_scales = tl.load(x_scales + m, mask=is_m, other=0.0)[None, :]
     result = scaled(acc, m_scales, n_scales, n_bias)
     tl.store(out + at_out, result.to(out.dtype.element_ty), mask=inside)
 
