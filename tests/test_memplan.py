@@ -361,9 +361,10 @@ def test_without_files_the_size_is_computed_in_the_scheme_of_the_config() -> Non
     ("quantization", "reason"),
     [
         ({"quant_method": "fp8"}, "'fp8'"),
+        (GPTQ | {"bits": "four"}, "'four' bits"),
         (GPTQ | {"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}, "not every layer has the same scheme"),
     ],
-    ids=["no formula", "several schemes"],
+    ids=["no formula", "damaged", "several schemes"],
 )
 def test_without_files_what_no_formula_covers_is_refused(quantization: dict[str, Any], reason: str) -> None:
     result = plan(Model(describe(LLAMA_31_8B | {"quantization_config": quantization})))
@@ -474,6 +475,15 @@ def test_what_does_not_fit_is_told_which_change_would_and_its_price(llama: Path)
     length = next(hint for hint in hints if "--max-model-len" in hint)
     assert "instead of 131,072" in length
     assert llmq("memplan", llama, "--gpu-memory", "24GiB", "--max-model-len", length.split()[2]).code == 0
+
+
+def test_where_neither_weights_nor_cache_are_small_enough_alone_both_are_tried(llama: Path) -> None:
+    hints = llmq("memplan", llama, "--gpu", "rtx-4090").err.splitlines()
+    both = next(hint for hint in hints if "--scheme" in hint).split()
+    assert (both[1], both[3]) == ("--scheme", "--kv-cache-dtype")
+    assert llmq("memplan", llama, "--gpu", "rtx-4090", *both[1:3]).code == CHECK_FAILED
+    assert llmq("memplan", llama, "--gpu", "rtx-4090", *both[3:5]).code == CHECK_FAILED
+    assert llmq("memplan", llama, "--gpu", "rtx-4090", *both[1:5]).code == 0
 
 
 def test_a_config_alone_will_do(llama: Path) -> None:
@@ -592,6 +602,26 @@ def test_an_unknown_architecture_is_planned_with_a_warning(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"model_type": "llama", "architectures": ["NewForCausalLM"]},
+            "the architecture NewForCausalLM is not supported",
+        ),
+        ({"rope_scaling": "yarn"}, "field 'rope_scaling'"),
+    ],
+    ids=str,
+)
+def test_what_the_engine_does_not_run_is_planned_and_the_reason_given(
+    tmp_path: Path, fields: dict[str, Any], reason: str
+) -> None:
+    result = llmq("memplan", write_config(tmp_path / "m", LLAMA_31_8B | fields), "--gpu", "h200")
+    assert result.code == 0
+    assert result.err.startswith("warning: llmq does not run llama")
+    assert reason in result.err
+
+
+@pytest.mark.parametrize(
     ("flags", "code"),
     [
         (("--solve", "everything", "--gpu", "h200"), USAGE),
@@ -600,6 +630,11 @@ def test_an_unknown_architecture_is_planned_with_a_warning(tmp_path: Path) -> No
         (("--scheme", "w5a5"), USAGE),
         (("--gpu", "h200", "--gpu-memory", "24GiB"), USAGE),
         (("--gpu-memory", "24 bananas"), USAGE),
+        (("--gpu-memory", "24"), USAGE),
+        (("--block-size", 0), USAGE),
+        (("--max-num-batched-tokens", 0), USAGE),
+        (("--load-format", "none"), USAGE),
+        (("--phase", "quantize", "--table"), USAGE),
         (("--concurrency", 0), USAGE),
         (("--engine", "vllm", "--verify"), USAGE),
         (("--plot", "plan.exe"), 1),

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from command_line import llmq
+from tiny_models import save_variant
 
 from llmq.bench.memory import Line, verify
 from llmq.checkpoint.formats import format_for
+from llmq.checkpoint.tensors import TensorInfo
 from llmq.engine.options import EngineOptions
 from llmq.errors import LlmqError
 from llmq.memplan.plan import Load, plan
-from llmq.memplan.source import open_model
+from llmq.memplan.source import open_model, widened_weight_bytes
+from llmq.runtime.linear import resident_bytes
+from llmq.runtime.loader import load_decoder, open_source
 from llmq.scheme import E4M3, Scheme
 
 BASE: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 8192, "torch_dtype": "bfloat16", "eos_token_id": 1}
@@ -124,6 +131,45 @@ def test_weights_and_pool_are_as_planned_to_the_byte(
     lines = {line.name: line for line in found}
     for name in ("weights", "KV cache"):
         assert lines[name].predicted == lines[name].measured, name
+
+
+RTN = ("--method", "rtn")
+CT = (*RTN, "--format", "compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("variant", "flags"),
+    [
+        ("gemma3", ()),
+        ("llama-biases", (*RTN, "--scheme", "w4a16")),
+        ("llama", (*CT, "--scheme", "w8a8", "--override", "down_proj=none")),
+        ("llama", (*CT, "--scheme", "w4a16", "--override", "down_proj=w8a8")),
+        ("qwen3", (*CT, "--scheme", "fp8", "--override", "lm_head=fp8", "--kv-cache-scheme", "fp8")),
+        ("mixtral", (*CT, "--scheme", "w8a8")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_loaded_from_files_is_as_planned_to_the_byte(
+    tmp_path: Path, variant: str, flags: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    folder = save_variant(tmp_path / "original", variant)
+    if flags:
+        done = llmq(
+            "quantize", folder, "-o", tmp_path / "quantized", "--calib-samples", 2, "--calib-seqlen", 32, *flags
+        )
+        assert done.code == 0, done.err
+        folder = tmp_path / "quantized"
+    decoder = load_decoder(open_source(folder, "cpu", dtype))
+    assert widened_weight_bytes(open_model(str(folder)), dtype.itemsize) == resident_bytes(decoder)
+
+
+def test_what_no_engine_loads_is_not_counted(tmp_path: Path) -> None:
+    folder = save_variant(tmp_path / "m", "llama")
+    model = open_model(str(folder))
+    angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": TensorInfo(folder, "F32", (16,), 64)}
+    older = replace(model, tensors={**(model.tensors or {}), **angles})
+    assert widened_weight_bytes(older, 4) == widened_weight_bytes(model, 4)
 
 
 @pytest.mark.gpu

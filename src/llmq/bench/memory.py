@@ -15,7 +15,7 @@ from llmq.llm import LLM
 from llmq.memory import format_bytes
 from llmq.memplan.engines import LLMQ
 from llmq.memplan.plan import MemoryPlan
-from llmq.memplan.weights import dense_bytes
+from llmq.memplan.source import widened_weight_bytes
 from llmq.runtime.device import resolve_device, resolve_dtype, resolve_kv_dtype
 from llmq.runtime.linear import resident_bytes
 
@@ -97,9 +97,9 @@ def verify(
     _run_batch(llm, plan)
     weights, pool = resident_bytes(llm.decoder), llm.kv_cache_bytes
     if llm.device == "cpu":
-        dense = dense_bytes(plan.architecture, plan.weights.scheme, llm.dtype.itemsize)
+        widened = widened_weight_bytes(plan.model, llm.dtype.itemsize)
         return [
-            Line("weights", dense, weights, exact=True),
+            Line("weights", widened, weights, exact=True),
             Line("KV cache", plan.kv_cache + plan.reserved, pool, exact=True),
             Line("activations", plan.activations.likely, None, exact=False),
         ]

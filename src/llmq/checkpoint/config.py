@@ -347,10 +347,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LlmqError(f"{path.parent} has no {path.name}", "point at a Hugging Face model folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LlmqError(f"{path} cannot be read: {error}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise LlmqError(f"{path} cannot be read: {error}", f"mend {path.name}, or fetch it again") from None
     if not isinstance(value, dict):
-        raise LlmqError(f"{path} does not hold a JSON object")
+        raise LlmqError(f"{path} does not hold a JSON object", f"mend {path.name}, or fetch it again")
     return value
 
 

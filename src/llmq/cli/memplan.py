@@ -120,6 +120,10 @@ def memplan(
     memory = _gpu_memory(gpu, gpu_memory)
     known = open_model(model, revision)
     if phase == QUANTIZE:
+        asked = {"--solve": solve_for, "--table": as_table, "--explain": explain, "--plot": plot, "--verify": verify}
+        for flag, is_asked in asked.items():
+            if is_asked:
+                raise LlmqError(f"{flag} is of --phase {SERVE}", f"leave out {flag}", exit_code=USAGE)
         _quantization(model, known, planned_scheme or DEFAULTS.choice.scheme, memory, json=json)
         return
     result = plan(
@@ -128,9 +132,12 @@ def memplan(
         load=Load(batch_size, max_model_len, kv_cache_dtype),
         options=EngineOptions(
             max_num_seqs,
-            max_num_batched_tokens or engines.default_batched_tokens(engine, _ENGINE.max_num_batched_tokens, memory),
-            block_size or engines.default_block_size(engine, _ENGINE.block_size),
+            engines.default_batched_tokens(engine, _ENGINE.max_num_batched_tokens, memory)
+            if max_num_batched_tokens is None
+            else max_num_batched_tokens,
+            engines.default_block_size(engine, _ENGINE.block_size) if block_size is None else block_size,
             gpu_memory_utilization=gpu_memory_utilization,
+            load_format=cast(LoadFormat, load_format),
         ),
         engine=engine,
         num_gpus=num_gpus,

@@ -25,6 +25,8 @@ from llmq.scheme import Scheme
 AUTO = "auto"
 MOST = 2**24
 """As far as inverse questions look: tokens of a sequence, sequences at once."""
+LEAST_GPU_MEMORY = 2**20
+"""A number below this lacks its unit."""
 GPU_COUNTS = tuple(2**power for power in range(11))
 
 
@@ -259,8 +261,12 @@ def plan(
             f"--num-gpus is a power of two, at most {GPU_COUNTS[-1]}",
             exit_code=USAGE,
         )
-    if gpu_memory is not None and gpu_memory <= 0:
-        raise LlmqError("a GPU without memory holds nothing", "check --gpu-memory", exit_code=USAGE)
+    if gpu_memory is not None and gpu_memory < LEAST_GPU_MEMORY:
+        raise LlmqError(
+            f"a GPU of {memory.format_bytes(gpu_memory)} holds nothing",
+            "say what the number counts: --gpu-memory 80GB, or 80GiB",
+            exit_code=USAGE,
+        )
     return MemoryPlan(
         model=model,
         scheme=scheme,

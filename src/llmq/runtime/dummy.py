@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llmq.checkpoint.config import ModelConfig
 from llmq.checkpoint.formats import open_format
 from llmq.checkpoint.quantized_weight import QuantizedWeight, numbers
-from llmq.runtime.decoder import Decoder, DecoderLayer
+from llmq.runtime.decoder import Decoder, DecoderLayer, RMSNorm
 from llmq.runtime.kernels.quantize_rows import LARGEST
 from llmq.runtime.linear import quantized_linear
 from llmq.runtime.loader import block_name
@@ -37,7 +37,9 @@ def dummy_decoder(config: ModelConfig, device: str, dtype: torch.dtype) -> Decod
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(_dense(parameter, dtype, noise), requires_grad=False))
+                wide = isinstance(module, RMSNorm) and module.offset  # a sum that loading makes in fp32
+                made = _dense(parameter, torch.float32 if wide else dtype, noise)
+                setattr(module, name, nn.Parameter(made, requires_grad=False))
     for block in model.layers:
         assert isinstance(block, DecoderLayer)
         block.merge()
