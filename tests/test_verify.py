@@ -102,9 +102,7 @@ def config_alone(folder: Path, shape: str, scheme: str) -> Path:
     found, config = SCHEMES[scheme], open_model(str(folder)).config
     if found is not None and config is not None:
         name, kind = found
-        layers = {
-            f"model.layers.{block}.{linear}": kind for block in range(config.num_layers) for linear in config.linears
-        }
+        layers = dict.fromkeys(config.all_linears, kind)
         quantization = format_for(name, layers).config_dict(quantized=list(layers), ignored=[], writer="test")
         (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": quantization}))
     return folder

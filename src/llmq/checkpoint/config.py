@@ -27,6 +27,11 @@ SEPARATE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
 """Files that say what config.json has as ``quantization_config``, and the method that they may not name."""
 
 
+def block_name(layer: int) -> str:
+    """The checkpoint's name of a decoder block."""
+    return f"model.layers.{layer}"
+
+
 @dataclass(frozen=True, slots=True)
 class LinearNames:
     """What the checkpoints of an architecture call the linear layers of a block.
@@ -193,6 +198,14 @@ class ModelConfig:
         shapes |= {"o_proj": (hidden, q), self.names.down: (hidden, inner)}
         layers = (name for stage in self.linear_stages for group in stage.groups for name in group)
         return {name: shapes[name.rpartition(".")[2]] for name in layers}
+
+    @property
+    def all_linears(self) -> dict[str, tuple[int, int]]:
+        """``linears`` of all decoder blocks: name in the checkpoint → (out_features, in_features)."""
+        linears = self.linears
+        return {
+            f"{block_name(layer)}.{name}": shape for layer in range(self.num_layers) for name, shape in linears.items()
+        }
 
     @property
     def mlp_elements(self) -> int:

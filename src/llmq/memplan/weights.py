@@ -132,13 +132,8 @@ def loaded_bytes(tensors: Mapping[str, TensorInfo], config: ModelConfig, dtype_b
     """What the engine makes of a folder's tensors: linear layers packed for its kernels, and all else of
     ``dtype_bytes`` a number. ``widened``: on a CPU, which widens all but those that are multiplied as they are."""
     format = open_format(config)
-    linears = {
-        f"model.layers.{block}.{linear}": shape
-        for block in range(config.num_layers)
-        for linear, shape in config.linears.items()
-    } | {HEAD: (config.vocab_size, config.hidden_size)}
     total, packed = 0, set[str]()
-    for name, shape in linears.items():
+    for name, shape in (config.all_linears | {HEAD: (config.vocab_size, config.hidden_size)}).items():
         if format is not None and any(f"{name}.{marker}" in tensors for marker in format.markers):
             packed.add(name)
             scheme = _kept_on_cpu(format.scheme_of(name)) if widened else format.scheme_of(name)

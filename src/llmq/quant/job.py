@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.config import block_name
 from llmq.checkpoint.folder import DEMO
 from llmq.checkpoint.formats import WRITER, Format, format_for, packed_bytes
 from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
@@ -20,7 +21,7 @@ from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
 from llmq.memory import MICRO_BATCH_TOKENS
 from llmq.quant.options import QuantizeOptions
-from llmq.runtime.loader import Source, block_name
+from llmq.runtime.loader import Source
 from llmq.scheme import Scheme
 
 REST = "the rest"

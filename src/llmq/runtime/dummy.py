@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmq.checkpoint.config import ModelConfig
+from llmq.checkpoint.config import ModelConfig, block_name
 from llmq.checkpoint.formats import open_format
 from llmq.checkpoint.quantized_weight import QuantizedWeight, numbers
 from llmq.runtime.decoder import Decoder, DecoderLayer, RMSNorm
 from llmq.runtime.kernels.quantize_rows import LARGEST
 from llmq.runtime.linear import quantized_linear
-from llmq.runtime.loader import block_name
 from llmq.scheme import E4M3, INT, Scheme
 
 DEVIATION = 0.02
