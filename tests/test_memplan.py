@@ -637,7 +637,7 @@ def test_what_the_engine_does_not_run_is_planned_and_the_reason_given(
         (("--phase", "quantize", "--table"), USAGE),
         (("--concurrency", 0), USAGE),
         (("--engine", "vllm", "--verify"), USAGE),
-        (("--plot", "plan.exe"), 1),
+        (("--plot", "plan.exe"), USAGE),
     ],
     ids=str,
 )

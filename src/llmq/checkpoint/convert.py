@@ -28,8 +28,8 @@ from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import LlmqError
 from llmq.scheme import Scheme
 
-Progress = Callable[[int, int, str], None]
-"""Called with (layers done, layers in all, name of the layer just done)."""
+Progress = Callable[[int, int], None]
+"""Called with (layers done, layers in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def convert(
         for done, name in enumerate(shapes, start=1):
             writer.add_all(target.pack(name, replace(source.unpack(name, tensors), scheme=schemes[name])))
             if progress is not None:
-                progress(done, len(shapes), name)
+                progress(done, len(shapes))
         for name in kept:
             writer.add(name, tensors.load(name))
         writer.close()

@@ -145,15 +145,15 @@ def memplan(
     )
     answer = None if solve_for is None else solve(result, solve_for, SCHEMES)
     result = result if answer is None else answer.plan
+    if plot is not None:
+        from llmq.memplan.plot import draw
+
+        draw(result, plot)
     lines = None
     if verify:
         from llmq.bench.memory import verify as compare
 
         lines = compare(model, result, revision=revision, load_format=cast(LoadFormat, load_format))
-    if plot is not None:
-        from llmq.memplan.plot import draw
-
-        draw(result, plot)
     if json:
         value = {"model": model, **report.as_json(result, SCHEMES)}
         if answer is not None:
