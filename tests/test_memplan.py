@@ -571,6 +571,7 @@ def test_an_explanation_names_layers_engines_and_assumptions(llama: Path) -> Non
     [
         (("--num-gpus", 2), "llmq's engine runs on one GPU today"),
         (("--kv-cache-dtype", "fp8"), ""),
+        (("--kv-cache-dtype", "float32"), "llmq keeps keys and values in bfloat16, fp8 or int8"),
         (("--num-gpus", 2, "--kv-cache-dtype", "fp8", "--engine", "vllm"), ""),
     ],
     ids=str,

@@ -74,8 +74,8 @@ def _fewer_bits(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> Iterator[tup
 
 
 def _narrower_caches(plan: MemoryPlan) -> Iterator[tuple[str, str, MemoryPlan]]:
-    """Whether they fit or not, the widest first."""
-    for name in ("bfloat16", "fp8"):
+    """Whether they fit or not, the widest first; of llmq's engine those that it has."""
+    for name in ("fp8",) if plan.engine == LLMQ else ("bfloat16", "fp8"):
         if KV_DTYPE_BYTES[name] < KV_DTYPE_BYTES[plan.kv_dtype]:
             price = f"keys and values of {8 * KV_DTYPE_BYTES[name]} bits"
             yield f"--kv-cache-dtype {name}", price, replace(plan, kv_dtype=name)

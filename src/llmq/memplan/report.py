@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from llmq.engine.options import KV_CACHE_DTYPES
 from llmq.memory import format_bytes
 from llmq.memplan import engines
 from llmq.memplan.architecture import LayerCache
@@ -155,6 +156,10 @@ def warnings(plan: MemoryPlan) -> list[str]:
     if plan.model.config is None:
         reason = f"{plan.architecture.model_type} ({plan.model.obstacle})"
         found.append(f"llmq does not run {reason}: this is what its engine would hold")
+    if plan.kv_dtype not in (plan.architecture.dtype, *KV_CACHE_DTYPES):
+        found.append(
+            f"llmq keeps keys and values in {plan.architecture.dtype}, fp8 or int8, and not in {plan.kv_dtype}"
+        )
     if plan.num_gpus > 1:
         found.append("llmq's engine runs on one GPU today: this is what each would hold with tensor parallelism")
     return found
