@@ -22,14 +22,13 @@ from llmq.memplan.plan import AUTO, Load, MemoryPlan, plan
 from llmq.memplan.quantization import QuantizationPlan, plan_quantization
 from llmq.memplan.solve import QUESTIONS, solve
 from llmq.memplan.source import Model, open_model
-from llmq.quant.options import DEFAULTS
+from llmq.quant.options import DEFAULTS, SCHEMES
 from llmq.quant.schemes import CALIBRATED, PRESETS, choose, methods_for
 from llmq.scheme import Scheme
 
 _ENGINE = EngineOptions()
 _LOAD = Load()
 SERVE, QUANTIZE = PHASES = ("serve", "quantize")
-SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()}
 AS_IT_IS = "none"
 
 
