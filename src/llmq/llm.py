@@ -39,6 +39,7 @@ from llmq.runtime.device import (
     KV_DTYPES,
     check_deterministic,
     check_weights_fit,
+    free_device_memory,
     free_kv_cache_bytes,
     host_memory_bytes,
     resolve_device,
@@ -168,6 +169,7 @@ class LLM:
                 kv_scales = load_kv_scales(source)
                 if kv_scales is None:
                     warnings.warn(f"{model} has no scales for an fp8 KV cache: they are taken for 1", stacklevel=2)
+        free_device_memory(self.device)
         cpu_blocks = self._cpu_blocks()
         num_blocks = self._num_blocks()
         options = self.options
