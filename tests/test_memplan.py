@@ -32,7 +32,7 @@ from llmq.memplan.hints import changes_that_fit
 from llmq.memplan.plan import MOST, Load, MemoryPlan, plan
 from llmq.memplan.quantization import plan_quantization
 from llmq.memplan.solve import QUESTIONS, solve
-from llmq.memplan.source import Model
+from llmq.memplan.source import Model, open_model
 from llmq.plan import layer_groups
 from llmq.quant.schemes import PRESETS
 from llmq.scheme import Scheme
@@ -379,6 +379,25 @@ def test_planned_weights_are_what_the_formulas_of_the_engine_add_up_to(tmp_path:
     assert weights.on_disk == memory.weight_bytes(config, scheme, 2)
     packed = sum(memory.resident_linear_bytes(*shape, scheme, 2) for shape in config.linears.values())
     assert weights.resident == weights.unquantized + 32 * packed
+
+
+def test_long_steps_widen_weights_of_few_bits_and_those_of_folders_of_several_schemes_may_be_such(
+    tmp_path: Path,
+) -> None:
+    mixed = GPTQ | {"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}
+    eight = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}, "targets": ["Linear"]}
+    eight["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    rounded = {"quant_method": "compressed-tensors", "config_groups": {"group_0": eight}}
+
+    def widened(name: str, quantization: dict[str, Any] | None, tokens: int) -> int:
+        model = open_model(str(write_config(tmp_path / name, LLAMA_31_8B | {"quantization_config": quantization})))
+        stored, options = replace(model, tensors={}), EngineOptions(max_num_batched_tokens=tokens)
+        return plan(stored, options=options).activations.likely - plan(LLAMA, options=options).activations.likely
+
+    gate_up = 2 * 14336 * 4096 * 2
+    assert [widened("plain", None, 2048), widened("w8a8", rounded, 2048)] == [0, 0]
+    assert [widened("w4", GPTQ, 2048), widened("mixed", mixed, 2048)] == [gate_up, gate_up]
+    assert widened("few", GPTQ, memory.FUSED_ROWS) == 0
 
 
 # Quantizing

@@ -568,8 +568,9 @@ class LLM:
                 self.config, options.max_num_batched_tokens, options.max_num_seqs, self.dtype.itemsize
             )
             format = open_format(self.config)
-            scheme = None if format is None else format.scheme
-            reserve += memory.widened_bytes(self.config, scheme, options.max_num_batched_tokens, self.dtype.itemsize)
+            if format is not None:
+                tokens = options.max_num_batched_tokens
+                reserve += memory.widened_bytes(self.config, format.scheme, tokens, self.dtype.itemsize)
             budget = free_kv_cache_bytes(self.device, options.gpu_memory_utilization, reserve)
         affordable = memory.pool_blocks(budget, self.config, options.block_size, self.kv_dtype)
         groups = len(layer_groups(self.config.windows))

@@ -218,9 +218,12 @@ multiplying through the library is faster."""
 
 
 def widened_bytes(config: ModelConfig, scheme: Scheme | None, batched_tokens: int, dtype_bytes: int) -> int:
-    """What a step widens at once, on a GPU, of weights of few bits: the largest of the layers that are multiplied as
-    one. Experts are unpacked in registers in steps of any length."""
-    if scheme is None or scheme.activation_bits == 8 or batched_tokens <= FUSED_ROWS:
+    """What a step widens at once, on a GPU, of a quantized model's weights of few bits: the largest of the layers that
+    are multiplied as one. Experts are unpacked in registers in steps of any length.
+
+    scheme  of its layers; None: they have several, of which that of the largest may be one of few bits
+    """
+    if batched_tokens <= FUSED_ROWS or (scheme is not None and scheme.activation_bits == 8):
         return 0
     shapes = config.linears
     groups = [group for stage in config.linear_stages for group in stage.groups if ".experts." not in group[0]]

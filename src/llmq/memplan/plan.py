@@ -154,8 +154,8 @@ class MemoryPlan:
         band = engines.activations(
             self.engine, self.architecture, self.max_num_batched_tokens, rows, self.batch_size, dtype_bytes
         )
-        config = self.model.config
-        if self.engine != LLMQ or config is None:
+        config, quantized = self.model.config, self.scheme is not None or self.architecture.quantization is not None
+        if self.engine != LLMQ or config is None or not quantized:
             return band
         return band.plus(memory.widened_bytes(config, self.weights.scheme, self.max_num_batched_tokens, dtype_bytes))
 
