@@ -17,8 +17,9 @@ from llmq.checkpoint.formats import format_for
 from llmq.checkpoint.tensors import TensorInfo
 from llmq.engine.options import EngineOptions
 from llmq.errors import LlmqError
+from llmq.memplan.engines import LLMQ
 from llmq.memplan.plan import Load, plan
-from llmq.memplan.source import open_model, widened_weight_bytes
+from llmq.memplan.source import open_model, weights_of, widened_weight_bytes
 from llmq.runtime.linear import resident_bytes
 from llmq.runtime.loader import load_decoder, open_source
 from llmq.scheme import E4M3, Scheme
@@ -144,12 +145,13 @@ CT = (*RTN, "--format", "compressed-tensors")
         ("llama", (*CT, "--scheme", "w4a16", "--override", "down_proj=w8a8")),
         ("qwen3", (*CT, "--scheme", "fp8", "--override", "lm_head=fp8", "--kv-cache-scheme", "fp8")),
         ("mixtral", (*CT, "--scheme", "w8a8")),
+        ("qwen2", (*CT, "--scheme", "w8a8")),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_what_is_loaded_from_files_is_as_planned_to_the_byte(
-    tmp_path: Path, variant: str, flags: tuple[str, ...], dtype: torch.dtype
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, flags: tuple[object, ...], device: str
 ) -> None:
     folder = save_variant(tmp_path / "original", variant)
     if flags:
@@ -158,8 +160,15 @@ def test_what_is_loaded_from_files_is_as_planned_to_the_byte(
         )
         assert done.code == 0, done.err
         folder = tmp_path / "quantized"
-    decoder = load_decoder(open_source(folder, "cpu", dtype))
-    assert widened_weight_bytes(open_model(str(folder)), dtype.itemsize) == resident_bytes(decoder)
+    model = open_model(str(folder))
+    if device == "gpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # which packs as for a GPU
+        decoder = load_decoder(open_source(folder, "cpu", torch.float32))
+        assert weights_of(model, None, LLMQ, 1).resident == resident_bytes(decoder)
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = load_decoder(open_source(folder, "cpu", dtype))
+        assert widened_weight_bytes(model, dtype.itemsize) == resident_bytes(decoder)
 
 
 def test_what_no_engine_loads_is_not_counted(tmp_path: Path) -> None:
