@@ -20,6 +20,7 @@ from llmq.errors import LlmqError
 from llmq.memplan.engines import LLMQ
 from llmq.memplan.plan import Load, plan
 from llmq.memplan.source import open_model, weights_of, widened_weight_bytes
+from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.linear import resident_bytes
 from llmq.runtime.loader import load_decoder, open_source
 from llmq.scheme import E4M3, Scheme
@@ -52,6 +53,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
         "head_dim": 64,
         "sliding_window": 32,
+    },
+    "qwen2-biases": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "mixtral-experts": {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
     },
 }
 REAL_SHAPES: dict[str, dict[str, Any]] = {
@@ -177,6 +195,18 @@ def test_what_no_engine_loads_is_not_counted(tmp_path: Path) -> None:
     angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": TensorInfo(folder, "F32", (16,), 64)}
     older = replace(model, tensors={**(model.tensors or {}), **angles})
     assert widened_weight_bytes(older, 4) == widened_weight_bytes(model, 4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_are_packed_for_a_gpu_as_planned_to_the_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, scheme: str
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = open_model(str(config_alone(tmp_path / "m", shape, scheme)))
+    assert model.config is not None
+    decoder = dummy_decoder(model.config, "cpu", torch.bfloat16)
+    assert weights_of(model, None, LLMQ, 1).resident == resident_bytes(decoder)
 
 
 @pytest.mark.gpu

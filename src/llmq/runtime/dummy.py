@@ -27,12 +27,13 @@ def dummy_decoder(config: ModelConfig, device: str, dtype: torch.dtype) -> Decod
     with torch.device("meta"):
         model = Decoder(config)
     for number, block in enumerate(model.layers):
-        for local_name, module in list(block.named_modules()):
-            scheme = None if format is None else format.scheme_of(f"{block_name(number)}.{local_name}")
+        for name in config.linears:
+            scheme = None if format is None else format.scheme_of(f"{block_name(number)}.{name}")
+            module = block.get_submodule(name)
             if isinstance(module, nn.Linear) and scheme is not None:
                 weight = dummy_weight(scheme, (module.out_features, module.in_features), dtype, noise)
                 bias = None if module.bias is None else torch.zeros(module.out_features, dtype=dtype, device=device)
-                block.set_submodule(local_name, quantized_linear(weight, bias, dtype))
+                block.set_submodule(name, quantized_linear(weight, bias, dtype))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
