@@ -231,6 +231,14 @@ def test_a_line_that_is_counted_may_not_be_off_by_a_byte_and_an_estimate_by_a_sh
     assert Line("", 1, None, exact=True).holds
 
 
+def test_a_config_alone_is_verified_with_random_weights_or_not_at_all(tmp_path: Path) -> None:
+    folder = config_alone(tmp_path / "m", "llama", "bf16")
+    flags = ("memplan", folder, "--verify", "--max-model-len", 64)
+    refused, verified = llmq(*flags), llmq(*flags, "--load-format", "dummy")
+    assert (refused.code, verified.code) == (1, 0)
+    assert "--load-format dummy" in refused.err
+
+
 def test_what_the_engine_does_not_run_is_not_verified(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "dtype": "bfloat16"}))
     result = plan(open_model(str(tmp_path)), load=Load(max_model_len=10))

@@ -71,6 +71,8 @@ def verify(
         )
     if plan.model.config is None:
         raise LlmqError(f"llmq does not run {plan.architecture.model_type}", "its plan can only be computed")
+    if plan.model.tensors is None and load_format != "dummy":
+        raise LlmqError(f"{model} has no weights to load", "take random ones: --load-format dummy")
     device = resolve_device(device)
     dtype = resolve_dtype("auto", plan.model.config, device)
     # Keys and values have the type that the engine computes in, or 8 bits, and no step is larger than the batch is.
