@@ -59,9 +59,9 @@ def verify(
     """Run ``plan``, a plan of ``model``, and compare. The engine's KV cache gets as much as was planned, and a batch
     of as many sequences as long as was planned is decoded.
 
-    Of a GPU, context is what the driver has given and torch does not know of; the total is the most that it gave, with
-    what torch kept of tensors that were gone. On a CPU, weights are widened and activations cannot be told from all
-    else. LlmqError when the engine cannot run it.
+    Of a GPU, context is what the driver has given and torch does not know of; what torch keeps of tensors that are gone
+    is in no line. On a CPU, weights are widened and activations cannot be told from all else. LlmqError when the engine
+    cannot run it.
     """
     if plan.engine != LLMQ or plan.num_gpus > 1 or plan.scheme is not None:
         raise LlmqError(
@@ -108,15 +108,12 @@ def verify(
             Line("activations", plan.activations.likely, None, exact=False),
         ]
     free, total = torch.cuda.mem_get_info(llm.device)
-    context = total - free - torch.cuda.memory_reserved(llm.device)
-    most = torch.cuda.max_memory_reserved(llm.device) - held
     activations = torch.cuda.max_memory_allocated(llm.device) - held - weights - pool
     return [
         Line("weights", plan.weights.resident, weights, exact=True),
         Line("KV cache", plan.kv_cache + plan.reserved, pool, exact=True),
         Line("activations", plan.activations.likely, activations, exact=False),
-        Line("context", plan.context, context, exact=False),
-        Line("total", plan.total, context + most, exact=False),
+        Line("context", plan.context, total - free - torch.cuda.memory_reserved(llm.device), exact=False),
     ]
 
 
