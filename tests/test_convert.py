@@ -210,7 +210,7 @@ def test_a_config_that_denies_a_packed_layer_is_refused(tmp_path: Path, w4: Path
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, w4: Path) -> None:
-    def interrupt(done: int, total: int, name: str) -> None:
+    def interrupt(done: int, total: int) -> None:
         if done == total // 2:
             raise KeyboardInterrupt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,8 +143,9 @@ def test_symmetric_weights_are_version_1_and_asymmetric_ones_version_2() -> None
 @pytest.mark.parametrize("scheme", [Scheme(4, 128, True), Scheme(8, -1, False)], ids=str)
 def test_the_config_is_read_as_it_was_written(scheme: Scheme) -> None:
     config = gptq.Gptq.for_schemes({NAME: scheme})
-    fields = config.config_dict(quantized=[NAME], ignored=[], damp_percent=0.01, writer="llmq:0")
+    fields = replace(config, damp_percent=0.01).config_dict(quantized=[NAME], ignored=[], writer="llmq:0")
     assert gptq.Gptq.read(fields) == config
+    assert fields["damp_percent"] == 0.01
     assert fields["desc_act"] is False
     assert "dynamic" not in fields
     assert "modules_in_block_to_quantize" not in fields
@@ -153,7 +155,8 @@ def test_scattered_groups_are_announced_where_readers_look() -> None:
     """Without ``desc_act``, fast kernels take the groups to be in their places, whatever the index says."""
     config = gptq.Gptq.for_schemes({NAME: Scheme()})
     for scattered in (True, False):
-        fields = config.config_dict(quantized=[NAME], ignored=[], writer="llmq:0", act_order=scattered)
+        written = replace(config, act_order=scattered)
+        fields = written.config_dict(quantized=[NAME], ignored=[], writer="llmq:0")
         assert fields["desc_act"] is scattered
 
 
@@ -165,7 +168,6 @@ def test_layers_ignored_in_all_blocks_are_named_within_the_block() -> None:
     fields = gptq.Gptq.for_schemes({NAME: Scheme()}).config_dict(
         quantized=names("0.mlp.up_proj", "1.mlp.up_proj"),
         ignored=names("0.mlp.down_proj", "1.mlp.down_proj"),
-        damp_percent=None,
         writer="llmq:0",
     )
     assert fields["dynamic"] == {r"-:.*\.mlp\.down_proj$": {}}
@@ -176,7 +178,6 @@ def test_layers_ignored_in_some_blocks_are_named_in_full() -> None:
     fields = gptq.Gptq.for_schemes({NAME: Scheme()}).config_dict(
         quantized=names("0.mlp.up_proj", "1.mlp.up_proj", "1.mlp.down_proj"),
         ignored=names("0.mlp.down_proj"),
-        damp_percent=None,
         writer="llmq:0",
     )
     assert fields["dynamic"] == {r"-:model\.layers\.0\.mlp\.down_proj$": {}}

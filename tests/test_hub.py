@@ -48,7 +48,10 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
         name = path.rpartition("/")[2]
-        if path.startswith(f"/api/models/{REPOSITORY}"):
+        if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
+            tree = [{"type": "file", "path": name, "size": len(self.files[name]), "oid": "0"} for name in self.files]
+            self._send(200, json.dumps(tree).encode(), body=body)
+        elif path.startswith(f"/api/models/{REPOSITORY}"):
             siblings = [{"rfilename": name} for name in self.files]
             self._send(200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode(), body=body)
         elif not path.startswith(f"/{REPOSITORY}/resolve/") or name not in self.files:
@@ -117,6 +120,13 @@ def test_a_model_that_is_not_on_the_hub_is_refused(endpoint: str, tmp_path: Path
     done = memplan(endpoint, tmp_path, "someone/else")
     assert done.returncode == 1
     assert "no such model on the hub" in done.stderr
+
+
+def test_without_a_network_that_is_said_at_once(tmp_path: Path) -> None:
+    nobody_listens = "http://127.0.0.1:9"
+    done = memplan(nobody_listens, tmp_path, REPOSITORY)
+    assert done.returncode == 1
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]  # no talk of further tries
 
 
 def test_offline_there_is_an_error_and_a_hint(endpoint: str, tmp_path: Path) -> None:

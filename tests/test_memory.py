@@ -176,6 +176,19 @@ def test_activations_grow_with_tokens_and_rows(config: ModelConfig, tokens: int,
     assert size >= rows * config.vocab_size * 4
 
 
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "gemma3"])
+def test_norms_with_an_offset_are_kept_in_fp32(tmp_path: Path, variant: str) -> None:
+    import torch
+
+    from llmq.runtime.linear import resident_bytes
+    from llmq.runtime.loader import load_decoder, open_source
+
+    folder = save_variant(tmp_path, variant)
+    config = read_config(folder)
+    loaded = resident_bytes(load_decoder(open_source(folder, "cpu", torch.bfloat16)))
+    assert loaded == memory.weight_bytes(config, None, 2) + memory.offset_norm_bytes(config, 2)
+
+
 # Units
 
 

@@ -32,7 +32,7 @@ from llmq.memplan.hints import changes_that_fit
 from llmq.memplan.plan import MOST, Load, MemoryPlan, plan
 from llmq.memplan.quantization import plan_quantization
 from llmq.memplan.solve import QUESTIONS, solve
-from llmq.memplan.source import Model
+from llmq.memplan.source import Model, open_model
 from llmq.plan import layer_groups
 from llmq.quant.schemes import PRESETS
 from llmq.scheme import Scheme
@@ -361,9 +361,10 @@ def test_without_files_the_size_is_computed_in_the_scheme_of_the_config() -> Non
     ("quantization", "reason"),
     [
         ({"quant_method": "fp8"}, "'fp8'"),
+        (GPTQ | {"bits": "four"}, "'four' bits"),
         (GPTQ | {"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}, "not every layer has the same scheme"),
     ],
-    ids=["no formula", "several schemes"],
+    ids=["no formula", "damaged", "several schemes"],
 )
 def test_without_files_what_no_formula_covers_is_refused(quantization: dict[str, Any], reason: str) -> None:
     result = plan(Model(describe(LLAMA_31_8B | {"quantization_config": quantization})))
@@ -378,6 +379,25 @@ def test_planned_weights_are_what_the_formulas_of_the_engine_add_up_to(tmp_path:
     assert weights.on_disk == memory.weight_bytes(config, scheme, 2)
     packed = sum(memory.resident_linear_bytes(*shape, scheme, 2) for shape in config.linears.values())
     assert weights.resident == weights.unquantized + 32 * packed
+
+
+def test_long_steps_widen_weights_of_few_bits_and_those_of_folders_of_several_schemes_may_be_such(
+    tmp_path: Path,
+) -> None:
+    mixed = GPTQ | {"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}
+    eight = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}, "targets": ["Linear"]}
+    eight["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    rounded = {"quant_method": "compressed-tensors", "config_groups": {"group_0": eight}}
+
+    def widened(name: str, quantization: dict[str, Any] | None, tokens: int) -> int:
+        model = open_model(str(write_config(tmp_path / name, LLAMA_31_8B | {"quantization_config": quantization})))
+        stored, options = replace(model, tensors={}), EngineOptions(max_num_batched_tokens=tokens)
+        return plan(stored, options=options).activations.likely - plan(LLAMA, options=options).activations.likely
+
+    gate_up = 2 * 14336 * 4096 * 2
+    assert [widened("plain", None, 2048), widened("w8a8", rounded, 2048)] == [0, 0]
+    assert [widened("w4", GPTQ, 2048), widened("mixed", mixed, 2048)] == [gate_up, gate_up]
+    assert widened("few", GPTQ, memory.FUSED_ROWS) == 0
 
 
 # Quantizing
@@ -476,6 +496,15 @@ def test_what_does_not_fit_is_told_which_change_would_and_its_price(llama: Path)
     assert llmq("memplan", llama, "--gpu-memory", "24GiB", "--max-model-len", length.split()[2]).code == 0
 
 
+def test_where_neither_weights_nor_cache_are_small_enough_alone_both_are_tried(llama: Path) -> None:
+    hints = llmq("memplan", llama, "--gpu", "rtx-4090").err.splitlines()
+    both = next(hint for hint in hints if "--scheme" in hint).split()
+    assert (both[1], both[3]) == ("--scheme", "--kv-cache-dtype")
+    assert llmq("memplan", llama, "--gpu", "rtx-4090", *both[1:3]).code == CHECK_FAILED
+    assert llmq("memplan", llama, "--gpu", "rtx-4090", *both[3:5]).code == CHECK_FAILED
+    assert llmq("memplan", llama, "--gpu", "rtx-4090", *both[1:5]).code == 0
+
+
 def test_a_config_alone_will_do(llama: Path) -> None:
     folder, file = (json.loads(llmq("memplan", path, "--json").out) for path in (llama, llama / "config.json"))
     assert folder["weights"] == file["weights"]
@@ -561,6 +590,7 @@ def test_an_explanation_names_layers_engines_and_assumptions(llama: Path) -> Non
     [
         (("--num-gpus", 2), "llmq's engine runs on one GPU today"),
         (("--kv-cache-dtype", "fp8"), ""),
+        (("--kv-cache-dtype", "float32"), "llmq keeps keys and values in bfloat16, fp8 or int8"),
         (("--num-gpus", 2, "--kv-cache-dtype", "fp8", "--engine", "vllm"), ""),
     ],
     ids=str,
@@ -592,6 +622,26 @@ def test_an_unknown_architecture_is_planned_with_a_warning(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"model_type": "llama", "architectures": ["NewForCausalLM"]},
+            "the architecture NewForCausalLM is not supported",
+        ),
+        ({"rope_scaling": "yarn"}, "field 'rope_scaling'"),
+    ],
+    ids=str,
+)
+def test_what_the_engine_does_not_run_is_planned_and_the_reason_given(
+    tmp_path: Path, fields: dict[str, Any], reason: str
+) -> None:
+    result = llmq("memplan", write_config(tmp_path / "m", LLAMA_31_8B | fields), "--gpu", "h200")
+    assert result.code == 0
+    assert result.err.startswith("warning: llmq does not run llama")
+    assert reason in result.err
+
+
+@pytest.mark.parametrize(
     ("flags", "code"),
     [
         (("--solve", "everything", "--gpu", "h200"), USAGE),
@@ -600,9 +650,14 @@ def test_an_unknown_architecture_is_planned_with_a_warning(tmp_path: Path) -> No
         (("--scheme", "w5a5"), USAGE),
         (("--gpu", "h200", "--gpu-memory", "24GiB"), USAGE),
         (("--gpu-memory", "24 bananas"), USAGE),
+        (("--gpu-memory", "24"), USAGE),
+        (("--block-size", 0), USAGE),
+        (("--max-num-batched-tokens", 0), USAGE),
+        (("--load-format", "none"), USAGE),
+        (("--phase", "quantize", "--table"), USAGE),
         (("--concurrency", 0), USAGE),
         (("--engine", "vllm", "--verify"), USAGE),
-        (("--plot", "plan.exe"), 1),
+        (("--plot", "plan.exe"), USAGE),
     ],
     ids=str,
 )

@@ -39,6 +39,7 @@ from llmq.runtime.device import (
     KV_DTYPES,
     check_deterministic,
     check_weights_fit,
+    free_device_memory,
     free_kv_cache_bytes,
     host_memory_bytes,
     resolve_device,
@@ -170,6 +171,7 @@ class LLM:
                 kv_scales = load_kv_scales(source)
                 if kv_scales is None:
                     warnings.warn(f"{model} has no scales for an fp8 KV cache: they are taken for 1", stacklevel=2)
+        free_device_memory(self.device)
         cpu_blocks = self._cpu_blocks()
         num_blocks = self._num_blocks()
         options = self.options
@@ -569,8 +571,9 @@ class LLM:
                 self.config, options.max_num_batched_tokens, options.max_num_seqs, self.dtype.itemsize
             )
             format = open_format(self.config)
-            scheme = None if format is None else format.scheme
-            reserve += memory.widened_bytes(self.config, scheme, options.max_num_batched_tokens, self.dtype.itemsize)
+            if format is not None:
+                tokens = options.max_num_batched_tokens
+                reserve += memory.widened_bytes(self.config, format.scheme, tokens, self.dtype.itemsize)
             budget = free_kv_cache_bytes(self.device, options.gpu_memory_utilization, reserve)
         affordable = memory.pool_blocks(budget, self.config, options.block_size, self.kv_dtype)
         groups = len(layer_groups(self.config.windows))

@@ -164,13 +164,28 @@ def weight_bytes(config: ModelConfig, scheme: Scheme | None, dtype_bytes: int) -
     return rest * dtype_bytes + config.num_layers * block_linear_bytes(config, scheme, dtype_bytes)
 
 
+def offset_norm_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+    """What the engine's norms take beyond the model's dtype: with an offset, they are kept in fp32."""
+    numbers = config.hidden_size + config.num_layers * _block_norms(config)
+    return numbers * (4 - dtype_bytes) if config.norm_offset else 0
+
+
+def _block_norms(config: ModelConfig) -> int:
+    return (4 if config.post_norms else 2) * config.hidden_size + 2 * config.head_dim * config.qk_norm
+
+
 def _block_rest(config: ModelConfig) -> int:
     """Norms, router and biases of one decoder block."""
-    norms = (4 if config.post_norms else 2) * config.hidden_size + 2 * config.head_dim * config.qk_norm
     router = 0 if config.experts is None else config.experts.count * config.hidden_size
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     mlp = 2 * config.intermediate_size + config.hidden_size
-    return norms + router + config.qkv_bias * qkv + config.o_bias * config.hidden_size + config.mlp_bias * mlp
+    return (
+        _block_norms(config)
+        + router
+        + config.qkv_bias * qkv
+        + config.o_bias * config.hidden_size
+        + config.mlp_bias * mlp
+    )
 
 
 # Activations
@@ -203,12 +218,16 @@ multiplying through the library is faster."""
 
 
 def widened_bytes(config: ModelConfig, scheme: Scheme | None, batched_tokens: int, dtype_bytes: int) -> int:
-    """What a step widens at once, on a GPU, of weights of few bits: the largest of the layers that are multiplied as
-    one. Experts are unpacked in registers in steps of any length."""
-    if scheme is None or scheme.activation_bits == 8 or batched_tokens <= FUSED_ROWS:
+    """What a step widens at once, on a GPU, of a quantized model's weights of few bits: the largest of the layers that
+    are multiplied as one. Experts are unpacked in registers in steps of any length.
+
+    scheme  of its layers; None: they have several, of which that of the largest may be one of few bits
+    """
+    if batched_tokens <= FUSED_ROWS or (scheme is not None and scheme.activation_bits == 8):
         return 0
+    shapes = config.linears
     groups = [group for stage in config.linear_stages for group in stage.groups if ".experts." not in group[0]]
-    return dtype_bytes * max(sum(prod(config.linears[name]) for name in group) for group in groups)
+    return dtype_bytes * max(sum(prod(shapes[name]) for name in group) for group in groups)
 
 
 MICRO_BATCH_TOKENS = 4096

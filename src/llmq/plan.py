@@ -39,10 +39,6 @@ class RowSampling:
     beams: int = 0
 
     @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
     def plain(self) -> bool:
         """Whether one token is drawn from all of the vocabulary, and nothing else is asked for."""
         cut = self.top_k or self.top_p < 1 or self.min_p

@@ -41,7 +41,6 @@ from llmq.plan import layer_groups
 from llmq.quant.pipeline import quantize
 from llmq.quant.schemes import PRESETS, RTN, choose
 from llmq.runtime.device import free_kv_cache_bytes, resolve_device, resolve_dtype, resolve_kv_dtype
-from llmq.runtime.loader import block_name
 from llmq.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -259,11 +258,7 @@ def _make(source: Path, name: str, scratch: Path, dummy: bool, device: str) -> P
 def _describe(source: Path, target: Path, scheme: Scheme, form: str) -> None:
     """A folder without weights, whose config.json says that all layers are in ``scheme``."""
     config = read_config(source)
-    shapes = {
-        f"{block_name(layer)}.{linear}": shape
-        for layer in range(config.num_layers)
-        for linear, shape in config.linears.items()
-    }
+    shapes = config.all_linears
     quantized = [name for name, (_, in_features) in shapes.items() if scheme.divides(in_features)]
     ignored = [name for name in shapes if name not in quantized]
     format = format_for(form, dict.fromkeys(quantized, scheme))

@@ -27,8 +27,7 @@ from llmq.engine.request import SamplingParams
 from llmq.llm import LLM, RequestOutput
 from llmq.memory import RESERVED_BLOCKS
 from llmq.memplan import plan as memplan
-from llmq.memplan.source import open_model
-from llmq.memplan.weights import dense_bytes
+from llmq.memplan.source import open_model, widened_weight_bytes
 from llmq.runtime.linear import resident_bytes
 
 if TYPE_CHECKING:
@@ -185,9 +184,9 @@ class Subject:
         weights = resident_bytes(llm.decoder)
         peak = llm.kv_cache_bytes // (run.stats.total_blocks + RESERVED_BLOCKS) * run.stats.peak_blocks
         if llm.device == "cpu":  # where weights are widened, and activations cannot be told from all else
-            dense = dense_bytes(plan.architecture, plan.weights.scheme, llm.dtype.itemsize)
+            widened = widened_weight_bytes(plan.model, llm.dtype.itemsize)
             return [
-                Line("weights", dense, weights, exact=True),
+                Line("weights", widened, weights, exact=True),
                 Line("KV cache, at most", plan.kv_cache, peak, exact=False),
             ]
         activations = torch.cuda.max_memory_allocated(llm.device) - weights - llm.kv_cache_bytes

@@ -15,7 +15,7 @@ from llmq.llm import LLM
 from llmq.memory import format_bytes
 from llmq.memplan.engines import LLMQ
 from llmq.memplan.plan import MemoryPlan
-from llmq.memplan.weights import dense_bytes
+from llmq.memplan.source import widened_weight_bytes
 from llmq.runtime.device import resolve_device, resolve_dtype, resolve_kv_dtype
 from llmq.runtime.linear import resident_bytes
 
@@ -59,7 +59,9 @@ def verify(
     """Run ``plan``, a plan of ``model``, and compare. The engine's KV cache gets as much as was planned, and a batch
     of as many sequences as long as was planned is decoded.
 
-    On a CPU, weights are widened and activations cannot be told from all else. LlmqError when the engine cannot run it.
+    Of a GPU, context is what the driver has given and torch does not know of; what torch keeps of tensors that are gone
+    is in no line. On a CPU, weights are widened and activations cannot be told from all else. LlmqError when the engine
+    cannot run it.
     """
     if plan.engine != LLMQ or plan.num_gpus > 1 or plan.scheme is not None:
         raise LlmqError(
@@ -69,6 +71,8 @@ def verify(
         )
     if plan.model.config is None:
         raise LlmqError(f"llmq does not run {plan.architecture.model_type}", "its plan can only be computed")
+    if plan.model.tensors is None and load_format != "dummy":
+        raise LlmqError(f"{model} has no weights to load", "take random ones: --load-format dummy")
     device = resolve_device(device)
     dtype = resolve_dtype("auto", plan.model.config, device)
     # Keys and values have the type that the engine computes in, or 8 bits, and no step is larger than the batch is.
@@ -97,9 +101,9 @@ def verify(
     _run_batch(llm, plan)
     weights, pool = resident_bytes(llm.decoder), llm.kv_cache_bytes
     if llm.device == "cpu":
-        dense = dense_bytes(plan.architecture, plan.weights.scheme, llm.dtype.itemsize)
+        widened = widened_weight_bytes(plan.model, llm.dtype.itemsize)
         return [
-            Line("weights", dense, weights, exact=True),
+            Line("weights", widened, weights, exact=True),
             Line("KV cache", plan.kv_cache + plan.reserved, pool, exact=True),
             Line("activations", plan.activations.likely, None, exact=False),
         ]

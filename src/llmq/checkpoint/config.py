@@ -27,6 +27,11 @@ SEPARATE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
 """Files that say what config.json has as ``quantization_config``, and the method that they may not name."""
 
 
+def block_name(layer: int) -> str:
+    """The checkpoint's name of a decoder block."""
+    return f"model.layers.{layer}"
+
+
 @dataclass(frozen=True, slots=True)
 class LinearNames:
     """What the checkpoints of an architecture call the linear layers of a block.
@@ -195,6 +200,14 @@ class ModelConfig:
         return {name: shapes[name.rpartition(".")[2]] for name in layers}
 
     @property
+    def all_linears(self) -> dict[str, tuple[int, int]]:
+        """``linears`` of all decoder blocks: name in the checkpoint → (out_features, in_features)."""
+        linears = self.linears
+        return {
+            f"{block_name(layer)}.{name}": shape for layer in range(self.num_layers) for name, shape in linears.items()
+        }
+
+    @property
     def mlp_elements(self) -> int:
         """Numbers that the MLP of a block has for one token at once; experts' outputs are kept until all have run."""
         if self.experts is None:
@@ -347,10 +360,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LlmqError(f"{path.parent} has no {path.name}", "point at a Hugging Face model folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LlmqError(f"{path} cannot be read: {error}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise LlmqError(f"{path} cannot be read: {error}", f"mend {path.name}, or fetch it again") from None
     if not isinstance(value, dict):
-        raise LlmqError(f"{path} does not hold a JSON object")
+        raise LlmqError(f"{path} does not hold a JSON object", f"mend {path.name}, or fetch it again")
     return value
 
 

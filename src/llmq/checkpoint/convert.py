@@ -28,8 +28,8 @@ from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import LlmqError
 from llmq.scheme import Scheme
 
-Progress = Callable[[int, int, str], None]
-"""Called with (layers done, layers in all, name of the layer just done)."""
+Progress = Callable[[int, int], None]
+"""Called with (layers done, layers in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def convert(
         for done, name in enumerate(shapes, start=1):
             writer.add_all(target.pack(name, replace(source.unpack(name, tensors), scheme=schemes[name])))
             if progress is not None:
-                progress(done, len(shapes), name)
+                progress(done, len(shapes))
         for name in kept:
             writer.add(name, tensors.load(name))
         writer.close()
@@ -114,12 +114,9 @@ def convert(
 
 def _layers(config: ModelConfig, tensors: Tensors, source: Format) -> dict[str, tuple[int, int]]:
     """The packed layers → (out_features, in_features). LlmqError for packed ones that the model does not have."""
-    linears = {
-        f"model.layers.{layer}.{linear}": shape
-        for layer in range(config.num_layers)
-        for linear, shape in config.linears.items()
-    }
-    everywhere = linears if config.tied_embeddings else linears | {HEAD: (config.vocab_size, config.hidden_size)}
+    everywhere = config.all_linears
+    if not config.tied_embeddings:
+        everywhere[HEAD] = config.vocab_size, config.hidden_size
     packed = {name: shape for name, shape in everywhere.items() if is_packed(source, name, tensors)}
     for name in sorted(packed_layers(source, tensors) - set(packed)):
         raise LlmqError(

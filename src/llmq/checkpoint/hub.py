@@ -12,16 +12,13 @@ from llmq.errors import LlmqError
 
 def fetch_config(hub_id: str, revision: str | None = None) -> Path:
     """The folder of the hub's cache that has the model's config.json. LlmqError when the hub does not hand it out."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
 
-    with explained(hub_id, revision):
-        try:
-            return Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            raise LlmqError(f"{hub_id} has no config.json", "is it a model of transformers' kind?") from None
+    with explained(hub_id, revision):  # a download of the file alone would try for half a minute without a network
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=["config.json"]))
+    if not (folder / "config.json").exists():
+        raise LlmqError(f"{hub_id} has no config.json", "is it a model of transformers' kind?")
+    return folder
 
 
 def fetch_headers(hub_id: str, revision: str | None = None) -> Mapping[str, TensorInfo] | None:

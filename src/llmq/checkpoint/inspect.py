@@ -56,11 +56,7 @@ def inspect(model: str, revision: str | None = None) -> Inspection:
     config, tensors = read_config(folder), Tensors(folder)
     format = open_format(config)
     layers, problems = [], [*_config_problems(folder, config, format), *_model_problems(config, format, tensors)]
-    shapes = {
-        f"model.layers.{block}.{linear}": shape
-        for block in range(config.num_layers)
-        for linear, shape in config.linears.items()
-    }
+    shapes = config.all_linears
     if is_packed(format, HEAD, tensors) and not config.tied_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
     for name, shape in shapes.items():

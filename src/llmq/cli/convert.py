@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from llmq.checkpoint.convert import convert as run
 from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
-from llmq.cli.console import err, out, print_json
+from llmq.cli.console import err, out, print_json, progress
 from llmq.memory import format_bytes
 
 
@@ -29,17 +28,8 @@ def convert(
 
     llmq convert demo-w4 -o demo-w4-awq --format awq
     """
-    columns = (TextColumn("converting"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task("layers", total=None)
-        report = run(
-            model,
-            output,
-            format,
-            revision=revision,
-            overwrite=overwrite,
-            progress=lambda done, total, _: bar.update(task, completed=done, total=total),
-        )
+    with progress("layers") as told:
+        report = run(model, output, format, revision=revision, overwrite=overwrite, progress=told)
     if json:
         print_json("llmq.convert/1", report.to_json())
     else:

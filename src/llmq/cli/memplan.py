@@ -22,14 +22,13 @@ from llmq.memplan.plan import AUTO, Load, MemoryPlan, plan
 from llmq.memplan.quantization import QuantizationPlan, plan_quantization
 from llmq.memplan.solve import QUESTIONS, solve
 from llmq.memplan.source import Model, open_model
-from llmq.quant.options import DEFAULTS
+from llmq.quant.options import DEFAULTS, SCHEMES
 from llmq.quant.schemes import CALIBRATED, PRESETS, choose, methods_for
 from llmq.scheme import Scheme
 
 _ENGINE = EngineOptions()
 _LOAD = Load()
 SERVE, QUANTIZE = PHASES = ("serve", "quantize")
-SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()}
 AS_IT_IS = "none"
 
 
@@ -120,6 +119,10 @@ def memplan(
     memory = _gpu_memory(gpu, gpu_memory)
     known = open_model(model, revision)
     if phase == QUANTIZE:
+        asked = {"--solve": solve_for, "--table": as_table, "--explain": explain, "--plot": plot, "--verify": verify}
+        for flag, is_asked in asked.items():
+            if is_asked:
+                raise LlmqError(f"{flag} is of --phase {SERVE}", f"leave out {flag}", exit_code=USAGE)
         _quantization(model, known, planned_scheme or DEFAULTS.choice.scheme, memory, json=json)
         return
     result = plan(
@@ -128,9 +131,12 @@ def memplan(
         load=Load(batch_size, max_model_len, kv_cache_dtype),
         options=EngineOptions(
             max_num_seqs,
-            max_num_batched_tokens or engines.default_batched_tokens(engine, _ENGINE.max_num_batched_tokens, memory),
-            block_size or engines.default_block_size(engine, _ENGINE.block_size),
+            engines.default_batched_tokens(engine, _ENGINE.max_num_batched_tokens, memory)
+            if max_num_batched_tokens is None
+            else max_num_batched_tokens,
+            engines.default_block_size(engine, _ENGINE.block_size) if block_size is None else block_size,
             gpu_memory_utilization=gpu_memory_utilization,
+            load_format=cast(LoadFormat, load_format),
         ),
         engine=engine,
         num_gpus=num_gpus,
@@ -138,15 +144,15 @@ def memplan(
     )
     answer = None if solve_for is None else solve(result, solve_for, SCHEMES)
     result = result if answer is None else answer.plan
+    if plot is not None:
+        from llmq.memplan.plot import draw
+
+        draw(result, plot)
     lines = None
     if verify:
         from llmq.bench.memory import verify as compare
 
         lines = compare(model, result, revision=revision, load_format=cast(LoadFormat, load_format))
-    if plot is not None:
-        from llmq.memplan.plot import draw
-
-        draw(result, plot)
     if json:
         value = {"model": model, **report.as_json(result, SCHEMES)}
         if answer is not None:

@@ -61,7 +61,6 @@ class BlockManager:
         self.cpu_blocks = cpu_blocks
         self.prefix_caching = prefix_caching
         self.prefix_stats = PrefixStats()
-        self.copies = 0
         self._has_windows = any(window is not None for window in self.windows)
         self._refs = [0] * num_blocks
         self._free = list(range(num_blocks - 1, RESERVED_BLOCKS - 1, -1))
@@ -158,7 +157,6 @@ class BlockManager:
             if sequence.pending:
                 self._own_tail(sequence, moves)
                 self._lengthen(sequence)
-        self.copies += len(moves)
         return moves
 
     def fork(self, parent: Tokens, child: Tokens) -> None:

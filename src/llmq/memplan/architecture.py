@@ -74,14 +74,14 @@ class Weight:
 class Architecture:
     """A model as its config.json describes it. One is not compared with another: what is counted once is kept.
 
-    layers               what each decoder layer keeps
-    weights              all there are; a tied head is none of them
-    mlp_elements         numbers that the MLP, or the experts of one token, have for it at once
-    context_length       tokens that it was made for; None: it does not say, or has no limit
-    state_dtype          of ``state_elements``; None: as the cache
-    quantization_method  of the folder's weights, or None
-    assumptions          what config.json leaves open, and how it was taken
-    known                False where the parameters are counted as if it were a Llama
+    layers          what each decoder layer keeps
+    weights         all there are; a tied head is none of them
+    mlp_elements    numbers that the MLP, or the experts of one token, have for it at once
+    context_length  tokens that it was made for; None: it does not say, or has no limit
+    state_dtype     of ``state_elements``; None: as the cache
+    quantization    ``quantization_config`` as the folder has it, or None
+    assumptions     what config.json leaves open, and how it was taken
+    known           False where the parameters are counted as if it were a Llama
     """
 
     model_type: str

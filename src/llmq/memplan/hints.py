@@ -1,4 +1,4 @@
-"""What would make a plan fit: the smallest single changes, each with its price."""
+"""What would make a plan fit: the smallest changes, each with its price."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Change:
 
 
 def changes_that_fit(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> list[Change]:
-    """For a plan that does not fit: the single changes after which it does, a larger GPU the last.
+    """For a plan that does not fit: the single changes after which it does, a larger GPU the last; of weights and cache
+    both, where neither is enough alone.
 
     ``schemes``: those that there are, by their names.
     """
@@ -49,25 +50,35 @@ def _candidates(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> Iterator[tup
             f"{users:,} sequences at once instead of {plan.batch_size:,}",
             replace(plan, batch_size=users),
         )
-    if plan.scheme is None and plan.architecture.quantization is None:
-        own = plan.weights
-        for name, changed in list(fitting_schemes(plan, schemes).items())[:1]:
-            bits = 8 * changed.weights.on_disk / own.parameters
-            yield (
-                f"--scheme {name}",
-                f"{bits:.1f} bits a weight instead of {8 * own.on_disk / own.parameters:.1f}",
-                changed,
-            )
-    narrower = [name for name in ("bfloat16", "fp8") if KV_DTYPE_BYTES[name] < KV_DTYPE_BYTES[plan.kv_dtype]]
-    for name in narrower:
-        changed = replace(plan, kv_dtype=name)
-        if changed.fits:
-            yield f"--kv-cache-dtype {name}", f"keys and values of {8 * KV_DTYPE_BYTES[name]} bits", changed
-            break
+    alone = [*_fewer_bits(plan, schemes), *[found for found in _narrower_caches(plan) if found[2].fits][:1]]
+    yield from alone
+    if not alone:
+        for cache_flag, cache_price, narrower in list(_narrower_caches(plan))[-1:]:
+            for flag, price, changed in _fewer_bits(narrower, schemes):
+                yield f"{flag} {cache_flag}", f"{price}, and {cache_price}", changed
     gpus = None if plan.engine == LLMQ else plan.gpus_needed
     if gpus is not None:
         yield f"--num-gpus {gpus}", f"{gpus} GPUs instead of {plan.num_gpus}", replace(plan, num_gpus=gpus)
     yield from _larger_gpu(plan)
+
+
+def _fewer_bits(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, str, MemoryPlan]]:
+    """The scheme of most bits that fits, of a model that has none yet."""
+    if plan.scheme is not None or plan.architecture.quantization is not None:
+        return
+    own = plan.weights
+    for name, changed in list(fitting_schemes(plan, schemes).items())[:1]:
+        bits = 8 * changed.weights.on_disk / own.parameters
+        price = f"{bits:.1f} bits a weight instead of {8 * own.on_disk / own.parameters:.1f}"
+        yield f"--scheme {name}", price, changed
+
+
+def _narrower_caches(plan: MemoryPlan) -> Iterator[tuple[str, str, MemoryPlan]]:
+    """Whether they fit or not, the widest first; of llmq's engine those that it has."""
+    for name in ("fp8",) if plan.engine == LLMQ else ("bfloat16", "fp8"):
+        if KV_DTYPE_BYTES[name] < KV_DTYPE_BYTES[plan.kv_dtype]:
+            price = f"keys and values of {8 * KV_DTYPE_BYTES[name]} bits"
+            yield f"--kv-cache-dtype {name}", price, replace(plan, kv_dtype=name)
 
 
 def _larger_gpu(plan: MemoryPlan) -> Iterator[tuple[str, str, MemoryPlan]]:

@@ -25,6 +25,8 @@ from llmq.scheme import Scheme
 AUTO = "auto"
 MOST = 2**24
 """As far as inverse questions look: tokens of a sequence, sequences at once."""
+LEAST_GPU_MEMORY = 2**20
+"""A number below this lacks its unit."""
 GPU_COUNTS = tuple(2**power for power in range(11))
 
 
@@ -152,8 +154,8 @@ class MemoryPlan:
         band = engines.activations(
             self.engine, self.architecture, self.max_num_batched_tokens, rows, self.batch_size, dtype_bytes
         )
-        config = self.model.config
-        if self.engine != LLMQ or config is None:
+        config, quantized = self.model.config, self.scheme is not None or self.architecture.quantization is not None
+        if self.engine != LLMQ or config is None or not quantized:
             return band
         return band.plus(memory.widened_bytes(config, self.weights.scheme, self.max_num_batched_tokens, dtype_bytes))
 
@@ -259,8 +261,12 @@ def plan(
             f"--num-gpus is a power of two, at most {GPU_COUNTS[-1]}",
             exit_code=USAGE,
         )
-    if gpu_memory is not None and gpu_memory <= 0:
-        raise LlmqError("a GPU without memory holds nothing", "check --gpu-memory", exit_code=USAGE)
+    if gpu_memory is not None and gpu_memory < LEAST_GPU_MEMORY:
+        raise LlmqError(
+            f"a GPU of {memory.format_bytes(gpu_memory)} holds nothing",
+            "say what the number counts: --gpu-memory 80GB, or 80GiB",
+            exit_code=USAGE,
+        )
     return MemoryPlan(
         model=model,
         scheme=scheme,

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from llmq.engine.options import KV_CACHE_DTYPES
 from llmq.memory import format_bytes
 from llmq.memplan import engines
 from llmq.memplan.architecture import LayerCache
 from llmq.memplan.engines import ENGINES, IDEAL, LLMQ, VLLM
 from llmq.memplan.hints import changes_that_fit
 from llmq.memplan.plan import MemoryPlan
-from llmq.memplan.weights import dense_bytes
+from llmq.memplan.source import widened_weight_bytes
 from llmq.scheme import Scheme
 
 BAR_WIDTH = 60
@@ -41,7 +42,7 @@ def start_line(plan: MemoryPlan, pool: int, *, widened_to: int | None) -> str:
     """
     weights = plan.weights.resident
     if widened_to is not None:
-        weights = dense_bytes(plan.architecture, plan.weights.scheme, widened_to)
+        weights = widened_weight_bytes(plan.model, widened_to)
     number = (pool - plan.reserved) // plan.sequence_bytes
     return (
         f"weights {format_bytes(weights)}, KV cache {format_bytes(pool)} for {_sequences(number)} of "
@@ -153,7 +154,12 @@ def warnings(plan: MemoryPlan) -> list[str]:
     if plan.engine != LLMQ:
         return found
     if plan.model.config is None:
-        found.append(f"llmq does not run {plan.architecture.model_type}: this is what its engine would hold")
+        reason = f"{plan.architecture.model_type} ({plan.model.obstacle})"
+        found.append(f"llmq does not run {reason}: this is what its engine would hold")
+    if plan.kv_dtype not in (plan.architecture.dtype, *KV_CACHE_DTYPES):
+        found.append(
+            f"llmq keeps keys and values in {plan.architecture.dtype}, fp8 or int8, and not in {plan.kv_dtype}"
+        )
     if plan.num_gpus > 1:
         found.append("llmq's engine runs on one GPU today: this is what each would hold with tensor parallelism")
     return found

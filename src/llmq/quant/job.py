@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.config import block_name
 from llmq.checkpoint.folder import DEMO
 from llmq.checkpoint.formats import WRITER, Format, format_for, packed_bytes
 from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
+from llmq.checkpoint.formats.gptq import Gptq
 from llmq.checkpoint.shards import Place
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
 from llmq.memory import MICRO_BATCH_TOKENS
-from llmq.quant.options import QuantizeOptions
-from llmq.runtime.loader import Source, block_name
+from llmq.quant.methods.gptq import DAMP_PERCENT
+from llmq.quant.options import DYNAMIC, QuantizeOptions
+from llmq.quant.schemes import GPTQ
+from llmq.runtime.loader import Source
 from llmq.scheme import Scheme
 
 REST = "the rest"
@@ -61,9 +65,12 @@ class Job:
 
     @property
     def format(self) -> Format:
-        format = format_for(self.options.choice.format, self.schemes)
-        if self.options.kv_cache is not None and isinstance(format, CompressedTensors):
-            return replace(format, kv_scales=True)
+        format, options = format_for(self.options.choice.format, self.schemes), self.options
+        if isinstance(format, CompressedTensors):
+            return replace(format, kv_scales=options.kv_cache is not None)
+        if isinstance(format, Gptq):
+            damp_percent = DAMP_PERCENT if options.choice.method == GPTQ else None
+            return replace(format, damp_percent=damp_percent, act_order=options.act_order == DYNAMIC)
         return format
 
     @property

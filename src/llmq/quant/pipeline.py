@@ -30,16 +30,15 @@ from llmq.quant.calibration import draw_windows
 from llmq.quant.check import check_runs
 from llmq.quant.job import REST, Job
 from llmq.quant.journal import Journal
-from llmq.quant.methods import gptq
 from llmq.quant.model_card import model_card
 from llmq.quant.needs import Needs, needs_of
-from llmq.quant.options import DEFAULTS, DYNAMIC, Calibration, QuantizeOptions, Rule
+from llmq.quant.options import DEFAULTS, Calibration, QuantizeOptions, Rule
 from llmq.quant.plot import write_plot
 from llmq.quant.prepare import prepare
 from llmq.quant.recipe import RECIPE, recipe_text
 from llmq.quant.report import LayerReport, QuantizationReport, write_report
 from llmq.quant.rounding import load_weight, round_layers
-from llmq.quant.schemes import GPTQ, choose
+from llmq.quant.schemes import choose
 from llmq.quant.third_party import quantize_by
 from llmq.runtime.device import free_memory, peak_memory_bytes, peak_memory_of_children
 from llmq.runtime.loader import HEAD
@@ -182,13 +181,7 @@ def _run(
     started = time.monotonic()
     folders.copy_side_files(job.folder, partial)
     format = job.format
-    quantization = format.config_dict(
-        quantized=list(job.schemes),
-        ignored=job.left_out,
-        writer=WRITER,
-        damp_percent=gptq.DAMP_PERCENT if job.options.choice.method == GPTQ else None,
-        act_order=job.options.act_order == DYNAMIC,
-    )
+    quantization = format.config_dict(quantized=list(job.schemes), ignored=job.left_out, writer=WRITER)
     write_configs(job.folder, partial, format, quantization)
     check_runs(partial, job.source.device, job.source.dtype)
     report = _report(

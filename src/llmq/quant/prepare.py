@@ -16,7 +16,7 @@ from llmq.quant.methods import bnb
 from llmq.quant.options import QuantizeOptions
 from llmq.quant.schemes import BNB
 from llmq.runtime.device import resolve_device, resolve_dtype
-from llmq.runtime.loader import HEAD, Source, block_name
+from llmq.runtime.loader import HEAD, Source
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
 
@@ -38,7 +38,7 @@ def prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         if device.partition(":")[0] not in backend.devices:
             device = backend.devices[0]
             notes.append(f"{backend.name} runs on {device} only, with the versions that llmq installs it in")
-    every = [f"{block_name(layer)}.{linear}" for layer in range(config.num_layers) for linear in config.linears]
+    every = list(config.all_linears)
     wanted = _wanted(every, options)
     if HEAD in wanted and config.tied_embeddings:
         raise LlmqError(

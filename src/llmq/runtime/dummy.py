@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmq.checkpoint.config import ModelConfig
+from llmq.checkpoint.config import ModelConfig, block_name
 from llmq.checkpoint.formats import open_format
 from llmq.checkpoint.quantized_weight import QuantizedWeight, numbers
-from llmq.runtime.decoder import Decoder, DecoderLayer
+from llmq.runtime.decoder import Decoder, DecoderLayer, RMSNorm
 from llmq.runtime.kernels.quantize_rows import LARGEST
 from llmq.runtime.linear import quantized_linear
-from llmq.runtime.loader import block_name
 from llmq.scheme import E4M3, INT, Scheme
 
 DEVIATION = 0.02
@@ -28,16 +27,19 @@ def dummy_decoder(config: ModelConfig, device: str, dtype: torch.dtype) -> Decod
     with torch.device("meta"):
         model = Decoder(config)
     for number, block in enumerate(model.layers):
-        for local_name, module in list(block.named_modules()):
-            scheme = None if format is None else format.scheme_of(f"{block_name(number)}.{local_name}")
+        for name in config.linears:
+            scheme = None if format is None else format.scheme_of(f"{block_name(number)}.{name}")
+            module = block.get_submodule(name)
             if isinstance(module, nn.Linear) and scheme is not None:
                 weight = dummy_weight(scheme, (module.out_features, module.in_features), dtype, noise)
                 bias = None if module.bias is None else torch.zeros(module.out_features, dtype=dtype, device=device)
-                block.set_submodule(local_name, quantized_linear(weight, bias, dtype))
+                block.set_submodule(name, quantized_linear(weight, bias, dtype))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(_dense(parameter, dtype, noise), requires_grad=False))
+                wide = isinstance(module, RMSNorm) and module.offset  # a sum that loading makes in fp32
+                made = _dense(parameter, torch.float32 if wide else dtype, noise)
+                setattr(module, name, nn.Parameter(made, requires_grad=False))
     for block in model.layers:
         assert isinstance(block, DecoderLayer)
         block.merge()

@@ -143,7 +143,8 @@ def make_batch_invariant(model: nn.Module) -> None:
 
 def resident_bytes(model: nn.Module) -> int:
     """What the weights of ``model`` take where it runs; a weight that two layers share counts once."""
-    packed = [layer.packed for layer in model.modules() if isinstance(layer, WeightOnlyLinear | W8A8Linear)]
-    values = [getattr(weight, field.name) for weight in packed for field in fields(weight)]
-    tensors = [*model.parameters(), *(value for value in values if isinstance(value, Tensor))]
+    layers = [layer for layer in model.modules() if isinstance(layer, WeightOnlyLinear | W8A8Linear)]
+    packed = [getattr(layer.packed, field.name) for layer in layers for field in fields(layer.packed)]
+    biases = [layer.bias for layer in layers]
+    tensors = [*model.parameters(), *(value for value in (*packed, *biases) if isinstance(value, Tensor))]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import memory
-from llmq.checkpoint.config import ModelConfig, read_config
+from llmq.checkpoint.config import ModelConfig, block_name, read_config
 from llmq.checkpoint.formats import Format, is_packed, open_format
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
@@ -19,11 +19,6 @@ from llmq.runtime.linear import quantized_linear
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
-
-
-def block_name(layer: int) -> str:
-    """The checkpoint's name of a decoder block."""
-    return f"model.layers.{layer}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +48,11 @@ def open_source(folder: Path, device: str, dtype: torch.dtype, context: int | No
 def resident_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """What the weights of a model will take on a GPU, by config.json alone. LlmqError on an unknown quantization."""
     format = open_format(config)
-    total = memory.weight_bytes(config, None, dtype.itemsize)
-    for layer in range(config.num_layers if format is not None else 0):
-        for name, shape in config.linears.items():
-            scheme = None if format is None else format.scheme_of(f"{block_name(layer)}.{name}")
-            packed, dense = (memory.resident_linear_bytes(*shape, each, dtype.itemsize) for each in (scheme, None))
-            total += packed - dense
+    total = memory.weight_bytes(config, None, dtype.itemsize) + memory.offset_norm_bytes(config, dtype.itemsize)
+    for name, shape in config.all_linears.items():
+        scheme = None if format is None else format.scheme_of(name)
+        packed, dense = (memory.resident_linear_bytes(*shape, each, dtype.itemsize) for each in (scheme, None))
+        total += packed - dense
     return total
 
 

@@ -77,17 +77,9 @@ class Format(Protocol):
     def unpack(self, name: str, tensors: Tensors, device: str = "cpu") -> QuantizedWeight:
         """Read layer ``name``. LlmqError when its tensors contradict the config."""
 
-    def config_dict(
-        self,
-        *,
-        quantized: Sequence[str],
-        ignored: Sequence[str],
-        writer: str,
-        damp_percent: float | None = None,
-        act_order: bool = False,
-    ) -> dict[str, Any]:
+    def config_dict(self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str) -> dict[str, Any]:
         """``quantization_config`` of a folder that is written: the names of the decoder blocks' quantized and other
-        linear layers, the program, and of the GPTQ method a setting, and whether it scattered groups by act-order."""
+        linear layers, and the program."""
 
 
 FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Gptq, Awq, CompressedTensors, BitsAndBytes)}

@@ -134,15 +134,7 @@ class Awq:
         )
         return QuantizedWeight(scheme, codes, tensors.load(f"{name}.scales", device).t(), zeros)
 
-    def config_dict(
-        self,
-        *,
-        quantized: Sequence[str],
-        ignored: Sequence[str],
-        writer: str,
-        damp_percent: float | None = None,
-        act_order: bool = False,
-    ) -> dict[str, Any]:
+    def config_dict(self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str) -> dict[str, Any]:
         """``quantization_config`` for config.json. Layers are left out by their full names: transformers matches those
         from the start, vLLM as any part of a name."""
         return {

@@ -171,15 +171,7 @@ class BitsAndBytes:
         scales = scales.view(shape[0], -1)
         return QuantizedWeight(scheme, codes, scales, torch.zeros_like(scales, dtype=torch.uint8))
 
-    def config_dict(
-        self,
-        *,
-        quantized: Sequence[str],
-        ignored: Sequence[str],
-        writer: str,
-        damp_percent: float | None = None,
-        act_order: bool = False,
-    ) -> dict[str, Any]:
+    def config_dict(self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str) -> dict[str, Any]:
         """``quantization_config`` for config.json, with the layers that are left out by their full names."""
         four = self.scheme != INT8
         fields: dict[str, Any] = {"quant_method": self.name, "load_in_4bit": four, "load_in_8bit": not four}

@@ -222,15 +222,7 @@ class CompressedTensors:
         index = read_group_index(f"{name}.weight_g_idx", tensors, shape[1], scheme, device)
         return QuantizedWeight(scheme, codes, scales, zeros, index)
 
-    def config_dict(
-        self,
-        *,
-        quantized: Sequence[str],
-        ignored: Sequence[str],
-        writer: str,
-        damp_percent: float | None = None,
-        act_order: bool = False,
-    ) -> dict[str, Any]:
+    def config_dict(self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str) -> dict[str, Any]:
         """``quantization_config`` for config.json: a group for each scheme, layers named in full."""
         schemes = dict.fromkeys(scheme for _, scheme in self.targets)
         kinds = {_kind(scheme) for scheme in schemes}

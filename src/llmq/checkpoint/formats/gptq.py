@@ -66,6 +66,11 @@ class Gptq:
                        quantized. The first that matches counts
     within_block       the layers of a block that are quantized, as the ends of their names; empty: all
     head               whether ``lm_head`` is quantized
+
+    Of a folder that is written, what its config says of the method:
+
+    damp_percent       GPTQ's; None: another method's
+    act_order          groups are scattered by activation order, and loaders are to heed the group index
     """
 
     name: ClassVar[str] = "gptq"
@@ -80,6 +85,8 @@ class Gptq:
     rules: tuple[tuple[str, Scheme | None], ...] = ()
     within_block: tuple[str, ...] = ()
     head: bool = False
+    damp_percent: float | None = None
+    act_order: bool = False
 
     @property
     def scheme(self) -> Scheme | None:
@@ -202,19 +209,10 @@ class Gptq:
         index = read_group_index(f"{name}.g_idx", tensors, in_features, scheme, device)
         return QuantizedWeight(scheme, codes, scales, zeros, index)
 
-    def config_dict(
-        self,
-        *,
-        quantized: Sequence[str],
-        ignored: Sequence[str],
-        writer: str,
-        damp_percent: float | None = None,
-        act_order: bool = False,
-    ) -> dict[str, Any]:
+    def config_dict(self, *, quantized: Sequence[str], ignored: Sequence[str], writer: str) -> dict[str, Any]:
         """``quantization_config`` for config.json and quantize_config.json.
 
-        ``quantized`` and ``ignored`` are the names of the decoder blocks' linear layers, and of a quantized head;
-        ``damp_percent`` is None where the method has no such thing. With ``act_order``, loaders heed the group index.
+        ``quantized`` and ``ignored`` are the names of the decoder blocks' linear layers, and of a quantized head.
 
         The format marks ignored layers in two ways, neither of which all loaders know: GPTQModel reads ``dynamic``,
         transformers ``modules_in_block_to_quantize``, vLLM both.
@@ -222,14 +220,14 @@ class Gptq:
         fields: dict[str, Any] = {
             "quant_method": self.name,
             **_scheme_fields(self.default),
-            "desc_act": act_order,
+            "desc_act": self.act_order,
             "lm_head": HEAD in quantized,
             "checkpoint_format": self.checkpoint_format,
             "pack_dtype": WORDS,
             "meta": {"quantizer": [writer]},
         }
-        if damp_percent is not None:
-            fields |= {"damp_percent": damp_percent, "true_sequential": True}
+        if self.damp_percent is not None:
+            fields |= {"damp_percent": self.damp_percent, "true_sequential": True}
         dynamic: dict[str, dict[str, Any]] = {
             f"+:{pattern}": _scheme_fields(scheme) for pattern, scheme in self.rules if scheme is not None
         }
