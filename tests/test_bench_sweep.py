@@ -78,7 +78,7 @@ def test_the_table_says_what_the_knee_is(tiny: Path) -> None:
     assert max(map(len, printed.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("sizes", ["1", "0,1", "one,two"])
+@pytest.mark.parametrize("sizes", ["1", "0,1", "one,two", "1,2.5"])
 def test_fewer_than_two_loads_are_no_sweep(tiny: Path, sizes: str) -> None:
     assert llmq("bench", "sweep", tiny, "--batch-sizes", sizes).code == USAGE
 

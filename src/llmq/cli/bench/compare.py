@@ -77,7 +77,7 @@ def compare(
             schemes=schemes.split(","),
             workload=workload,
             num_prompts=num_prompts,
-            batch_sizes=_sizes(batch_sizes),
+            batch_sizes=flags.numbers(batch_sizes, "--batch-sizes", int),
             rounds=rounds,
             folders=_folders(folder or []),
             data=data,
@@ -96,13 +96,6 @@ def compare(
     failed = sum(row.failed for row in report.rows)
     errors = sorted({error for row in report.rows for speeds in row.rounds for error in speeds.run.errors})
     flags.raise_if_failed(failed, num_prompts * rounds * len(report.rows), errors)
-
-
-def _sizes(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise LlmqError(f"{text!r} is no list of batch sizes", "write --batch-sizes 1,8,64", exit_code=USAGE) from None
 
 
 def _folders(given: Sequence[str]) -> dict[str, Path]:
