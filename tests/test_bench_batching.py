@@ -10,6 +10,7 @@ import pytest
 from command_line import llmq
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_in import StandIn
 from tiny_models import save_tiny
 
 from llmq.bench.batching import (
@@ -123,6 +124,17 @@ def test_the_command_prints_rows_of_at_most_100_columns_and_draws(model: Path, t
     found = json.loads((tmp_path / "b.json").read_text())
     assert found["schema"] == "llmq.bench.batching/1"
     assert {"continuous_over_static", "continuous_over_static_by_steps", "growth", "ways"} <= set(found)
+
+
+def test_a_peer_runs_the_same_requests_in_turns(model: Path) -> None:
+    with StandIn() as server:
+        compared = bench_batching(str(model), ASKED, seats=4, rounds=2, device="cpu", peer=server.url).peer
+    assert compared is not None
+    assert len(compared.rounds) == 2
+    assert compared.ratios["output_throughput"] > 0
+    asked = [body["max_tokens"] for body in server.bodies]
+    assert [sorted(asked[first : first + 16]) for first in (0, 16, 32)] == [sorted(ASKED.output_lens)] * 3
+    assert len({str(prompt) for prompt in server.prompts}) == 3 * 16, "no prompt is sent twice"
 
 
 @pytest.mark.parametrize(

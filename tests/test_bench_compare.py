@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from command_line import llmq
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_in import StandIn
 from tiny_models import save_tiny
 
 from llmq.bench.candidates import WORKLOADS, workload_of
@@ -21,7 +23,7 @@ from llmq.bench.staircase import STEPS, decode_speeds, output_lengths
 from llmq.bench.workload import Workload
 from llmq.engine.options import EngineOptions
 from llmq.engine.scheduler import EngineStats
-from llmq.errors import USAGE, LlmqError
+from llmq.errors import CHECK_FAILED, FAILED, USAGE, LlmqError
 from llmq.evals.divergence import Comparison, Figure
 from llmq.evals.perplexity import Perplexity
 
@@ -153,6 +155,13 @@ def test_ratios_are_medians_of_the_ratios_within_rounds() -> None:
     assert found.decode_ratio("w8a8", "bf16", 1) == 2.0
 
 
+def test_energy_is_that_of_the_workload_a_token_and_the_median_over_rounds() -> None:
+    """Of 100 tokens."""
+    rounds = tuple(Speeds(1.0, {1: 1.0}, replace(run(1.0), joules=joules)) for joules in (500.0, 10.0, 20.0))
+    assert Row("bf16", 1, None, rounds, None).joules_per_token == pytest.approx(0.2)
+    assert Row("bf16", 1, None, (Speeds(1.0, {1: 1.0}, run(1.0)),), None).joules_per_token is None
+
+
 # The command
 
 
@@ -220,6 +229,46 @@ def test_a_scheme_is_taken_from_its_folder(model: Path, texts: Path, tmp_path: P
     more = ("--schemes", "bf16,w4a16", "--folder", f"w4a16={tmp_path / 'w8'}", "--data", texts / "text.txt", "--json")
     rows = json.loads(compare(model, texts, *more).out)["schemes"]
     assert rows[1]["quality"]["kl"] < 1e-2
+
+
+def test_a_peer_runs_the_workload_in_turns_with_the_schemes(model: Path, texts: Path, tmp_path: Path) -> None:
+    more = ("--schemes", "bf16,w8a8", "--peer", "transformers", "--rounds", 2, "-o", tmp_path / "c.json")
+    result = compare(model, texts, *more)
+    assert result.code == 0, result.err
+    assert "output_throughput / the peer's" in result.out
+    rows = json.loads((tmp_path / "c.json").read_text())["schemes"]
+    assert [row["peer"]["name"] for row in rows] == ["transformers"] * 2
+    for row in rows:
+        pairs = zip(row["rounds"], row["peer"]["rounds"], strict=True)
+        ratios = [ours["output_throughput"] / theirs["peer"]["output_throughput"] for ours, theirs in pairs]
+        assert row["peer"]["ratios"] == {"output_throughput": pytest.approx(sum(ratios) / 2)}
+    theirs = [[pair["peer"] for pair in row["peer"]["rounds"]] for row in rows]
+    assert theirs[0] == theirs[1]
+
+
+def test_a_server_is_sent_what_the_schemes_run(model: Path, texts: Path) -> None:
+    with StandIn() as server:
+        result = compare(model, texts, "--schemes", "bf16", "--peer", server.url, "--json")
+    assert result.code == 0, result.err
+    assert {"output_throughput", "mean_ttft_ms"} <= set(json.loads(result.out)["schemes"][0]["peer"]["ratios"])
+    assert [body["max_tokens"] for body in server.bodies] == [128, 128] * 2, "to warm up, and in the round"
+
+
+def test_a_peer_that_is_not_there_is_refused_before_anything_is_made(model: Path) -> None:
+    for command in ("compare", "batching"):
+        for peer in ("vllm", "http://127.0.0.1:1"):
+            result = llmq("bench", command, model, "--peer", peer, "--device", "cpu")
+            assert (result.code, result.out) == (FAILED, "")
+            assert "hint: " in result.err
+
+
+def test_a_peer_that_does_not_fit_beside_the_schemes_is_refused(
+    model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmq.bench.compare._Load.fit_together", lambda *_: False)
+    result = compare(model, texts, "--schemes", "bf16,w8a8", "--peer", "transformers")
+    assert (result.code, result.out) == (CHECK_FAILED, "")
+    assert "bf16, w8a8 and transformers do not fit the GPU side by side" in result.err
 
 
 def test_a_picture_is_drawn(model: Path, texts: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def batching(
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 8,
     rounds: Annotated[int, typer.Option(help="Times that the batched ways run, after once to warm up.")] = ROUNDS,
     seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = _REQUESTS.seed,
+    peer: flags.Peer = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -57,6 +58,7 @@ def batching(
             revision=revision,
             dtype=dtype,
             device=device,
+            peer=peer,
             progress=bar,
         )
     if plot is not None:
@@ -76,10 +78,14 @@ def _print(report: BatchingReport) -> None:
         f"{report.counted:.2f} ×, of which this is {report.speedup / report.counted:.0%}"
     )
     out.print()
-    grid = table("", "tokens/s", "steps", "wasted seats", "latency p50, s", "p99", "one by one: p50, s", "p99")
+    metered = any(result.joules_per_token is not None for result in report.results)
+    columns = ["tokens/s", "steps", "wasted seats", "latency p50, s", "p99", "one by one: p50, s", "p99"]
+    grid = table("", *columns, *(["J a token"] if metered else []))
     for result in report.results:
-        grid.add_row(result.way.name, *_row(result))
+        joules = result.joules_per_token
+        grid.add_row(result.way.name, *_row(result), *([] if joules is None else [f"{joules:.3f}"]))
     out.print(grid)
+    flags.print_comparison(report.peer)
     out.print()
     for growth in report.growth:
         base, slope = growth.line

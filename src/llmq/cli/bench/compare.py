@@ -49,6 +49,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = _WORKLOAD.seed,
     *,
     engine: EngineOptions,
+    peer: flags.Peer = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -86,6 +87,7 @@ def compare(
             dtype=dtype,
             device=device,
             options=engine,
+            peer=peer,
             progress=bar,
         )
     if plot is not None:
@@ -132,6 +134,11 @@ def _print(report: CompareReport) -> None:
     add(f"{report.workload_name}, output tokens/s", lambda row: f"{row.output_throughput:,.0f}", ratio)
     for name in ("ttft", "tpot"):
         add(f"{report.workload_name}, {name.upper()} p50, ms", partial(_latency, name))
+    if any(row.joules_per_token is not None for row in report.rows):
+        add(f"{report.workload_name}, J a token", lambda row: f"{row.joules_per_token:.3f}")
+    peer = report.rows[0].peer
+    for name in () if peer is None else peer.ratios:
+        add(f"{name} / the peer's", partial(_peer_ratio, name))
     out.print(grid)
     out.print()
     for (scheme, other), start in report.crossovers.items():
@@ -140,12 +147,16 @@ def _print(report: CompareReport) -> None:
     turns = "in turns" if report.side_by_side else "one scheme after another"
     out.print(
         f"{report.workload.num_prompts} requests, all there at the start; {rounds} round{'s' * (rounds > 1)}, {turns}; "
-        f"{report.setup.device_name}"
+        f"{report.setup.device_name}" + ("" if peer is None else f"; the peer: {peer.peer} {peer.version or ''}")
     )
 
 
 def _decode(batch: int, row: Row) -> str:
     return f"{row.decode_throughput(batch):,.0f}"
+
+
+def _peer_ratio(name: str, row: Row) -> str:
+    return "" if row.peer is None else f"{row.peer.ratios[name]:.2f}"
 
 
 def _latency(name: str, row: Row) -> str:
