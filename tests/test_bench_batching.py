@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import llmq
@@ -111,18 +112,24 @@ def test_every_way_answers_every_request_and_only_batches_have_requests_come_one
     assert [len(growth.seconds) for growth in report.growth] == [ASKED.growth] * 2
 
 
-def test_the_command_prints_rows_of_at_most_100_columns_and_draws(model: Path, tmp_path: Path) -> None:
+def test_the_command_prints_rows_of_at_most_100_columns_and_draws(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With energy, of a card that spends none."""
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("llmq.bench.batching.card_of", lambda _: SimpleNamespace(joules=1000.0))
     sizes = ("--num-prompts", 8, "--input-len", 3, "--longest", 8, "--spread", 4, "--growth", 8, "--rounds", 1)
     files = ("--plot", tmp_path / "b.png", "--output", tmp_path / "b.json")
     result = llmq("bench", "batching", model, *sizes, *files, "--device", "cpu")
     assert result.code == 0, result.err
     rows = result.out.splitlines()[2 : 3 + len(WAYS)]
     assert max(map(len, rows)) <= 100
+    assert rows[0].rstrip().endswith("J a token")
     assert [row.split("  ")[0] for row in rows[1:]] == [way.name for way in WAYS]
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((tmp_path / "b.json").read_text())
     assert found["schema"] == "llmq.bench.batching/1"
+    assert [way["joules_per_token"] for way in found["ways"]] == [0.0] * len(WAYS)
     assert {"continuous_over_static", "continuous_over_static_by_steps", "growth", "ways"} <= set(found)
 
 

@@ -16,6 +16,7 @@ from stand_in import StandIn
 from tiny_models import save_tiny
 
 from llmq.bench.candidates import WORKLOADS, workload_of
+from llmq.bench.compare import bench_compare
 from llmq.bench.compare_report import CompareReport, Row, Speeds, crossover
 from llmq.bench.engine import Run, Setup
 from llmq.bench.metrics import Timeline, summarize
@@ -222,6 +223,9 @@ def test_dummy_weights_have_speed_and_size_but_no_quality(model: Path, tmp_path:
     rows = json.loads(result.out)["schemes"]
     assert [row["quality"] for row in rows] == [None, None]
     assert rows[1]["weights_bytes"] < rows[0]["weights_bytes"]
+    judged = llmq("bench", "compare", alone, *arguments, *more, "--data", tmp_path / "text.txt")
+    assert (judged.code, judged.out) == (USAGE, "")
+    assert "no quality to measure" in judged.err
 
 
 def test_a_scheme_is_taken_from_its_folder(model: Path, texts: Path, tmp_path: Path) -> None:
@@ -288,6 +292,8 @@ def test_a_picture_is_drawn(model: Path, texts: Path, tmp_path: Path) -> None:
         (("--batch-sizes", "0,1"), "no list of whole numbers above 0"),
         (("--rounds", "0"), "nothing to measure"),
         (("--folder", "w4a16"), "is no scheme and folder"),
+        (("--folder", "w4a16=/nowhere"), "/nowhere is no model folder"),
+        (("--plot", "/nowhere/c.png"), "there is no folder /nowhere"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -297,6 +303,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_made(
     result = llmq("bench", "compare", model, "--device", "cpu", *more)
     assert result.code == USAGE
     assert reason in result.err
+
+
+def test_a_text_that_cannot_be_read_is_found_before_anything_is_made(model: Path, texts: Path) -> None:
+    told: list[tuple[int, int]] = []
+    prompts, text = str(texts / "prompts.jsonl"), str(texts / "none.txt")
+    with pytest.raises(LlmqError, match="none.txt cannot be read"):
+        bench_compare(str(model), workload=prompts, data=text, progress=lambda *seen: told.append(seen))
+    assert told == []
 
 
 def test_workloads_by_name_have_the_lengths_that_they_are_known_by() -> None:

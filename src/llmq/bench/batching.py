@@ -172,7 +172,7 @@ class BatchingReport:
             **self.setup.as_json(),
             **{name: getattr(asked, name) for name in asked.__slots__},
             "seats": self.seats,
-            "request_rate": self.request_rate,
+            "one_by_one_rate": self.request_rate,
             "ways": [result.as_json() for result in self.results],
             "continuous_over_static": self.speedup,
             "continuous_over_static_by_steps": self.counted,

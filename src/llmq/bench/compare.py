@@ -33,7 +33,6 @@ from llmq.bench.workload import Item, Workload, check_context, prompt_len, vocab
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import DEMO, resolve
 from llmq.checkpoint.formats import WRITER, format_for, write_configs
-from llmq.checkpoint.tokenizer import has_tokenizer
 from llmq.engine.options import EngineOptions
 from llmq.errors import CHECK_FAILED, USAGE, LlmqError, either
 from llmq.evals.divergence import Comparison, Scored, compare, score
@@ -83,6 +82,9 @@ def bench_compare(
     for name in (*schemes, *folders):
         if name != BASE and name not in PRESETS:
             raise LlmqError(f"there is no scheme {name!r}", f"choose {either((BASE, *PRESETS))}", exit_code=USAGE)
+    for path in folders.values():
+        if not (path / "config.json").is_file():
+            raise LlmqError(f"{path} is no model folder: it has no config.json", "check --folder", exit_code=USAGE)
     if not schemes or not batch_sizes or min(batch_sizes) < 1 or rounds < 1:
         raise LlmqError("nothing to measure", "check --schemes, --batch-sizes and --rounds", exit_code=USAGE)
     if peer is not None:
@@ -91,7 +93,11 @@ def bench_compare(
     asked = workload_of(workload, num_prompts, seed)
     load = _Load.of(source, asked, workload, tuple(sorted(set(batch_sizes))), rounds, options or EngineOptions())
     dummy = load.options.load_format == "dummy"
-    quality = not dummy and has_tokenizer(source) and (data is not None or model == DEMO)
+    quality = not dummy and (data is not None or model == DEMO)
+    if quality:
+        prepare(model, data=data, dtype=dtype, device=device, revision=revision)
+    elif data is not None:
+        raise LlmqError("dummy weights have no quality to measure", "leave out --data", exit_code=USAGE)
     steps = _Steps(progress, len(schemes) * (rounds + 2 + quality) + (rounds + 1) * (peer is not None))
     with TemporaryDirectory() as scratch:
         found = {name: folders.get(name) or _make(source, name, Path(scratch), dummy, device) for name in schemes}

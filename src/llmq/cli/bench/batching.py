@@ -79,7 +79,7 @@ def _print(report: BatchingReport) -> None:
     )
     out.print()
     metered = any(result.joules_per_token is not None for result in report.results)
-    columns = ["tokens/s", "steps", "wasted seats", "latency p50, s", "p99", "one by one: p50, s", "p99"]
+    columns = ["tokens/s", "steps", "wasted seats", "latency p50, s", "p99", "one by one: p50", "p99"]
     grid = table("", *columns, *(["J a token"] if metered else []))
     for result in report.results:
         joules = result.joules_per_token

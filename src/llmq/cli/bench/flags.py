@@ -61,7 +61,10 @@ Tokenizer = Annotated[
 IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos/--no-ignore-eos", help="Ask for answers that do not end before --output-len.")
 ]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture: .png, .svg or .pdf.", show_default=False)]
+Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A picture: .png, .svg or .pdf.", callback=_writable, show_default=False),
+]
 WORKLOAD_FLAGS: dict[str, Any] = {
     "dataset": Annotated[str, typer.Option(help=f"{', '.join(DATASETS)}.")],
     "dataset_path": Annotated[Path | None, typer.Option(metavar="FILE", help="Of the last three.", show_default=False)],
