@@ -27,7 +27,7 @@ from llmq.bench.comparison import Figures
 from llmq.bench.datasets import items_of
 from llmq.bench.engine import Setup, Subject
 from llmq.bench.load import Progress
-from llmq.bench.peers import PACKAGES, beside, check_peer, open_peer
+from llmq.bench.peers import PACKAGES, Peer, beside, check_peer, open_peer
 from llmq.bench.staircase import decode_speeds, output_lengths
 from llmq.bench.workload import Item, Workload, check_context, prompt_len, vocabulary_of
 from llmq.checkpoint.config import read_config
@@ -79,12 +79,7 @@ def bench_compare(
     context, and before anything is measured when a peer does not fit beside the schemes.
     """
     folders = folders or {}
-    for name in (*schemes, *folders):
-        if name != BASE and name not in PRESETS:
-            raise LlmqError(f"there is no scheme {name!r}", f"choose {either((BASE, *PRESETS))}", exit_code=USAGE)
-    for path in folders.values():
-        if not (path / "config.json").is_file():
-            raise LlmqError(f"{path} is no model folder: it has no config.json", "check --folder", exit_code=USAGE)
+    _check_schemes(schemes, folders)
     if not schemes or not batch_sizes or min(batch_sizes) < 1 or rounds < 1:
         raise LlmqError("nothing to measure", "check --schemes, --batch-sizes and --rounds", exit_code=USAGE)
     if peer is not None:
@@ -112,7 +107,7 @@ def bench_compare(
                 exit_code=CHECK_FAILED,
             )
         groups = [list(schemes)] if side_by_side else [[name] for name in schemes]
-        speeds: dict[str, list[Speeds]] = {name: [] for name in schemes}
+        speeds: dict[str, list[Speeds]] = {}
         peers: dict[str, BesidePeer] = {}
         setup: Setup | None = None
         for group in groups:
@@ -129,20 +124,13 @@ def bench_compare(
             }
             setup = setup or replace(next(iter(subjects.values())).setup(), model=model)
             opponent = None if peer is None else open_peer(peer, subjects[group[0]], seed)
-            theirs: list[Figures] = []
-            for cell in range(rounds + 1):  # the first is the warm-up
-                for name, subject in subjects.items():
-                    measured = load.measure(subject, cell)
-                    speeds[name] += [measured] if cell else []
-                    steps.advance()
-                if opponent is not None:
-                    there = opponent.run(load.requests(subject, cell))
-                    theirs += [there] if cell else []
-                    steps.advance()
+            measured, theirs = _in_turns(load, subjects, opponent, rounds, steps)
+            speeds |= measured
             if opponent is not None:
-                for name in group:
-                    peers[name] = beside(opponent, [one.run.metrics for one in speeds[name]], theirs)
-            del subjects, subject, opponent
+                peers = {
+                    name: beside(opponent, [one.run.metrics for one in own], theirs) for name, own in measured.items()
+                }
+            del subjects, opponent
             _free(device)
         judged = _judge(model, found, data, dtype, device, revision, steps) if quality else {}
     assert setup is not None
@@ -158,6 +146,33 @@ def bench_compare(
         for name, one in speeds.items()
     )
     return CompareReport(setup, Path(workload).stem, asked, side_by_side, rows)
+
+
+def _check_schemes(schemes: Sequence[str], folders: Mapping[str, Path]) -> None:
+    for name in (*schemes, *folders):
+        if name != BASE and name not in PRESETS:
+            raise LlmqError(f"there is no scheme {name!r}", f"choose {either((BASE, *PRESETS))}", exit_code=USAGE)
+    for path in folders.values():
+        if not (path / "config.json").is_file():
+            raise LlmqError(f"{path} is no model folder: it has no config.json", "check --folder", exit_code=USAGE)
+
+
+def _in_turns(
+    load: _Load, subjects: Mapping[str, Subject], opponent: Peer | None, rounds: int, steps: _Steps
+) -> tuple[dict[str, list[Speeds]], list[Figures]]:
+    """The rounds of each scheme, and those of the peer, if there is one."""
+    speeds: dict[str, list[Speeds]] = {name: [] for name in subjects}
+    theirs: list[Figures] = []
+    for cell in range(rounds + 1):  # the first is the warm-up
+        for name, subject in subjects.items():
+            measured = load.measure(subject, cell)
+            speeds[name] += [measured] if cell else []
+            steps.advance()
+        if opponent is not None:
+            there = opponent.run(load.requests(subject, cell))
+            theirs += [there] if cell else []
+            steps.advance()
+    return speeds, theirs
 
 
 class _Steps:
