@@ -4,7 +4,8 @@ A product reads its weight and its inputs and writes its outputs once, and multi
 two, bytes over the bandwidth of a large copy and operations over the rate of a large product, both measured first. Each
 call has another weight, so that together they are several times the cache (but MOST at most), and a time is the median
 over rounds: on a GPU, of replays of a CUDA graph. Activations of 8 bits are rounded beforehand, as the kernels before
-most products do. Weights are random. On a CPU, whose caches hold small layers, a share may be over 1.
+most products do. Weights are random. Few rows come before many: what draws all the power there is slows the card down
+for a while. On a CPU, whose caches hold small layers, a share may be over 1.
 
 Roofline: Williams, Waterman, Patterson, 2009, https://doi.org/10.1145/1498765.1498785
 """
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from llmq.runtime.decoder import Decoder, DecoderLayer
 from llmq.runtime.device import multiplies_fp8, resolve_device, resolve_dtype
 from llmq.runtime.dummy import DEVIATION, dummy_weight
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
+from llmq.runtime.kernels.w8a8 import Weight8, w8a8_matmul
 from llmq.runtime.linear import DenseLinear, Linear, input_number, quantized_linear, resident_bytes
 from llmq.scheme import E4M3, INT, Scheme
 
@@ -131,18 +134,22 @@ def bench_kernels(
     config = read_config(resolve(model, revision))
     torch_dtype = resolve_dtype(dtype, config, device)
     roofline = measure_roofline(device, torch_dtype)
-    found: list[Product] = []
-    shapes = layer_shapes(config)
-    total = len(shapes) * len(schemes)
-    for number, (layer, shape) in enumerate(shapes.items()):
-        for offset, (name, scheme) in enumerate(schemes.items(), 1):
-            if scheme is None or scheme.divides(shape[1]):
-                weights = list(draw_layers(scheme, shape, torch_dtype, device))
-                found += [_time(layer, name, weights, count, torch_dtype, device, roofline) for count in rows]
-            if progress is not None:
-                progress(number * len(schemes) + offset, total)
+    every = [
+        (layer, shape, name, scheme)
+        for layer, shape in layer_shapes(config).items()
+        for name, scheme in schemes.items()
+        if scheme is None or scheme.divides(shape[1])
+    ]
+    found: list[list[Product]] = [[] for _ in every]
+    counts = sorted(set(rows))
+    for done, (count, (number, (layer, shape, name, scheme))) in enumerate(product(counts, enumerate(every)), 1):
+        weights = list(draw_layers(scheme, shape, torch_dtype, device))
+        found[number].append(_time(layer, name, weights, count, torch_dtype, device, roofline))
+        if progress is not None:
+            progress(done, len(counts) * len(every))
     about = setting(device_name(device), card_of(device))
-    return KernelsReport(model, str(torch_dtype).removeprefix("torch."), about, roofline, tuple(found))
+    products = tuple(chain.from_iterable(found))
+    return KernelsReport(model, str(torch_dtype).removeprefix("torch."), about, roofline, products)
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -159,8 +166,8 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def measure_roofline(device: str, dtype: torch.dtype) -> Roofline:
-    """What a copy and a product of large square matrices reach here; on a CPU, one of 8 bits is taken to be as fast as
-    any other."""
+    """What a copy and a product of large square matrices reach here, of integers the faster of PyTorch's and ours; on a
+    CPU, one of 8 bits is taken to be as fast as any other."""
     kind = torch.device(device).type
     size, side = LARGE[kind]
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
@@ -171,8 +178,11 @@ def measure_roofline(device: str, dtype: torch.dtype) -> Roofline:
     rate = operations / median_seconds(lambda: a @ b, device)
     if kind == "cpu":
         return Roofline(bandwidth, {None: rate, INT: rate, E4M3: rate})
-    ints = torch.randint(-127, 128, (2, side, side), dtype=torch.int8, device=device)
-    rates = {None: rate, INT: operations / median_seconds(lambda: torch._int_mm(ints[0], ints[1].t()), device)}
+    x, weight = torch.randint(-127, 128, (2, side, side), dtype=torch.int8, device=device)
+    scales = torch.ones(side, device=device)
+    ours = partial(w8a8_matmul, QuantizedRows(x, scales[:, None]), Weight8(weight, scales), None, torch.bfloat16)
+    of_ints = min(median_seconds(multiply, device) for multiply in (ours, partial(torch._int_mm, x, weight.t())))
+    rates = {None: rate, INT: operations / of_ints}
     if multiplies_fp8(torch.device(device)):
         one, floats = torch.ones((), device=device), torch.randn(2, side, side, device=device).to(torch.float8_e4m3fn)
         multiply = partial(torch._scaled_mm, floats[0], floats[1].t(), one, one, out_dtype=torch.bfloat16)
