@@ -187,6 +187,7 @@ def bench_batching(
     *,
     seats: int = 8,
     rounds: int = ROUNDS,
+    gpu_memory_utilization: float = EngineOptions().gpu_memory_utilization,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -212,7 +213,11 @@ def bench_batching(
     # Without a cache, a step computes whole sequences; static batches wait until their longest is sure to fit.
     tokens = max(EngineOptions().max_num_batched_tokens, needed)
     options = EngineOptions(
-        max_num_seqs=seats, max_num_batched_tokens=tokens, max_model_len=needed, prefix_caching=False
+        max_num_seqs=seats,
+        max_num_batched_tokens=tokens,
+        max_model_len=needed,
+        prefix_caching=False,
+        gpu_memory_utilization=gpu_memory_utilization,
     )
     workload = Workload(asked.num_prompts, asked.input_len, 1, asked.seed)
     subject = Subject(model, [workload], revision=revision, dtype=dtype, device=device, options=options)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from llmq.bench.engine import Subject
 
 PACKAGES = ("transformers", "vllm")
-CANNOT_LOAD = (ImportError, OSError, ValueError, RuntimeError)
+REFUSALS = (ImportError, OSError, ValueError, RuntimeError)
+"""What they raise where a model is unknown to them, or too large for what is left of the GPU."""
 
 
 class Peer(Protocol):
@@ -62,14 +63,17 @@ class Transformers:
                     self._model: Any = AutoModelForCausalLM.from_config(config, dtype=llm.dtype)
             else:
                 self._model = AutoModelForCausalLM.from_pretrained(llm.folder, dtype=llm.dtype).to(llm.device)
-        except CANNOT_LOAD as error:
-            raise _refusal(self.name, subject, error, "leave out --peer") from None
+        except REFUSALS as error:
+            raise _refusal(self.name, error) from None
         self._model.eval()
 
     def run(self, items: Sequence[Item]) -> Figures:
         started = time.perf_counter()
-        for start in range(0, len(items), self._batch_size):
-            self._generate(items[start : start + self._batch_size])
+        try:
+            for start in range(0, len(items), self._batch_size):
+                self._generate(items[start : start + self._batch_size])
+        except torch.OutOfMemoryError as error:
+            raise _refusal(self.name, error) from None
         duration = time.perf_counter() - started
         return {"output_throughput": sum(item.output_len for item in items) / duration}
 
@@ -113,9 +117,8 @@ class Vllm:
                 max_num_seqs=options.max_num_seqs,
                 gpu_memory_utilization=options.gpu_memory_utilization,
             )
-        except CANNOT_LOAD as error:
-            hint = "give each half of the GPU: --gpu-memory-utilization 0.45; or serve with it elsewhere: --peer URL"
-            raise _refusal(self.name, subject, error, hint) from None
+        except REFUSALS as error:
+            raise _refusal(self.name, error) from None
 
     def run(self, items: Sequence[Item]) -> Figures:
         prompts = [{"prompt_token_ids": item.prompt} for item in items]
@@ -147,9 +150,12 @@ class Server:
         return figures(outcome.metrics())
 
 
-def _refusal(peer: str, subject: Subject, error: Exception, hint: str) -> LlmqError:
+def _refusal(peer: str, error: Exception) -> LlmqError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    return LlmqError(f"{peer} cannot load {subject.model}: {reason[0]}", hint)
+    return LlmqError(
+        f"{peer} cannot run the model: {reason[0]}",
+        "leave it half of the GPU: --gpu-memory-utilization 0.45; or serve with it elsewhere, and pass --peer URL",
+    )
 
 
 def check_peer(peer: str) -> None:

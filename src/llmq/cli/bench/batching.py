@@ -11,11 +11,12 @@ from llmq.bench.uneven import ROUNDS, Requests
 from llmq.cli import options
 from llmq.cli.bench import flags
 from llmq.cli.console import out, print_report, progress, table
+from llmq.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from llmq.bench.batching import BatchingReport, Result
 
-_REQUESTS = Requests()
+_ENGINE, _REQUESTS = EngineOptions(), Requests()
 
 
 def batching(
@@ -31,6 +32,7 @@ def batching(
     rounds: Annotated[int, typer.Option(help="Times that the batched ways run, after once to warm up.")] = ROUNDS,
     seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = _REQUESTS.seed,
     peer: flags.Peer = None,
+    gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -55,6 +57,7 @@ def batching(
             Requests(num_prompts, input_len, longest, spread, growth, seed),
             seats=max_num_seqs,
             rounds=rounds,
+            gpu_memory_utilization=gpu_memory_utilization,
             revision=revision,
             dtype=dtype,
             device=device,
