@@ -5,7 +5,8 @@ two, bytes over the bandwidth of a large copy and operations over the rate of a 
 call has another weight, so that together they are several times the cache (but MOST at most), and a time is the median
 over rounds: on a GPU, of replays of a CUDA graph. Activations of 8 bits are rounded beforehand, as the kernels before
 most products do. Weights are random. Few rows come before many: what draws all the power there is slows the card down
-for a while. On a CPU, whose caches hold small layers, a share may be over 1.
+for a while. A share may be over 1: of many rows, by as much as that slowed down the large product, and on a CPU, whose
+caches hold small layers.
 
 Roofline: Williams, Waterman, Patterson, 2009, https://doi.org/10.1145/1498765.1498785
 """
