@@ -7,7 +7,7 @@
 A check draws fresh random inputs from a fixed seed, fills what the kernel must not read and what it has to write with
 NaN, compares by ‖out − exact‖ / ‖exact‖, and runs the kernel twice for the same bits. A timing is the median over
 replays of a CUDA graph that goes round several sets of inputs, together several times the L2 cache. The products are
-timed by bench_kernels.py.
+timed by ``llmq bench kernels``.
 """
 
 from __future__ import annotations

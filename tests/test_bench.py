@@ -387,6 +387,20 @@ def test_vllm_is_asked_for_the_same_tokens_greedily(tiny: Path, monkeypatch: pyt
     assert figures["output_throughput"] > 0
 
 
+def test_a_peer_that_finds_no_room_says_so_and_how_to_leave_it_some(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("Free memory on device is less than desired GPU memory utilization.\nAnd more.")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=refuse, SamplingParams=dict))
+    workload = Workload(2, 4, 3)
+    subject = Subject(str(tiny), [workload], revision=None, dtype="auto", device="cpu", options=EngineOptions())
+    with pytest.raises(LlmqError, match="vllm cannot run the model: Free memory on device") as caught:
+        Vllm(subject)
+    assert "--gpu-memory-utilization" in (caught.value.hint or "")
+
+
 def test_latency_is_that_of_whole_batches(tiny: Path) -> None:
     flags = ("--batch-size", 2, "--input-len", 8, "--output-len", 4, "--iterations", 3, "--device", "cpu")
     report = json.loads(llmq("bench", "latency", tiny, *flags, "--json").out)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import llmq
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_in import StandIn
 from tiny_models import save_tiny
 
 from llmq.bench.batching import (
@@ -110,19 +112,36 @@ def test_every_way_answers_every_request_and_only_batches_have_requests_come_one
     assert [len(growth.seconds) for growth in report.growth] == [ASKED.growth] * 2
 
 
-def test_the_command_prints_rows_of_at_most_100_columns_and_draws(model: Path, tmp_path: Path) -> None:
+def test_the_command_prints_rows_of_at_most_100_columns_and_draws(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With energy, of a card that spends none."""
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("llmq.bench.batching.card_of", lambda _: SimpleNamespace(joules=1000.0))
     sizes = ("--num-prompts", 8, "--input-len", 3, "--longest", 8, "--spread", 4, "--growth", 8, "--rounds", 1)
     files = ("--plot", tmp_path / "b.png", "--output", tmp_path / "b.json")
     result = llmq("bench", "batching", model, *sizes, *files, "--device", "cpu")
     assert result.code == 0, result.err
     rows = result.out.splitlines()[2 : 3 + len(WAYS)]
     assert max(map(len, rows)) <= 100
+    assert rows[0].rstrip().endswith("J a token")
     assert [row.split("  ")[0] for row in rows[1:]] == [way.name for way in WAYS]
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((tmp_path / "b.json").read_text())
     assert found["schema"] == "llmq.bench.batching/1"
+    assert [way["joules_per_token"] for way in found["ways"]] == [0.0] * len(WAYS)
     assert {"continuous_over_static", "continuous_over_static_by_steps", "growth", "ways"} <= set(found)
+
+
+def test_a_peer_runs_the_same_requests_in_turns(model: Path) -> None:
+    with StandIn() as server:
+        compared = bench_batching(str(model), ASKED, seats=4, rounds=2, device="cpu", peer=server.url).peer
+    assert compared is not None
+    assert len(compared.rounds) == 2
+    assert compared.ratios["output_throughput"] > 0
+    asked = [body["max_tokens"] for body in server.bodies]
+    assert [sorted(asked[first : first + 16]) for first in (0, 16, 32)] == [sorted(ASKED.output_lens)] * 3
+    assert len({str(prompt) for prompt in server.prompts}) == 3 * 16, "no prompt is sent twice"
 
 
 @pytest.mark.parametrize(

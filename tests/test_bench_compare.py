@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from command_line import llmq
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_in import StandIn
 from tiny_models import save_tiny
 
 from llmq.bench.candidates import WORKLOADS, workload_of
+from llmq.bench.compare import bench_compare
 from llmq.bench.compare_report import CompareReport, Row, Speeds, crossover
 from llmq.bench.engine import Run, Setup
 from llmq.bench.metrics import Timeline, summarize
@@ -21,7 +24,7 @@ from llmq.bench.staircase import STEPS, decode_speeds, output_lengths
 from llmq.bench.workload import Workload
 from llmq.engine.options import EngineOptions
 from llmq.engine.scheduler import EngineStats
-from llmq.errors import USAGE, LlmqError
+from llmq.errors import CHECK_FAILED, FAILED, USAGE, LlmqError
 from llmq.evals.divergence import Comparison, Figure
 from llmq.evals.perplexity import Perplexity
 
@@ -153,6 +156,13 @@ def test_ratios_are_medians_of_the_ratios_within_rounds() -> None:
     assert found.decode_ratio("w8a8", "bf16", 1) == 2.0
 
 
+def test_energy_is_that_of_the_workload_a_token_and_the_median_over_rounds() -> None:
+    """Of 100 tokens."""
+    rounds = tuple(Speeds(1.0, {1: 1.0}, replace(run(1.0), joules=joules)) for joules in (500.0, 10.0, 20.0))
+    assert Row("bf16", 1, None, rounds, None).joules_per_token == pytest.approx(0.2)
+    assert Row("bf16", 1, None, (Speeds(1.0, {1: 1.0}, run(1.0)),), None).joules_per_token is None
+
+
 # The command
 
 
@@ -213,6 +223,9 @@ def test_dummy_weights_have_speed_and_size_but_no_quality(model: Path, tmp_path:
     rows = json.loads(result.out)["schemes"]
     assert [row["quality"] for row in rows] == [None, None]
     assert rows[1]["weights_bytes"] < rows[0]["weights_bytes"]
+    judged = llmq("bench", "compare", alone, *arguments, *more, "--data", tmp_path / "text.txt")
+    assert (judged.code, judged.out) == (USAGE, "")
+    assert "no quality to measure" in judged.err
 
 
 def test_a_scheme_is_taken_from_its_folder(model: Path, texts: Path, tmp_path: Path) -> None:
@@ -220,6 +233,46 @@ def test_a_scheme_is_taken_from_its_folder(model: Path, texts: Path, tmp_path: P
     more = ("--schemes", "bf16,w4a16", "--folder", f"w4a16={tmp_path / 'w8'}", "--data", texts / "text.txt", "--json")
     rows = json.loads(compare(model, texts, *more).out)["schemes"]
     assert rows[1]["quality"]["kl"] < 1e-2
+
+
+def test_a_peer_runs_the_workload_in_turns_with_the_schemes(model: Path, texts: Path, tmp_path: Path) -> None:
+    more = ("--schemes", "bf16,w8a8", "--peer", "transformers", "--rounds", 2, "-o", tmp_path / "c.json")
+    result = compare(model, texts, *more)
+    assert result.code == 0, result.err
+    assert "output_throughput / the peer's" in result.out
+    rows = json.loads((tmp_path / "c.json").read_text())["schemes"]
+    assert [row["peer"]["name"] for row in rows] == ["transformers"] * 2
+    for row in rows:
+        pairs = zip(row["rounds"], row["peer"]["rounds"], strict=True)
+        ratios = [ours["output_throughput"] / theirs["peer"]["output_throughput"] for ours, theirs in pairs]
+        assert row["peer"]["ratios"] == {"output_throughput": pytest.approx(sum(ratios) / 2)}
+    theirs = [[pair["peer"] for pair in row["peer"]["rounds"]] for row in rows]
+    assert theirs[0] == theirs[1]
+
+
+def test_a_server_is_sent_what_the_schemes_run(model: Path, texts: Path) -> None:
+    with StandIn() as server:
+        result = compare(model, texts, "--schemes", "bf16", "--peer", server.url, "--json")
+    assert result.code == 0, result.err
+    assert {"output_throughput", "mean_ttft_ms"} <= set(json.loads(result.out)["schemes"][0]["peer"]["ratios"])
+    assert [body["max_tokens"] for body in server.bodies] == [128, 128] * 2, "to warm up, and in the round"
+
+
+def test_a_peer_that_is_not_there_is_refused_before_anything_is_made(model: Path) -> None:
+    for command in ("compare", "batching"):
+        for peer in ("vllm", "http://127.0.0.1:1"):
+            result = llmq("bench", command, model, "--peer", peer, "--device", "cpu")
+            assert (result.code, result.out) == (FAILED, "")
+            assert "hint: " in result.err
+
+
+def test_a_peer_that_does_not_fit_beside_the_schemes_is_refused(
+    model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmq.bench.compare._Load.fit_together", lambda *_: False)
+    result = compare(model, texts, "--schemes", "bf16,w8a8", "--peer", "transformers")
+    assert (result.code, result.out) == (CHECK_FAILED, "")
+    assert "bf16, w8a8 and transformers do not fit the GPU side by side" in result.err
 
 
 def test_a_picture_is_drawn(model: Path, texts: Path, tmp_path: Path) -> None:
@@ -235,9 +288,12 @@ def test_a_picture_is_drawn(model: Path, texts: Path, tmp_path: Path) -> None:
         (("--schemes", "bf16,w5"), "no scheme 'w5'"),
         (("--workload", "gossip"), "no workload 'gossip'"),
         (("--workload", "rag"), "and the model's context is 512"),
-        (("--batch-sizes", "one"), "no list of batch sizes"),
-        (("--batch-sizes", "0,1"), "nothing to measure"),
+        (("--batch-sizes", "one"), "no list of whole numbers"),
+        (("--batch-sizes", "0,1"), "no list of whole numbers above 0"),
+        (("--rounds", "0"), "nothing to measure"),
         (("--folder", "w4a16"), "is no scheme and folder"),
+        (("--folder", "w4a16=/nowhere"), "/nowhere is no model folder"),
+        (("--plot", "/nowhere/c.png"), "there is no folder /nowhere"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -247,6 +303,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_made(
     result = llmq("bench", "compare", model, "--device", "cpu", *more)
     assert result.code == USAGE
     assert reason in result.err
+
+
+def test_a_text_that_cannot_be_read_is_found_before_anything_is_made(model: Path, texts: Path) -> None:
+    told: list[tuple[int, int]] = []
+    prompts, text = str(texts / "prompts.jsonl"), str(texts / "none.txt")
+    with pytest.raises(LlmqError, match="none.txt cannot be read"):
+        bench_compare(str(model), workload=prompts, data=text, progress=lambda *seen: told.append(seen))
+    assert told == []
 
 
 def test_workloads_by_name_have_the_lengths_that_they_are_known_by() -> None:

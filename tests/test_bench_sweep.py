@@ -78,7 +78,7 @@ def test_the_table_says_what_the_knee_is(tiny: Path) -> None:
     assert max(map(len, printed.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("sizes", ["1", "0,1", "one,two"])
+@pytest.mark.parametrize("sizes", ["1", "0,1", "one,two", "1,2.5"])
 def test_fewer_than_two_loads_are_no_sweep(tiny: Path, sizes: str) -> None:
     assert llmq("bench", "sweep", tiny, "--batch-sizes", sizes).code == USAGE
 
@@ -130,6 +130,29 @@ def test_cells_of_a_sweep_are_compared_load_by_load(tmp_path: Path) -> None:
         for name, cells in (("a", [(1, 10.0), (2, 20.0)]), ("b", [(2, 30.0), (4, 40.0)]))
     )
     assert diff(a, b).changes == (Change("output_throughput", 20.0, 30.0, "batch_size 2"),)
+
+
+@pytest.mark.parametrize(
+    ("part", "known_by", "name"),
+    [
+        ("schemes", {"scheme": "w8a8"}, "scheme w8a8"),
+        ("ways", {"way": "static"}, "way static"),
+        ("products", {"layer": "o_proj", "scheme": "fp8", "rows": 16}, "layer o_proj scheme fp8 rows 16"),
+    ],
+)
+def test_parts_of_other_reports_are_compared_by_what_they_are_known_by(
+    tmp_path: Path, part: str, known_by: dict[str, Any], name: str
+) -> None:
+    a, b = (written(tmp_path / f"{speed}.json", **{part: [{**known_by, "gb_per_s": speed}]}) for speed in (10.0, 20.0))
+    assert diff(a, b).changes == (Change("gb_per_s", 10.0, 20.0, name),)
+
+
+def test_figures_by_batch_size_are_compared_one_by_one(tmp_path: Path) -> None:
+    a, b = (
+        written(tmp_path / f"{name}.json", decode_throughput=speeds)
+        for name, speeds in (("a", {"1": 10.0, "2": 20.0}), ("b", {"2": 30.0, "4": 40.0}))
+    )
+    assert diff(a, b).changes == (Change("decode_throughput 2", 20.0, 30.0),)
 
 
 def test_a_real_report_has_no_difference_from_itself(tiny: Path, tmp_path: Path) -> None:

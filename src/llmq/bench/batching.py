@@ -8,7 +8,8 @@
 
 Three measurements, all greedy: all requests there at the start (speed, and seats that nobody used); requests that come
 one by one, as fast as static batching could just follow (latency, from when each was due); and one long answer with and
-without a cache (how time grows with length), of each token the quickest of all rounds, the least disturbed.
+without a cache (how time grows with length), of each token the quickest of all rounds, the least disturbed. A peer
+runs the first, in turns with the batched ways.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from itertools import accumulate, pairwise
 from statistics import correlation, linear_regression, median
 from typing import Any
 
+from llmq.bench.comparison import Comparison, Figures
 from llmq.bench.engine import Run, Setup, Subject, evaluate, params
 from llmq.bench.load import Load, Progress
+from llmq.bench.nvml import Meter, card_of, start_meter
+from llmq.bench.peers import beside, check_peer, open_peer
 from llmq.bench.uneven import ROUNDS, Requests, count_steps
 from llmq.bench.workload import Item, Workload
 from llmq.checkpoint.config import read_config
@@ -70,6 +74,12 @@ class Result:
         return median(run.metrics.output_throughput for run in self.rounds)
 
     @property
+    def joules_per_token(self) -> float | None:
+        """Of output; None where nobody measures it."""
+        found = [run.joules_per_token for run in self.rounds if run.joules_per_token is not None]
+        return median(found) if found else None
+
+    @property
     def steps(self) -> int:
         """One after another, a step for each token."""
         run = self.rounds[0]
@@ -87,6 +97,7 @@ class Result:
             "output_throughput": self.output_throughput,
             "steps": self.steps,
             "wasted": self.wasted,
+            "joules_per_token": self.joules_per_token,
             "rounds": [run.as_json() for run in self.rounds],
             "one_by_one": None if self.one_by_one is None else self.one_by_one.as_json(),
         }
@@ -129,7 +140,8 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class BatchingReport:
-    """``request_rate``: at which they came one by one. ``growth``: without a cache, and with."""
+    """``request_rate``: at which they came one by one. ``growth``: without a cache, and with. ``peer``: continuous
+    batching beside another engine, None: nobody asked."""
 
     setup: Setup
     requests: Requests
@@ -137,6 +149,7 @@ class BatchingReport:
     request_rate: float
     results: tuple[Result, ...]
     growth: tuple[Growth, Growth] = field(repr=False)
+    peer: Comparison | None
 
     def result(self, way: Way) -> Result:
         return next(result for result in self.results if result.way is way)
@@ -159,11 +172,12 @@ class BatchingReport:
             **self.setup.as_json(),
             **{name: getattr(asked, name) for name in asked.__slots__},
             "seats": self.seats,
-            "request_rate": self.request_rate,
+            "one_by_one_rate": self.request_rate,
             "ways": [result.as_json() for result in self.results],
             "continuous_over_static": self.speedup,
             "continuous_over_static_by_steps": self.counted,
             "growth": [one.as_json() for one in self.growth],
+            "peer": None if self.peer is None else self.peer.as_json(),
         }
 
 
@@ -173,13 +187,18 @@ def bench_batching(
     *,
     seats: int = 8,
     rounds: int = ROUNDS,
+    gpu_memory_utilization: float = EngineOptions().gpu_memory_utilization,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    peer: str | None = None,
     progress: Progress | None = None,
 ) -> BatchingReport:
-    """Load ``model``, warm it up, and run the requests in each of WAYS, at most ``seats`` at once; the batched ways in
-    turns, ``rounds`` times. LlmqError before loading when the requests do not fit its context."""
+    """Load ``model``, warm it up, and run the requests in each of WAYS, at most ``seats`` at once; the batched ways,
+    and ``peer``, an engine or the URL of a server, in turns, ``rounds`` times with fresh prompts. LlmqError before
+    loading when the requests do not fit its context, or there is no such peer."""
+    if peer is not None:
+        check_peer(peer)
     asked = requests or Requests()
     if seats < 1 or rounds < 1:
         raise LlmqError("nothing to measure", "make --max-num-seqs and --rounds 1 or more", exit_code=USAGE)
@@ -194,13 +213,23 @@ def bench_batching(
     # Without a cache, a step computes whole sequences; static batches wait until their longest is sure to fit.
     tokens = max(EngineOptions().max_num_batched_tokens, needed)
     options = EngineOptions(
-        max_num_seqs=seats, max_num_batched_tokens=tokens, max_model_len=needed, prefix_caching=False
+        max_num_seqs=seats,
+        max_num_batched_tokens=tokens,
+        max_model_len=needed,
+        prefix_caching=False,
+        gpu_memory_utilization=gpu_memory_utilization,
     )
     workload = Workload(asked.num_prompts, asked.input_len, 1, asked.seed)
     subject = Subject(model, [workload], revision=revision, dtype=dtype, device=device, options=options)
-    items = [Item(one.prompt, length) for one, length in zip(subject.items(workload), asked.output_lens, strict=True)]
+    opponent = None if peer is None else open_peer(peer, subject, asked.seed)
+
+    def draw(cell: int) -> list[Item]:
+        prompts = [one.prompt for one in subject.items(workload, cell)]
+        return [Item(prompt, length) for prompt, length in zip(prompts, asked.output_lens, strict=True)]
+
+    items = draw(0)
     alone = items[: max(1, len(items) // ALONE)]
-    total = len(BATCHED) * (rounds + 2) + 2 + 2 * rounds
+    total = len(BATCHED) * (rounds + 2) + 2 + 2 * rounds + (rounds + 1) * (peer is not None)
     ticks = iter(range(1, total + 1))
 
     def tick() -> None:
@@ -208,10 +237,16 @@ def bench_batching(
             progress(next(ticks), total)
 
     runs: dict[Way, list[Run]] = {way: [] for way in WAYS}
+    theirs: list[Figures] = []
     for round in range(rounds + 1):  # the first is the warm-up
+        fresh = draw(round)
         for way in BATCHED:
-            run = _all_at_once(subject, items, way)
+            run = _all_at_once(subject, fresh, way)
             runs[way] += [run] if round else []
+            tick()
+        if opponent is not None:
+            there = opponent.run(fresh)
+            theirs += [there] if round else []
             tick()
     for way in (NO_CACHE, CACHE):
         _one_after_another(subject, alone[:1], way)
@@ -231,35 +266,33 @@ def bench_batching(
         Result(way, 1 if way.alone else seats, tuple(found), trickled.get(way)) for way, found in runs.items()
     )
     growth = [Growth(way, tuple(map(min, zip(*found, strict=True)))) for way, found in answers.items()]
-    return BatchingReport(subject.setup(), asked, seats, rate, results, (growth[0], growth[1]))
+    compared = None if opponent is None else beside(opponent, [run.metrics for run in runs[CONTINUOUS]], theirs)
+    return BatchingReport(subject.setup(), asked, seats, rate, results, (growth[0], growth[1]), compared)
 
 
 def _all_at_once(subject: Subject, items: Sequence[Item], way: Way) -> Run:
-    llm = subject.llm
-    llm.reset_stats()
-    started = time.perf_counter()
     prompts, asked = [item.prompt for item in items], [params(item) for item in items]
-    outputs = llm.generate(prompts, asked, batching=way.batching, kv_cache=way.kv_cache)
-    return _run(subject, outputs, items, started)
+    started, meter = _begin(subject)
+    outputs = subject.llm.generate(prompts, asked, batching=way.batching, kv_cache=way.kv_cache)
+    return _run(subject, outputs, items, started, meter)
 
 
 def _one_after_another(subject: Subject, items: Sequence[Item], way: Way) -> Run:
-    started = time.perf_counter()
+    started, meter = _begin(subject)
     outputs: list[RequestOutput] = []
     for index, item in enumerate(items):
         (output,) = subject.llm.generate([item.prompt], params(item), batching=way.batching, kv_cache=way.kv_cache)
         output.index = index
         outputs.append(output)
-    return _run(subject, outputs, items, started)
+    return _run(subject, outputs, items, started, meter)
 
 
 def _one_by_one(subject: Subject, items: Sequence[Item], way: Way, due: Sequence[float]) -> Run:
     """Each request is submitted when it is due, and its latency counted from then."""
     llm = subject.llm
-    llm.reset_stats()
     outputs: list[RequestOutput] = []
     with llm.scheduled(way.batching):
-        started = time.perf_counter()
+        started, meter = _begin(subject)
         waiting: Iterator[int] = iter(range(len(items)))
         upcoming = next(waiting, None)
         while len(outputs) < len(items):
@@ -275,12 +308,21 @@ def _one_by_one(subject: Subject, items: Sequence[Item], way: Way, due: Sequence
             outputs += [output for output in llm.step() if isinstance(output, RequestOutput)]
         for output in outputs:
             output.arrival_time = started + due[output.index]
-        return _run(subject, outputs, items, started)
+        return _run(subject, outputs, items, started, meter)
 
 
-def _run(subject: Subject, outputs: Sequence[RequestOutput], items: Sequence[Item], started: float) -> Run:
+def _begin(subject: Subject) -> tuple[float, Meter]:
+    """When a run begins, and what the card spends from then on."""
+    subject.llm.reset_stats()
+    meter = start_meter(card_of(subject.llm.device))
+    return time.perf_counter(), meter
+
+
+def _run(
+    subject: Subject, outputs: Sequence[RequestOutput], items: Sequence[Item], started: float, meter: Meter
+) -> Run:
     metrics, errors = evaluate(outputs, items, time.perf_counter() - started)
-    return Run(metrics, subject.llm.stats, errors, None)
+    return Run(metrics, subject.llm.stats, errors, meter.joules)
 
 
 def _token_seconds(subject: Subject, item: Item, way: Way) -> list[float]:

@@ -43,8 +43,8 @@ def draw_batching(report: BatchingReport, path: Path) -> None:
     for axes in (speed, latency, growth):
         axes.title.set_fontsize(9)
         axes.tick_params(labelsize=8)
-    for axes in (latency, growth):
-        axes.legend(fontsize=8)
+    latency.legend(fontsize=8, loc="lower right")
+    growth.legend(fontsize=8)
     figure.suptitle(
         f"{Path(report.setup.model).name} on {report.setup.device_name}, {report.seats} at once", fontsize=10
     )

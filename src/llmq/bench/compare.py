@@ -5,7 +5,7 @@ meanwhile it does to all; every ratio is the median over rounds of the ratios wi
 
     prefill   tokens/s of prompts of the workload's length, one token generated for each
     decode    tokens/s at each batch size: ``bench.staircase``
-    workload  all requests there at the start
+    workload  all requests there at the start; a peer's turn is after all schemes'
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ import torch
 from llmq import memory
 from llmq.bench.candidates import BASE, BATCH_SIZES, ROUNDS, SCHEMES, WORKLOADS, workload_of
 from llmq.bench.compare_report import CompareReport, Row, Speeds
+from llmq.bench.comparison import Comparison as BesidePeer
+from llmq.bench.comparison import Figures
 from llmq.bench.datasets import items_of
 from llmq.bench.engine import Setup, Subject
 from llmq.bench.load import Progress
+from llmq.bench.peers import PACKAGES, Peer, beside, check_peer, open_peer
 from llmq.bench.staircase import decode_speeds, output_lengths
 from llmq.bench.workload import Item, Workload, check_context, prompt_len, vocabulary_of
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import DEMO, resolve
 from llmq.checkpoint.formats import WRITER, format_for, write_configs
-from llmq.checkpoint.tokenizer import has_tokenizer
 from llmq.engine.options import EngineOptions
-from llmq.errors import USAGE, LlmqError, either
+from llmq.errors import CHECK_FAILED, USAGE, LlmqError, either
 from llmq.evals.divergence import Comparison, Scored, compare, score
 from llmq.evals.perplexity import prepare
 from llmq.memplan.plan import plan
@@ -64,33 +66,48 @@ def bench_compare(
     dtype: str = "auto",
     device: str = "auto",
     options: EngineOptions | None = None,
+    peer: str | None = None,
     progress: Progress | None = None,
 ) -> CompareReport:
     """Measure ``model`` in each of ``schemes``, the first of which the others are set beside.
 
     A scheme is taken from ``folders`` where that has it, and else made by rounding to nearest; for dummy weights, its
-    name in config.json is enough. Quality is measured on the text ``data``, or the demo's for the demo.
-    LlmqError before anything is made when there is no such scheme, or the workload does not fit the model's context.
+    name in config.json is enough. Quality is measured on the text ``data``, or the demo's for the demo. ``peer``: an
+    engine or the URL of a server that runs the workload too, with the model as the first scheme has it.
+    LlmqError before anything is made when there is no such scheme or peer, or the workload does not fit the model's
+    context, and before anything is measured when a peer does not fit beside the schemes.
     """
     folders = folders or {}
-    for name in (*schemes, *folders):
-        if name != BASE and name not in PRESETS:
-            raise LlmqError(f"there is no scheme {name!r}", f"choose {either((BASE, *PRESETS))}", exit_code=USAGE)
+    _check_schemes(schemes, folders)
     if not schemes or not batch_sizes or min(batch_sizes) < 1 or rounds < 1:
         raise LlmqError("nothing to measure", "check --schemes, --batch-sizes and --rounds", exit_code=USAGE)
+    if peer is not None:
+        check_peer(peer)
     source, device = resolve(model, revision), resolve_device(device)
     asked = workload_of(workload, num_prompts, seed)
     load = _Load.of(source, asked, workload, tuple(sorted(set(batch_sizes))), rounds, options or EngineOptions())
     dummy = load.options.load_format == "dummy"
-    quality = not dummy and has_tokenizer(source) and (data is not None or model == DEMO)
-    steps = _Steps(progress, len(schemes) * (rounds + 2 + quality))
+    quality = not dummy and (data is not None or model == DEMO)
+    if quality:
+        prepare(model, data=data, dtype=dtype, device=device, revision=revision)
+    elif data is not None:
+        raise LlmqError("dummy weights have no quality to measure", "leave out --data", exit_code=USAGE)
+    steps = _Steps(progress, len(schemes) * (rounds + 2 + quality) + (rounds + 1) * (peer is not None))
     with TemporaryDirectory() as scratch:
         found = {name: folders.get(name) or _make(source, name, Path(scratch), dummy, device) for name in schemes}
         plans = {name: plan(open_model(str(folder)), options=load.options) for name, folder in found.items()}
         steps.advance(len(schemes))
-        side_by_side = load.fit_together(list(plans.values()), device, dtype)
+        of_peer = [plans[schemes[0]]] if peer in PACKAGES else []
+        side_by_side = load.fit_together([*plans.values(), *of_peer], device, dtype)
+        if peer is not None and not side_by_side:
+            raise LlmqError(
+                f"{', '.join(schemes)} and {peer} do not fit the GPU side by side, to run in turns",
+                "compare fewer --schemes, or smaller --batch-sizes",
+                exit_code=CHECK_FAILED,
+            )
         groups = [list(schemes)] if side_by_side else [[name] for name in schemes]
-        speeds: dict[str, list[Speeds]] = {name: [] for name in schemes}
+        speeds: dict[str, list[Speeds]] = {}
+        peers: dict[str, BesidePeer] = {}
         setup: Setup | None = None
         for group in groups:
             subjects = {
@@ -105,22 +122,56 @@ def bench_compare(
                 for name in group
             }
             setup = setup or replace(next(iter(subjects.values())).setup(), model=model)
-            for cell in range(rounds + 1):  # the first is the warm-up
-                for name, subject in subjects.items():
-                    measured = load.measure(subject, cell)
-                    speeds[name] += [measured] if cell else []
-                    steps.advance()
-            del subjects, subject
+            opponent = None if peer is None else open_peer(peer, subjects[group[0]], seed)
+            measured, theirs = _in_turns(load, subjects, opponent, rounds, steps)
+            speeds |= measured
+            if opponent is not None:
+                peers = {
+                    name: beside(opponent, [one.run.metrics for one in own], theirs) for name, own in measured.items()
+                }
+            del subjects, opponent
             _free(device)
         judged = _judge(model, found, data, dtype, device, revision, steps) if quality else {}
     assert setup is not None
     rows = tuple(
         Row(
-            name, plans[name].weights.resident, load.kv_tokens(plans[name], device, dtype), tuple(one), judged.get(name)
+            name,
+            plans[name].weights.resident,
+            load.kv_tokens(plans[name], device, dtype),
+            tuple(one),
+            judged.get(name),
+            peers.get(name),
         )
         for name, one in speeds.items()
     )
     return CompareReport(setup, Path(workload).stem, asked, side_by_side, rows)
+
+
+def _check_schemes(schemes: Sequence[str], folders: Mapping[str, Path]) -> None:
+    for name in (*schemes, *folders):
+        if name != BASE and name not in PRESETS:
+            raise LlmqError(f"there is no scheme {name!r}", f"choose {either((BASE, *PRESETS))}", exit_code=USAGE)
+    for path in folders.values():
+        if not (path / "config.json").is_file():
+            raise LlmqError(f"{path} is no model folder: it has no config.json", "check --folder", exit_code=USAGE)
+
+
+def _in_turns(
+    load: _Load, subjects: Mapping[str, Subject], opponent: Peer | None, rounds: int, steps: _Steps
+) -> tuple[dict[str, list[Speeds]], list[Figures]]:
+    """The rounds of each scheme, and those of the peer, if there is one."""
+    speeds: dict[str, list[Speeds]] = {name: [] for name in subjects}
+    theirs: list[Figures] = []
+    for cell in range(rounds + 1):  # the first is the warm-up
+        for name, subject in subjects.items():
+            measured = load.measure(subject, cell)
+            speeds[name] += [measured] if cell else []
+            steps.advance()
+        if opponent is not None:
+            there = opponent.run(load.requests(subject, cell))
+            theirs += [there] if cell else []
+            steps.advance()
+    return speeds, theirs
 
 
 class _Steps:
@@ -197,9 +248,12 @@ class _Load:
         prompts = subject.items(drawn, 2 * cell + 1)
         items = [Item(one.prompt, length) for one, length in zip(prompts, self.lengths, strict=True)]
         decode = decode_speeds(subject.token_times(items), self.batch_sizes)
-        # Without a prefix cache a file's prompts are as good the second time.
-        run = subject.run(subject.items(self.workload, 0 if self.workload.path else cell))
+        run = subject.run(self.requests(subject, cell))
         return Speeds(prefill.metrics.total_input_tokens / prefill.metrics.duration, decode, run)
+
+    def requests(self, subject: Subject, cell: int) -> list[Item]:
+        """Of the workload, in one round. Without a prefix cache a file's prompts are as good the second time."""
+        return subject.items(self.workload, 0 if self.workload.path else cell)
 
     def kv_bytes(self, device: str, dtype: str) -> int:
         """Of a KV cache that has room for all sequences that run at once, at their longest."""

@@ -32,7 +32,7 @@ def draw_compare(report: CompareReport, path: Path) -> None:
     speed.set(xscale="log", xlabel="sequences decoded at once", ylabel=f"decode speed, {first} = 1", ylim=(0, None))
     speed.set_xticks(report.batch_sizes, [str(batch) for batch in report.batch_sizes])
     speed.minorticks_off()
-    speed.legend(fontsize=8)
+    speed.legend(fontsize=8, ncols=len(report.rows), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     _bars(work, report, [row.output_throughput for row in report.rows], "{:,.0f}")
     work.set(title=f"{report.workload_name}: output tokens/s")
     for axes in rest:

@@ -9,12 +9,13 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from llmq.bench.comparison import Comparison
 from llmq.bench.workload import Workload
 from llmq.memory import format_bytes
 
 if TYPE_CHECKING:
     from llmq.bench.engine import Run, Setup
-    from llmq.evals.divergence import Comparison
+    from llmq.evals.divergence import Comparison as Quality
 
 MAX_INCREASE = 0.01
 """Of perplexity, up to which a scheme is recommended for its speed."""
@@ -36,13 +37,15 @@ class Row:
     weights_bytes  on a GPU, as the engine packs them
     kv_tokens      tokens of KV cache that fit beside them on the GPU here; None: there is none
     quality        beside the model as it is; None: of that itself, or nobody could measure it
+    peer           beside another engine on the workload; None: nobody asked
     """
 
     scheme: str
     weights_bytes: int
     kv_tokens: int | None
     rounds: tuple[Speeds, ...]
-    quality: Comparison | None
+    quality: Quality | None
+    peer: Comparison | None = None
 
     def median_of(self, figure: Callable[[Speeds], float]) -> float:
         return median([figure(speeds) for speeds in self.rounds])
@@ -65,6 +68,12 @@ class Row:
         found: list[float] = [latency.percentiles[50] for latency in every if latency is not None]
         return median(found) if found else None
 
+    @property
+    def joules_per_token(self) -> float | None:
+        """Of output, on the workload; None where nobody measures it."""
+        found = [one.run.joules_per_token for one in self.rounds if one.run.joules_per_token is not None]
+        return median(found) if found else None
+
     def as_json(self) -> dict[str, Any]:
         return {
             "scheme": self.scheme,
@@ -75,7 +84,9 @@ class Row:
             "output_throughput": self.output_throughput,
             "median_ttft_ms": self.latency("ttft"),
             "median_tpot_ms": self.latency("tpot"),
+            "joules_per_token": self.joules_per_token,
             "quality": None if self.quality is None else self.quality.as_json(),
+            "peer": None if self.peer is None else self.peer.as_json(),
             "rounds": [
                 {"prefill_throughput": one.prefill, "decode_throughput": one.decode, **one.run.as_json()}
                 for one in self.rounds

@@ -26,8 +26,9 @@ class Comparison:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Ours over theirs, of each figure that both have: the median over the rounds."""
-        common = [name for name in self.rounds[0][0] if all(theirs.get(name) for _, theirs in self.rounds)]
+        """Ours over theirs, of each figure that both always have: the median over the rounds."""
+        every = [figures for round in self.rounds for figures in round]
+        common = [name for name in every[0] if all(figures.get(name) for figures in every)]
         return {name: median(ours[name] / theirs[name] for ours, theirs in self.rounds) for name in common}
 
     def as_json(self) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from llmq.bench.load import Load
+from llmq.bench.uneven import Requests
 from llmq.bench.workload import Workload
 from llmq.errors import CHECK_FAILED, LlmqError
 
@@ -17,6 +18,9 @@ ALIKE = (
     "device_name",
     *(field.name for field in fields(Workload)),
     *(field.name for field in fields(Load)),
+    *(field.name for field in fields(Requests) if field.name != "growth"),
+    "workload",
+    "seats",
     "batch_size",
     "endpoint",
     "ignore_eos",
@@ -26,14 +30,21 @@ ALIKE = (
 the model, its scheme, the version, the engine's options."""
 ABOUT = ("model_id", "dtype", "llmq", "commit", "torch", "driver", "power_limit_w", "max_num_seqs", "date")
 """What is said of each run."""
-LESS_IS_BETTER = ("_ms", "_latency", "joules_per_token", "duration", "failed", "preemptions")
-FIGURES = ("throughput", "goodput", "peak_kv_usage", *LESS_IS_BETTER)
+LESS_IS_BETTER = ("_ms", "_latency", "joules_per_token", "duration", "failed", "preemptions", "wasted")
+FIGURES = ("throughput", "goodput", "peak_kv_usage", "_per_s", *LESS_IS_BETTER)
 """How the names of figures end."""
+PARTS = {
+    "cells": ("batch_size", "request_rate"),
+    "schemes": ("scheme",),
+    "ways": ("way",),
+    "products": ("layer", "scheme", "rows"),
+}
+"""The parts that a report is of, and by which of their fields they are known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A figure of both runs. ``cell``: of a sweep, its load."""
+    """A figure of both runs. ``cell``: the part of a report that it is of, a load or a scheme."""
 
     name: str
     before: float
@@ -96,18 +107,26 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def _changes(a: dict[str, Any], b: dict[str, Any]) -> Iterator[Change]:
     yield from _of_one(a, b)
-    axis = a.get("axis")
-    others = {cell[axis]: cell for cell in b.get("cells", [])}
-    for cell in a.get("cells", []):
-        if cell[axis] in others:
-            yield from _of_one(cell, others[cell[axis]], f"{axis} {cell[axis]}")
+    for part, known_by in PARTS.items():
+        others = {_name(cell, known_by): cell for cell in b.get(part, [])}
+        for cell in a.get(part, []):
+            name = _name(cell, known_by)
+            if name in others:
+                yield from _of_one(cell, others[name], name)
+
+
+def _name(cell: dict[str, Any], known_by: Sequence[str]) -> str:
+    return " ".join(f"{field} {cell[field]}" for field in known_by if field in cell)
 
 
 def _of_one(a: dict[str, Any], b: dict[str, Any], cell: str = "") -> Iterator[Change]:
     for name, before in a.items():
         after = b.get(name)
-        # The median is p50 once more.
-        if not name.endswith(FIGURES) or name.startswith(("median", "std")):
+        told_twice = name.startswith("median") and name.replace("median", "p50", 1) in a
+        if not name.endswith(FIGURES) or name.startswith("std") or told_twice:
             continue
-        if isinstance(before, int | float) and isinstance(after, int | float):
+        if isinstance(before, dict) and isinstance(after, dict):
+            both = (key for key in before if key in after)
+            yield from (Change(f"{name} {key}", before[key], after[key], cell) for key in both)
+        elif isinstance(before, int | float) and isinstance(after, int | float):
             yield Change(name, before, after, cell)

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmq import __version__
 from llmq.bench.nvml import Card
 from llmq.memplan.gpu import detect_gpus
+
+if TYPE_CHECKING:
+    from llmq.runtime.device import GPU
 
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "typer", "rich", "pydantic")
 MEMINFO = Path("/proc/meminfo")
@@ -162,21 +165,22 @@ def cuda_devices() -> tuple[str | None, list[dict[str, Any]]]:
     try:
         import torch
 
-        return torch.version.cuda, [_cuda_device(index) for index in range(torch.cuda.device_count())]
+        from llmq.runtime.device import GPU, gpu
+
+        found = {index: gpu(f"cuda:{index}") for index in range(torch.cuda.device_count())}
+        return torch.version.cuda, [_cuda_device(index, one) for index, one in found.items() if isinstance(one, GPU)]
     except (ImportError, OSError, RuntimeError):  # no torch, one that cannot be loaded, a driver that refuses
         return None, []
 
 
-def _cuda_device(index: int) -> dict[str, Any]:
+def _cuda_device(index: int, card: GPU) -> dict[str, Any]:
     import torch
 
-    free, total = torch.cuda.mem_get_info(index)
-    major, minor = torch.cuda.get_device_capability(index)
     return {
-        "name": torch.cuda.get_device_name(index),
-        "compute_capability": f"{major}.{minor}",
-        "memory_free_bytes": free,
-        "memory_total_bytes": total,
+        "name": card.name,
+        "compute_capability": ".".join(map(str, card.capability)),
+        "memory_free_bytes": torch.cuda.mem_get_info(index)[0],
+        "memory_total_bytes": card.memory,
     }
 
 

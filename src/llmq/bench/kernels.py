@@ -3,8 +3,10 @@
 A product reads its weight and its inputs and writes its outputs once, and multiplies; the roofline is the longer of the
 two, bytes over the bandwidth of a large copy and operations over the rate of a large product, both measured first. Each
 call has another weight, so that together they are several times the cache (but MOST at most), and a time is the median
-over rounds: on a GPU, of replays of a CUDA graph. A layer with 8-bit activations rounds them within its time. Weights
-are random. On a CPU, whose caches hold small layers, a share may be over 1.
+over rounds: on a GPU, of replays of a CUDA graph. Activations of 8 bits are rounded beforehand, as the kernels before
+most products do. Weights are random. Few rows come before many: what draws all the power there is slows the card down
+for a while. A share may be over 1: of many rows, by as much as that slowed down the large product, and on a CPU, whose
+caches hold small layers.
 
 Roofline: Williams, Waterman, Patterson, 2009, https://doi.org/10.1145/1498765.1498785
 """
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -27,16 +30,20 @@ from llmq.bench.nvml import card_of
 from llmq.checkpoint.config import ModelConfig, read_config
 from llmq.checkpoint.folder import resolve
 from llmq.runtime.decoder import Decoder, DecoderLayer
-from llmq.runtime.device import resolve_device, resolve_dtype
+from llmq.runtime.device import multiplies_fp8, resolve_device, resolve_dtype
 from llmq.runtime.dummy import DEVIATION, dummy_weight
-from llmq.runtime.linear import DenseLinear, Linear, quantized_linear, resident_bytes
-from llmq.scheme import Scheme
+from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
+from llmq.runtime.kernels.w8a8 import Weight8, w8a8_matmul
+from llmq.runtime.linear import DenseLinear, Linear, input_number, quantized_linear, resident_bytes
+from llmq.scheme import E4M3, INT, Scheme
 
 ROUNDS = 10
 CACHES = 3
 """Times the last cache that the weights of a round are together."""
 MOST = 32
 """Weights of a round, however small."""
+CALLS = 16
+"""Products of a CUDA graph, at least: beside them its launch takes no time."""
 CPU_CACHE = 2**25
 LARGE = {"cpu": (2**26, 1024), "cuda": (2**31, 8192)}
 """Bytes that are copied and rows of the square matrices that are multiplied, for the roofline."""
@@ -44,10 +51,11 @@ LARGE = {"cpu": (2**26, 1024), "cuda": (2**31, 8192)}
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Bytes a second, read and written, of a copy; operations a second of a product, by the bits of its factors."""
+    """Bytes a second, read and written, of a copy; operations a second of a product, by the number that its factors
+    are: ``int`` and ``e4m3`` of 8 bits, None: the type that is computed in."""
 
     bandwidth: float
-    rates: Mapping[int, float]
+    rates: Mapping[str | None, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +114,7 @@ class KernelsReport:
             "dtype": self.dtype,
             **self.setting,
             "copy_gb_per_s": self.roofline.bandwidth / 1e9,
-            "tflop_per_s": {str(bits): rate / 1e12 for bits, rate in self.roofline.rates.items()},
+            "tflop_per_s": {number or self.dtype: rate / 1e12 for number, rate in self.roofline.rates.items()},
             "products": [product.as_json() for product in self.products],
         }
 
@@ -127,20 +135,22 @@ def bench_kernels(
     config = read_config(resolve(model, revision))
     torch_dtype = resolve_dtype(dtype, config, device)
     roofline = measure_roofline(device, torch_dtype)
-    found: list[Product] = []
-    shapes = layer_shapes(config)
-    total = len(shapes) * len(schemes)
-    for number, (layer, shape) in enumerate(shapes.items()):
-        for offset, (name, scheme) in enumerate(schemes.items(), 1):
-            if scheme is None or scheme.divides(shape[1]):
-                weights = list(_weights(scheme, shape, torch_dtype, device))
-                found += [
-                    _time(layer, shape, name, scheme, weights, count, torch_dtype, device, roofline) for count in rows
-                ]
-            if progress is not None:
-                progress(number * len(schemes) + offset, total)
+    every = [
+        (layer, shape, name, scheme)
+        for layer, shape in layer_shapes(config).items()
+        for name, scheme in schemes.items()
+        if scheme is None or scheme.divides(shape[1])
+    ]
+    found: list[list[Product]] = [[] for _ in every]
+    counts = sorted(set(rows))
+    for done, (count, (number, (layer, shape, name, scheme))) in enumerate(product(counts, enumerate(every)), 1):
+        weights = list(draw_layers(scheme, shape, torch_dtype, device))
+        found[number].append(_time(layer, name, weights, count, torch_dtype, device, roofline))
+        if progress is not None:
+            progress(done, len(counts) * len(every))
     about = setting(device_name(device), card_of(device))
-    return KernelsReport(model, str(torch_dtype).removeprefix("torch."), about, roofline, tuple(found))
+    products = tuple(chain.from_iterable(found))
+    return KernelsReport(model, str(torch_dtype).removeprefix("torch."), about, roofline, products)
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -157,7 +167,8 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def measure_roofline(device: str, dtype: torch.dtype) -> Roofline:
-    """What a copy and a product of large square matrices reach here; of integers only on a GPU."""
+    """What a copy and a product of large square matrices reach here, of integers the faster of PyTorch's and ours; on a
+    CPU, one of 8 bits is taken to be as fast as any other."""
     kind = torch.device(device).type
     size, side = LARGE[kind]
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
@@ -165,11 +176,18 @@ def measure_roofline(device: str, dtype: torch.dtype) -> Roofline:
     bandwidth = 2 * size / median_seconds(lambda: target.copy_(source), device)
     a, b = torch.randn(2, side, side, dtype=dtype, device=device)
     operations = 2.0 * side**3
-    rates = {16: operations / median_seconds(lambda: a @ b, device)}
-    rates[8] = rates[16]
-    if kind == "cuda":
-        ints = torch.randint(-127, 128, (2, side, side), dtype=torch.int8, device=device)
-        rates[8] = operations / median_seconds(lambda: torch._int_mm(ints[0], ints[1].t()), device)
+    rate = operations / median_seconds(lambda: a @ b, device)
+    if kind == "cpu":
+        return Roofline(bandwidth, {None: rate, INT: rate, E4M3: rate})
+    x, weight = torch.randint(-127, 128, (2, side, side), dtype=torch.int8, device=device)
+    scales = torch.ones(side, device=device)
+    ours = partial(w8a8_matmul, QuantizedRows(x, scales[:, None]), Weight8(weight, scales), None, torch.bfloat16)
+    of_ints = min(median_seconds(multiply, device) for multiply in (ours, partial(torch._int_mm, x, weight.t())))
+    rates = {None: rate, INT: operations / of_ints}
+    if multiplies_fp8(torch.device(device)):
+        one, floats = torch.ones((), device=device), torch.randn(2, side, side, device=device).to(torch.float8_e4m3fn)
+        multiply = partial(torch._scaled_mm, floats[0], floats[1].t(), one, one, out_dtype=torch.bfloat16)
+        rates[E4M3] = operations / median_seconds(partial(multiply, use_fast_accum=True), device)
     return Roofline(bandwidth, rates)
 
 
@@ -194,25 +212,28 @@ def _device_clock(run: Callable[[], object]) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def _in_a_row(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:
-    """All ``calls`` as one: on a GPU a CUDA graph, so that launches take no time."""
+def seconds_each(calls: Sequence[Callable[[], object]], device: str) -> float:
+    """Of one of ``calls``, one after another: on a GPU in a CUDA graph, so that launches take no time."""
+    if torch.device(device).type == "cuda":
+        calls = [*calls] * -(-CALLS // len(calls))
 
     def run() -> None:
         for call in calls:
             call()
 
     if torch.device(device).type == "cpu":
-        return run
+        return median_seconds(run, device) / len(calls)
     run()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+    return median_seconds(graph.replay, device) / len(calls)
 
 
-def _weights(scheme: Scheme | None, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Iterator[Linear]:
-    """As many layers of ``shape`` as several caches hold."""
+def draw_layers(scheme: Scheme | None, shape: tuple[int, int], dtype: torch.dtype, device: str) -> Iterator[Linear]:
+    """As many layers of ``shape`` (out_features, in_features) as several caches hold, of random weights in ``scheme``;
+    None: in ``dtype``."""
     cache = CPU_CACHE if device == "cpu" else torch.cuda.get_device_properties(torch.device(device)).L2_cache_size
     noise = torch.Generator(device).manual_seed(0)
     taken = 0
@@ -237,19 +258,18 @@ def _layer(scheme: Scheme | None, shape: tuple[int, int], dtype: torch.dtype, no
 @torch.inference_mode()
 def _time(
     layer: str,
-    shape: tuple[int, int],
-    name: str,
-    scheme: Scheme | None,
+    scheme: str,
     weights: Sequence[Linear],
     rows: int,
     dtype: torch.dtype,
     device: str,
     roofline: Roofline,
 ) -> Product:
+    shape, number = (weights[0].out_features, weights[0].in_features), input_number(weights[0])
     x = torch.randn(rows, shape[1], dtype=dtype, device=device)
-    every = _in_a_row([partial(weight, x) for weight in weights], device)
-    seconds = median_seconds(every, device) / len(weights)
-    moved = resident_bytes(weights[0]) + rows * sum(shape) * dtype.itemsize
-    bits = 16 if scheme is None else scheme.activation_bits
-    floor = max(moved / roofline.bandwidth, 2.0 * rows * shape[0] * shape[1] / roofline.rates[bits])
-    return Product(layer, shape, name, rows, seconds, moved, floor)
+    inputs = x if number is None else quantize_rows(x, number)
+    seconds = seconds_each([partial(weight, inputs) for weight in weights], device)
+    read = sum(part.nbytes for part in inputs) if isinstance(inputs, QuantizedRows) else inputs.nbytes
+    moved = resident_bytes(weights[0]) + read + rows * shape[0] * dtype.itemsize
+    floor = max(moved / roofline.bandwidth, 2.0 * rows * shape[0] * shape[1] / roofline.rates[number])
+    return Product(layer, shape, scheme, rows, seconds, moved, floor)

@@ -45,6 +45,12 @@ class LatencyReport:
         return sum(run.metrics.total_output_tokens for run in self.runs) / sum(self.latencies)
 
     @property
+    def joules_per_token(self) -> float | None:
+        """Of output, averaged over the batches; None where nobody measures it."""
+        found = [run.joules_per_token for run in self.runs if run.joules_per_token is not None]
+        return fmean(found) if found else None
+
+    @property
     def failed(self) -> int:
         return sum(run.metrics.failed for run in self.runs)
 
@@ -55,7 +61,6 @@ class LatencyReport:
 
     def as_json(self) -> dict[str, Any]:
         """vLLM's field names."""
-        joules = [run.joules_per_token for run in self.runs if run.joules_per_token is not None]
         return {
             **self.setup.as_json(),
             **self.workload.as_json(),
@@ -69,7 +74,7 @@ class LatencyReport:
             "mean_tpot_ms": self.mean("tpot"),
             "failed": self.failed,
             "errors": sorted({error for run in self.runs for error in run.errors}),
-            "joules_per_token": fmean(joules) if joules else None,
+            "joules_per_token": self.joules_per_token,
             "peer": None if self.peer is None else self.peer.as_json(),
         }
 

@@ -22,6 +22,7 @@ from llmq.bench.endpoint import connect
 from llmq.bench.environment import installed
 from llmq.bench.http import is_url
 from llmq.bench.load import Load, run_load
+from llmq.bench.metrics import Metrics
 from llmq.bench.workload import Item, warm_up
 from llmq.errors import USAGE, LlmqError
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from llmq.bench.engine import Subject
 
 PACKAGES = ("transformers", "vllm")
+REFUSALS = (ImportError, OSError, ValueError, RuntimeError)
+"""What they raise where a model is unknown to them, or too large for what is left of the GPU."""
 
 
 class Peer(Protocol):
@@ -60,15 +63,17 @@ class Transformers:
                     self._model: Any = AutoModelForCausalLM.from_config(config, dtype=llm.dtype)
             else:
                 self._model = AutoModelForCausalLM.from_pretrained(llm.folder, dtype=llm.dtype).to(llm.device)
-        except (ImportError, OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise LlmqError(f"transformers cannot load {subject.model}: {reason}", "leave out --peer") from None
+        except REFUSALS as error:
+            raise _refusal(self.name, error) from None
         self._model.eval()
 
     def run(self, items: Sequence[Item]) -> Figures:
         started = time.perf_counter()
-        for start in range(0, len(items), self._batch_size):
-            self._generate(items[start : start + self._batch_size])
+        try:
+            for start in range(0, len(items), self._batch_size):
+                self._generate(items[start : start + self._batch_size])
+        except torch.OutOfMemoryError as error:
+            raise _refusal(self.name, error) from None
         duration = time.perf_counter() - started
         return {"output_throughput": sum(item.output_len for item in items) / duration}
 
@@ -102,15 +107,18 @@ class Vllm:
         self.version = installed("vllm")
         self._params = vllm.SamplingParams
         options = subject.llm.options
-        self._llm = vllm.LLM(
-            str(subject.llm.folder),
-            dtype=str(subject.llm.dtype).removeprefix("torch."),
-            load_format=options.load_format,
-            skip_tokenizer_init=True,
-            max_model_len=subject.llm.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-        )
+        try:
+            self._llm = vllm.LLM(
+                str(subject.llm.folder),
+                dtype=str(subject.llm.dtype).removeprefix("torch."),
+                load_format=options.load_format,
+                skip_tokenizer_init=True,
+                max_model_len=subject.llm.max_model_len,
+                max_num_seqs=options.max_num_seqs,
+                gpu_memory_utilization=options.gpu_memory_utilization,
+            )
+        except REFUSALS as error:
+            raise _refusal(self.name, error) from None
 
     def run(self, items: Sequence[Item]) -> Figures:
         prompts = [{"prompt_token_ids": item.prompt} for item in items]
@@ -142,9 +150,18 @@ class Server:
         return figures(outcome.metrics())
 
 
+def _refusal(peer: str, error: Exception) -> LlmqError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return LlmqError(
+        f"{peer} cannot run the model: {reason[0]}",
+        "leave it half of the GPU: --gpu-memory-utilization 0.45; or serve with it elsewhere, and pass --peer URL",
+    )
+
+
 def check_peer(peer: str) -> None:
-    """LlmqError when there is no such engine, or it is not installed."""
+    """LlmqError when there is no such engine, it is not installed, or a server does not answer."""
     if is_url(peer):
+        asyncio.run(connect(peer))
         return
     if peer not in PACKAGES:
         raise LlmqError(
@@ -167,10 +184,17 @@ def compare(subject: Subject, peer: Peer, rounds: Sequence[Sequence[Item]], seed
     """Run each of ``rounds`` by both, one after the other. Theirs is warmed up with other prompts of the same shapes;
     ours is warm. LlmqError when a request fails."""
     peer.run(warm_up(rounds[0], subject.vocabulary, seed))
-    found = []
+    ours, theirs = [], []
     for items in rounds:
         run = subject.run(items)
         if run.errors:
             raise LlmqError(f"{run.metrics.failed} of {len(items)} requests failed: {run.errors[0]}")
-        found.append((figures(run.metrics), peer.run(items)))
-    return Comparison(peer.name, peer.version, tuple(found))
+        ours.append(run.metrics)
+        theirs.append(peer.run(items))
+    return beside(peer, ours, theirs)
+
+
+def beside(peer: Peer, ours: Sequence[Metrics], theirs: Sequence[Figures]) -> Comparison:
+    """Rounds of ours, and of ``peer`` on the same requests."""
+    pairs = zip(map(figures, ours), theirs, strict=True)
+    return Comparison(peer.name, peer.version, tuple(pairs))

@@ -25,6 +25,7 @@ def check_plot(path: Path) -> None:
 def draw_sweep(report: SweepReport, path: Path) -> None:
     """Output tokens/s, and below it TTFT and TPOT, p50 and p99, against the load."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     loads = [f"{cell.load:g}" for cell in report.cells]  # as names: the last may be infinite
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -37,6 +38,8 @@ def draw_sweep(report: SweepReport, path: Path) -> None:
             label = f"{name.upper()} {p}"
             times.plot(loads, found, f"{marker}{line}", color="black" if name == "ttft" else "gray", label=label)
     times.set(ylabel="ms", yscale="log", xlabel=report.axis.replace("_", " "))
+    times.yaxis.set_major_formatter("{x:g}")
+    times.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     for axes in (speed, times):
         if report.knee is not None:
             knee = f"{report.knee:g}"

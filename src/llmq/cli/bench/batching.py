@@ -11,11 +11,12 @@ from llmq.bench.uneven import ROUNDS, Requests
 from llmq.cli import options
 from llmq.cli.bench import flags
 from llmq.cli.console import out, print_report, progress, table
+from llmq.engine.options import EngineOptions
 
 if TYPE_CHECKING:
     from llmq.bench.batching import BatchingReport, Result
 
-_REQUESTS = Requests()
+_ENGINE, _REQUESTS = EngineOptions(), Requests()
 
 
 def batching(
@@ -30,6 +31,8 @@ def batching(
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 8,
     rounds: Annotated[int, typer.Option(help="Times that the batched ways run, after once to warm up.")] = ROUNDS,
     seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = _REQUESTS.seed,
+    peer: flags.Peer = None,
+    gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -54,9 +57,11 @@ def batching(
             Requests(num_prompts, input_len, longest, spread, growth, seed),
             seats=max_num_seqs,
             rounds=rounds,
+            gpu_memory_utilization=gpu_memory_utilization,
             revision=revision,
             dtype=dtype,
             device=device,
+            peer=peer,
             progress=bar,
         )
     if plot is not None:
@@ -76,10 +81,14 @@ def _print(report: BatchingReport) -> None:
         f"{report.counted:.2f} ×, of which this is {report.speedup / report.counted:.0%}"
     )
     out.print()
-    grid = table("", "tokens/s", "steps", "wasted seats", "latency p50, s", "p99", "one by one: p50, s", "p99")
+    metered = any(result.joules_per_token is not None for result in report.results)
+    columns = ["tokens/s", "steps", "wasted seats", "latency p50, s", "p99", "one by one: p50", "p99"]
+    grid = table("", *columns, *(["J a token"] if metered else []))
     for result in report.results:
-        grid.add_row(result.way.name, *_row(result))
+        joules = result.joules_per_token
+        grid.add_row(result.way.name, *_row(result), *([] if joules is None else [f"{joules:.3f}"]))
     out.print(grid)
+    flags.print_comparison(report.peer)
     out.print()
     for growth in report.growth:
         base, slope = growth.line

@@ -49,6 +49,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = _WORKLOAD.seed,
     *,
     engine: EngineOptions,
+    peer: flags.Peer = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -77,7 +78,7 @@ def compare(
             schemes=schemes.split(","),
             workload=workload,
             num_prompts=num_prompts,
-            batch_sizes=_sizes(batch_sizes),
+            batch_sizes=flags.numbers(batch_sizes, "--batch-sizes", int),
             rounds=rounds,
             folders=_folders(folder or []),
             data=data,
@@ -86,6 +87,7 @@ def compare(
             dtype=dtype,
             device=device,
             options=engine,
+            peer=peer,
             progress=bar,
         )
     if plot is not None:
@@ -96,13 +98,6 @@ def compare(
     failed = sum(row.failed for row in report.rows)
     errors = sorted({error for row in report.rows for speeds in row.rounds for error in speeds.run.errors})
     flags.raise_if_failed(failed, num_prompts * rounds * len(report.rows), errors)
-
-
-def _sizes(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise LlmqError(f"{text!r} is no list of batch sizes", "write --batch-sizes 1,8,64", exit_code=USAGE) from None
 
 
 def _folders(given: Sequence[str]) -> dict[str, Path]:
@@ -139,6 +134,11 @@ def _print(report: CompareReport) -> None:
     add(f"{report.workload_name}, output tokens/s", lambda row: f"{row.output_throughput:,.0f}", ratio)
     for name in ("ttft", "tpot"):
         add(f"{report.workload_name}, {name.upper()} p50, ms", partial(_latency, name))
+    if any(row.joules_per_token is not None for row in report.rows):
+        add(f"{report.workload_name}, J a token", lambda row: f"{row.joules_per_token:.3f}")
+    peer = report.rows[0].peer
+    for name in () if peer is None else peer.ratios:
+        add(f"{name} / the peer's", partial(_peer_ratio, name))
     out.print(grid)
     out.print()
     for (scheme, other), start in report.crossovers.items():
@@ -147,12 +147,16 @@ def _print(report: CompareReport) -> None:
     turns = "in turns" if report.side_by_side else "one scheme after another"
     out.print(
         f"{report.workload.num_prompts} requests, all there at the start; {rounds} round{'s' * (rounds > 1)}, {turns}; "
-        f"{report.setup.device_name}"
+        f"{report.setup.device_name}" + ("" if peer is None else f"; the peer: {peer.peer} {peer.version or ''}")
     )
 
 
 def _decode(batch: int, row: Row) -> str:
     return f"{row.decode_throughput(batch):,.0f}"
+
+
+def _peer_ratio(name: str, row: Row) -> str:
+    return "" if row.peer is None else f"{row.peer.ratios[name]:.2f}"
 
 
 def _latency(name: str, row: Row) -> str:

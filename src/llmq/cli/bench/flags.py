@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -15,6 +15,8 @@ from llmq.bench.workload import DATASETS, Workload
 from llmq.cli.console import err, out, table
 from llmq.cli.options import with_flags
 from llmq.errors import USAGE, LlmqError
+
+Number = TypeVar("Number", int, float)
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -59,7 +61,10 @@ Tokenizer = Annotated[
 IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos/--no-ignore-eos", help="Ask for answers that do not end before --output-len.")
 ]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture: .png, .svg or .pdf.", show_default=False)]
+Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A picture: .png, .svg or .pdf.", callback=_writable, show_default=False),
+]
 WORKLOAD_FLAGS: dict[str, Any] = {
     "dataset": Annotated[str, typer.Option(help=f"{', '.join(DATASETS)}.")],
     "dataset_path": Annotated[Path | None, typer.Option(metavar="FILE", help="Of the last three.", show_default=False)],
@@ -113,12 +118,16 @@ def is_chat(endpoint: str) -> bool:
     return endpoint == "chat"
 
 
-def numbers(text: str, flag: str) -> list[float]:
-    """``1,2,4`` as numbers. LlmqError, naming ``flag``, when it is none."""
+def numbers(text: str, flag: str, kind: type[Number]) -> list[Number]:
+    """``1,2,4`` as numbers above 0, of integers or floats. LlmqError, naming ``flag``, when it is none."""
     try:
-        return [float(number) for number in text.split(",")]
+        found = [kind(number) for number in text.split(",")]
     except ValueError:
-        raise LlmqError(f"{text!r} is no list of numbers", f"write {flag} 1,2,4,8", exit_code=USAGE) from None
+        found = []
+    if not found or not all(number > 0 for number in found):
+        what = "whole numbers" if kind is int else "numbers"
+        raise LlmqError(f"{text!r} is no list of {what} above 0", f"write {flag} 1,2,4,8", exit_code=USAGE)
+    return found
 
 
 def print_latencies(metrics: Metrics) -> None:

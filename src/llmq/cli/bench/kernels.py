@@ -36,17 +36,13 @@ def kernels(
 
     llmq bench kernels demo --rows 1,16
     """
-    counts = flags.numbers(rows, "--rows")
-    if min(counts) < 1 or any(count != int(count) for count in counts):
-        raise LlmqError(f"{rows} are no numbers of rows", "write --rows 1,16,64", exit_code=USAGE)
+    counts = flags.numbers(rows, "--rows", int)
     chosen = {name: _scheme(name) for name in schemes.split(",")}
 
     from llmq.bench.kernels import bench_kernels
 
     with progress("layers") as bar:
-        report = bench_kernels(
-            model, chosen, list(map(int, counts)), revision=revision, dtype=dtype, device=device, progress=bar
-        )
+        report = bench_kernels(model, chosen, counts, revision=revision, dtype=dtype, device=device, progress=bar)
     print_report("llmq.bench.kernels/1", report.as_json(), show=partial(_print, report), json=json, file=output)
 
 
@@ -60,7 +56,9 @@ def _scheme(name: str) -> Scheme | None:
 
 def _print(report: KernelsReport) -> None:
     roofline = report.roofline
-    rates = ", ".join(f"{rate / 1e12:,.2f} TFLOP/s with {bits} bits" for bits, rate in roofline.rates.items())
+    rates = ", ".join(
+        f"{rate / 1e12:,.2f} TFLOP/s of {number or report.dtype}" for number, rate in roofline.rates.items()
+    )
     out.print(f"{report.setting['device_name']}: copies {roofline.bandwidth / 1e9:,.1f} GB/s, multiplies {rates}")
     out.print()
     grid = table("layer", "shape", "scheme", "rows", "µs", "GB/s", "TFLOP/s", "of the roofline")

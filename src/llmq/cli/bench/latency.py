@@ -77,5 +77,7 @@ def _print(report: LatencyReport) -> None:
         if mean is not None:
             grid.add_row(f"{name.upper()}, mean", f"{mean:,.2f} ms")
     grid.add_row("tokens out", f"{report.output_throughput:,.1f}/s")
+    if report.joules_per_token is not None:
+        grid.add_row("energy", f"{report.joules_per_token:.3f} J a token")
     out.print(grid)
     flags.print_comparison(report.peer)

@@ -72,7 +72,7 @@ def sweep(
                 subject,
                 workload,
                 load,
-                flags.numbers(request_rates, "--request-rates"),
+                flags.numbers(request_rates, "--request-rates", float),
                 model=model,
                 tokenizer=tokenizer,
                 api_key=api_key,
@@ -85,7 +85,7 @@ def sweep(
             report = sweep_batches(
                 subject,
                 workload,
-                flags.numbers(batch_sizes, "--batch-sizes"),
+                flags.numbers(batch_sizes, "--batch-sizes", int),
                 revision=revision,
                 dtype=dtype,
                 device=device,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -66,9 +67,19 @@ def w8a8_matmul(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: t
 def w8a8_matmul_reference(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``w8a8_matmul`` in plain PyTorch, but for integers' product, which PyTorch has: exact too."""
     wide = torch.promote_types(dtype, torch.float32)
-    if x.codes.dtype == torch.int8:
+    if x.codes.dtype == torch.int8 and sums_int8_exactly(x.codes.device):
         sums = torch._int_mm(x.codes, weight.codes.t()).to(wide)
+    elif x.codes.dtype == torch.int8:
+        sums = (x.codes.double() @ weight.codes.double().t()).to(wide)
     else:
         sums = x.codes.to(wide) @ weight.codes.to(wide).t()
     out = sums * x.scales * weight.scales
     return (out if bias is None else out + bias).to(dtype)
+
+
+@cache
+def sums_int8_exactly(device: torch.device) -> bool:
+    """Whether PyTorch's product of int8 is exact there. On an x86 CPU without VNNI, oneDNN adds two products in 16 bits
+    and clips what does not fit (https://oneapi-src.github.io/oneDNN/dev_guide_int8_computations.html)."""
+    largest = torch.full((32, 64), 127, dtype=torch.int8, device=device)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127**2).all())
