@@ -5,7 +5,7 @@ weight[n, k] = scales[n, g] · (number(codes[n, k]) − zero_points[n, g])      
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,6 +56,12 @@ class QuantizedWeight:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)"""
         return self.codes.shape[0], self.codes.shape[1]
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on ``device``."""
+        index = None if self.group_index is None else self.group_index.to(device)
+        codes, scales, zeros = (part.to(device) for part in (self.codes, self.scales, self.zero_points))
+        return replace(self, codes=codes, scales=scales, zero_points=zeros, group_index=index)
 
     def dequantize(self) -> Tensor:
         """The weight [out, in] in fp32."""

@@ -123,7 +123,7 @@ def quantize(
     if on_needs is not None:
         on_needs(needs)
     needs.check()
-    job = replace(job, batch_tokens=needs.batch_tokens, windows=_windows(job, tell))
+    job = replace(job, batch_tokens=needs.batch_tokens, devices=needs.devices, windows=_windows(job, tell))
     if job.source.device != "cpu":
         torch.cuda.reset_peak_memory_stats(job.source.device)  # not of the model that wrote its own text
     spill = output.absolute().parent if needs.spills else None
@@ -259,7 +259,7 @@ def _quantized_alone(
     """Layers that do not need the others of their block: all, where there are no data; the head, where there are."""
     for name in names:
         hessian = None if walk is None else walk.states.head_moment(job.source)
-        yield from round_layers({name: load_weight(job.source, name)}, job.schemes, hessian, job.options)
+        yield from round_layers({name: load_weight(job.source, name)}, job.schemes[name], hessian, job.options)
 
 
 def _report(
