@@ -4,8 +4,8 @@
     python scripts/bench_quantize.py --device cuda:0 --profile
 
 A folder with so many decoder blocks is written first, and not timed. All blocks of a model cost the same, so that the
-time of all 32 is that of the rest and 32 times the median block's. 128 windows of 2,048 random tokens calibrate. Memory is
-that of the first GPU, beside what the run has said before that it would take.
+time of all 32 is that of the rest and 32 times the median block's. 128 windows of 2,048 random tokens calibrate. Memory
+is that of the first GPU, beside what the run has said before that it would take.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def measure(model: Path, method: str, device: str, profile: bool) -> dict[str, A
     *blocks_seconds, _ = parts
     block = statistics.median(blocks_seconds)
     whole = seconds + (LAYERS - len(blocks_seconds)) * block
-    found = {
+    found: dict[str, Any] = {
         "block": block,
         "first block": blocks_seconds[0],
         "rest": seconds - sum(blocks_seconds),

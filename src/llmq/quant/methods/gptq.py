@@ -102,7 +102,7 @@ def _compensation(hessian: Tensor, order: Tensor) -> Tensor:
         damped.diagonal().add_(mean * DAMP_PERCENT * 10**attempt).add_(mean * dead)
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # of a wide layer it takes a gigabyte
-        if not failed and lower.diagonal().isfinite().all():  # what is not finite in a row is not at its end either
+        if not failed and lower.diagonal().isfinite().all():  # NaN in a row reaches its diagonal
             factor = lower.flip(0, 1)
             del lower
             upper = torch.eye(len(factor), device=factor.device)
