@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 from llmq import quantize
+from llmq.cli.progress import show_progress
 from llmq.errors import CHECK_FAILED, LlmqError
 from llmq.quant.activations import in_file
 from llmq.quant.needs import Needs
 from llmq.quant.options import Calibration
+from llmq.quant.pipeline import Step
 from llmq.scheme import Scheme
 
 WIDTH = 512
@@ -172,3 +177,18 @@ def test_a_log_has_a_line_for_each_part(tmp_path: Path) -> None:
     assert [line[0] for line in parts] == list("123456")
     assert "model.layers.4 quantized, largest error" in parts[4]
     assert " left" in parts[3]
+
+
+def test_a_terminal_shows_part_time_left_layer_and_its_error(tmp_path: Path) -> None:
+    screen = Console(file=StringIO(), force_terminal=True, width=120)
+    with pytest.raises(KeyboardInterrupt), show_progress(screen) as show:
+
+        def progress(step: Step) -> None:
+            show(step)
+            if step.layers == 7 + 3:
+                raise KeyboardInterrupt
+
+        quantize(str(save_tiny(tmp_path / "model")), tmp_path / "out", method="rtn", device="cpu", progress=progress)
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", screen.file.getvalue())
+    left, layer = r"(\d+:\d\d:\d\d|-:--:--)", r"model\.layers\.1\.self_attn\.v_proj"
+    assert re.search(rf"part 2 of 3 .* {left} {layer}, error \d\.\de[+-]\d\d", shown)

@@ -23,6 +23,7 @@ from llmq.quant.calibration import draw_windows
 from llmq.quant.methods import autoround
 from llmq.quant.needs import Needs
 from llmq.quant.options import Calibration, QuantizeOptions, Rule
+from llmq.quant.pipeline import Step
 from llmq.quant.prepare import prepare
 from llmq.quant.rounding import stacks
 from llmq.quant.schemes import choose
@@ -31,6 +32,7 @@ from llmq.scheme import Scheme
 
 TWO = ("cpu", "cpu")
 W4, W8 = Scheme(4, 32), Scheme(8, 32)
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
 
 
 @given(st.lists(st.integers()), st.integers(1, 4))
@@ -111,7 +113,7 @@ def test_two_devices_give_the_bits_of_one(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="of one GPU nothing can be spread")
+@two_gpus
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("variant", ["llama", "mixtral"])
 def test_two_gpus_write_the_bytes_of_one(
@@ -125,5 +127,24 @@ def test_two_gpus_write_the_bytes_of_one(
             on_needs=needs.append,
         )  # fmt: skip
     assert [one.devices for one in needs] == [("cuda:0", "cuda:1"), ("cuda:0",)]
-    for written in (tmp_path / "one").glob("*.safetensors"):
-        assert written.read_bytes() == (tmp_path / "two" / written.name).read_bytes()
+    written = sorted((tmp_path / "one").glob("*.safetensors"))
+    assert written
+    assert all(file.read_bytes() == (tmp_path / "two" / file.name).read_bytes() for file in written)
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_a_run_on_two_gpus_that_was_stopped_goes_on_on_one(tmp_path: Path, calibration: Calibration) -> None:
+    model = save_variant(tmp_path / "model", "llama")
+    options = {"scheme": W4, "method": "gptq", "calibration": calibration}
+
+    def stop(step: Step) -> None:
+        if step.parts == 1:
+            raise KeyboardInterrupt
+
+    quantize(str(model), tmp_path / "whole", device="cuda:0", **options)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(model), tmp_path / "stopped", device="cuda", progress=stop, **options)
+    quantize(str(model), tmp_path / "stopped", device="cuda:0", resume=True, **options)
+    weights = "model.safetensors"
+    assert (tmp_path / "stopped" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()

@@ -267,6 +267,7 @@ def _report(
 ) -> QuantizationReport:
     choice, windows = job.options.choice, job.windows
     native = job.options.third_party is None
+    peaks = [peak_memory_bytes(place) if native else peak_memory_of_children() for place in (job.source.device, "cpu")]
     outputs = native and windows is not None
     weights = sum(math.prod(job.shape(name)) for name in job.schemes)
     return QuantizationReport(
@@ -286,7 +287,8 @@ def _report(
         bytes_after=num_bytes,
         effective_bits=8 * job.packed_bytes / weights,
         seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(job.source.device) if native else peak_memory_of_children(),
+        peak_memory_bytes=peaks[0],
+        peak_host_bytes=peaks[1],
         warnings=tuple(_warnings(job, layers)),
     )
 
