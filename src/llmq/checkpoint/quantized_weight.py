@@ -71,9 +71,8 @@ class QuantizedWeight:
         if index is None:
             in_features = self.shape[1]
             index = torch.arange(in_features, device=self.codes.device) // scheme.group_length(in_features)
-        scales, zeros = self.scales.float()[:, index], self.zero_points.float()[:, index]
         if scheme.number == INT:
             values = self.codes.float()
         else:
             values = numbers(scheme.number, self.codes.device)[self.codes.long()]
-        return scales * (values - zeros)
+        return values.sub_(self.zero_points.float()[:, index]).mul_(self.scales.float()[:, index])

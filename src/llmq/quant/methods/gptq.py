@@ -37,7 +37,7 @@ def quantize_weights(
 ) -> list[QuantizedWeight]:
     """Quantize layers that have the same inputs. As ``quantize_weight`` of each, but their rows, one below
     another, take no more steps than one layer's, and one inverse."""
-    if scheme.group_size == WHOLE_TENSOR:
+    if len(weights) == 1 or scheme.group_size == WHOLE_TENSOR:
         return [quantize_weight(weight, scheme, hessian, act_order) for weight in weights]
     stacked = quantize_weight(torch.cat(tuple(weights)), scheme, hessian, act_order)
     rows = [len(weight) for weight in weights]
