@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from llmq.checkpoint.folder import existing_parent, partial_of
 from llmq.errors import CHECK_FAILED, LlmqError
 from llmq.memory import MICRO_BATCH_TOKENS, format_bytes
-from llmq.memplan.quantization import plan_quantization
+from llmq.memplan.quantization import QuantizationPlan, plan_quantization
 from llmq.memplan.source import open_model
 from llmq.quant.job import Job
 from llmq.quant.schemes import AUTOROUND
@@ -109,21 +110,25 @@ def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
     spills = in_memory > memory
     disk = shutil.disk_usage(existing_parent(output)).free + _taken(partial_of(output))
     on_disk = job.predicted_bytes + ways * plan.states * spills
+    cards = () if on_cpu else tuple(_cards(device, room, plan, several=calibrated))
     places = (
+        *cards,
         Need(
-            MEMORY, host if spills else in_memory, memory, "a block has to fit: raise --max-memory, or free some memory"
+            MEMORY, host if spills else in_memory, memory, "a block has to fit: raise --max-memory, or free some of it"
         ),
         Need(DISK, on_disk, disk, "free some space, or choose another --output"),
     )
-    if on_cpu:
-        return Needs(places, batch_tokens, job.devices, spills)
+    return Needs(places, batch_tokens, tuple(card.where for card in cards) or job.devices, spills)
+
+
+def _cards(device: str, room: int, plan: QuantizationPlan, *, several: bool) -> Iterator[Need]:
+    """The card that the work is done on, which has ``room``, and, if ``several`` may round, others that can as well."""
     first, *others = cards_like(device)
-    asked = [Need(other, plan.rounding, _free(other), "") for other in others if calibrated]
-    cards = (
-        Need(first, plan.device, room, "free some of it, or pass --device cpu"),
-        *(other for other in asked if other.fits),
-    )
-    return Needs((*cards, *places), batch_tokens, tuple(card.where for card in cards), spills)
+    yield Need(first, plan.device, room, "free some of it, or pass --device cpu")
+    for other in others if several else ():
+        need = Need(other, plan.rounding, _free(other), "free some of it")
+        if need.fits:
+            yield need
 
 
 def _free(device: str) -> int:
