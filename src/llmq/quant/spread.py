@@ -19,6 +19,8 @@ def spread(work: Callable[[str, Item], Result], items: Sequence[Item], devices: 
     if len(devices) == 1:
         yield from (work(devices[0], item) for item in items)
         return
+    # torch loads its linear algebra at the first call, which must not be two threads' at once.
+    torch.linalg.cholesky_ex(torch.ones(1, 1, device=devices[0]))
     with ExitStack() as stack:
         threads = []
         for device in devices:
