@@ -12,12 +12,14 @@ from llmq.memplan.source import Model
 from llmq.memplan.weights import planned_weights
 from llmq.scheme import Scheme
 
-WORKING_COPIES = {"gptq": 4, "autoround": 6}
-"""fp32 tensors of the size of the layers that are rounded together that a method has at once, where they are not three:
-the weights, what their codes stand for and the error. GPTQ has also those that are left to round, AutoRound offsets,
-their gradients and what these are made of."""
-MOMENTS = 3
-"""Of a layer's inputs at once: the Hessian, its factor, and what that is made in. Experts have more Hessians."""
+WORKING_COPIES = {"gptq": 4}
+"""fp32 tensors of the size of what is rounded in one go that a method has beside its second moments, where they are not
+five: the weights, the grid of each, and what becomes of them."""
+LEARNING_COPIES = 5
+"""The same of learned rounding, of all layers of a block: offsets, their gradients, and what these are made of."""
+MOMENTS = {"gptq": 3}
+"""Of a layer's inputs at once: the Hessian, its factor, and what that is made in; without a factor, two. Experts have
+more Hessians."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class QuantizationPlan:
     """Bytes.
 
     block        the linear layers of a decoder block, in the type that they compute in
-    copies       the fp32 tensors that rounding takes beside it
+    stack        the weights that are rounded in one go, fp32
+    copies       the fp32 tensors that rounding takes beside the block
     moments      second moments of inputs, and what is made of them
     activations  of a forward pass of a few windows
     states       the hidden states of all windows, in main memory or in files
@@ -35,6 +38,7 @@ class QuantizationPlan:
 
     method: str
     block: int
+    stack: int
     copies: int
     moments: int
     activations: int
@@ -92,11 +96,14 @@ def plan_quantization(
             together = min(model.config.experts.count, max(1, memory.MOMENT_BYTES // (4 * inputs**2)))
     batch = memory.activation_bytes(architecture, passing, 1, dtype_bytes)
     pinned = sum(memory.pinned_bytes(passing * width * dtype_bytes) for width in widths)
+    block = total // len(architecture.layers)
+    learning = LEARNING_COPIES * block if method == "autoround" else 0
     return QuantizationPlan(
         method=method,
-        block=total // len(architecture.layers) * dtype_bytes if calibrated else 0,
-        copies=WORKING_COPIES.get(method, 3) * widest * 4,
-        moments=(together + MOMENTS - 1) * inputs**2 * 4 if calibrated else 0,
+        block=block * dtype_bytes,
+        stack=widest * 4,
+        copies=max(learning, WORKING_COPIES.get(method, 5) * widest) * 4,
+        moments=(together + MOMENTS.get(method, 2) - 1) * inputs**2 * 4 if calibrated else 0,
         activations=batch if calibrated else 0,
         states=tokens * sum(widths) * dtype_bytes,
         pinned=-(-tokens // passing) * pinned,

@@ -105,7 +105,7 @@ def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
             break
         batch_tokens //= 2
     ways = 2 if choice.method == AUTOROUND else 1  # that of the model as it was, too
-    host = plan.device if on_cpu else plan.copies  # what is packed on a GPU passes through main memory
+    host = plan.device if on_cpu else plan.stack  # what is packed on a GPU passes through main memory
     in_memory = host + ways * (plan.states if on_cpu else plan.pinned)
     spills = in_memory > memory
     disk = shutil.disk_usage(existing_parent(output)).free + _taken(partial_of(output))

@@ -98,7 +98,7 @@ def _compensation(hessian: Tensor, order: Tensor) -> Tensor:
     dead = energy == 0
     mean = energy[~dead].mean() if not dead.all() else energy.new_ones(())
     for attempt in range(DAMP_TRIES):
-        damped = hessian[reverse.unsqueeze(1), reverse]
+        damped = hessian[reverse][:, reverse]  # at once, torch would make two int64 of each element first
         damped.diagonal().add_(mean * DAMP_PERCENT * 10**attempt).add_(mean * dead)
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # of a wide layer it takes a gigabyte
