@@ -83,8 +83,15 @@ def compare(run: Callable[[], Tensor], exact: Tensor, slack: float = 1.0) -> Out
     torch.use_deterministic_algorithms(True)
     first, second = run(), run()
     torch.use_deterministic_algorithms(False)
-    error = ((first.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
-    return Outcome(error, slack * TOLERANCE[first.dtype], torch.equal(first, second))
+    # Of a few outputs the nearest numbers of the type may be further off than any mean of many.
+    rounding = relative_error(exact.to(first.dtype), exact)
+    tolerance = slack * max(TOLERANCE[first.dtype], 1.05 * rounding)
+    return Outcome(relative_error(first, exact), tolerance, torch.equal(first, second))
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    """‖out − exact‖ / ‖exact‖."""
+    return float((out.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
 @dataclass
@@ -842,6 +849,8 @@ def run_case(index: int) -> tuple[int, Outcome | str]:
         return index, all_cases()[index].check()
     except Exception:
         return index, traceback.format_exc(limit=-3)
+    finally:
+        torch.cuda.empty_cache()  # the card is shared with other processes, whose kernels may need memory for a stack
 
 
 def check(match: str) -> bool:
