@@ -199,7 +199,7 @@ def _print_report(report: QuantizationReport) -> None:
         f"({report.effective_bits:.2f} bits a quantized weight)"
     )
     peak = f"{memory.format_bytes(report.peak_host_bytes)} of main memory"
-    if report.device != "cpu":
+    if report.peak_memory_bytes != report.peak_host_bytes:
         peak = f"{memory.format_bytes(report.peak_memory_bytes)} of it and {peak}"
     out.print(f"{report.seconds:.1f} s on {report.device}, at most {peak}; loads and runs")
     for warning in report.warnings:

@@ -209,7 +209,7 @@ def moment(x: Tensor) -> Tensor:
 
 
 def _mean_moment(total: Tensor, count: int, name: str) -> Tensor:
-    if not total.diagonal().isfinite().all():  # |Σ xy|² ≤ Σ x² · Σ y²
+    if not total.diagonal().isfinite().all():  # which bounds the rest: |Σ xy|² ≤ Σ x² · Σ y²
         raise NotFinite(
             f"{name}: its inputs on the calibration text are not finite",
             "the model's weights are damaged: download or copy it again",

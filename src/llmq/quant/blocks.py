@@ -132,11 +132,10 @@ class Walk:
             rounded = round_layers(weights, schemes[stack.layers[0]], hessian, job.options, made)
             return [(quantized.to(job.devices[0]), report) for quantized, report in rounded]
 
-        rows = {name: linear(block, name).out_features for group in groups for name in group}
         work = [
             _Stack(layers, hessians.get(group[0]))
             for group in groups
-            for layers in stacks({name: rows[name] for name in group}, schemes)
+            for layers in stacks({name: linear(block, name).out_features for name in group}, schemes)
         ]
         for rounded in spread(round_on, work, job.devices):
             for quantized, report in rounded:

@@ -45,7 +45,7 @@ class QuantizationReport:
     bytes_before       of all tensors; ``bytes_after`` likewise
     error_of           what the layers' errors are errors of
     effective_bits     what a quantized weight takes, with its share of scales and zero points
-    peak_memory_bytes  of the device, or on a CPU of the process
+    peak_memory_bytes  of the device, or on a CPU of the process, as of a third-party backend's
     peak_host_bytes    of the process, what it has mapped of files among them
     """
 
