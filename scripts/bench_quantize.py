@@ -1,9 +1,11 @@
-"""What quantizing takes of one GPU: seconds, memory, and where the time goes, on random weights of an 8B shape.
+"""What quantizing takes of GPUs: seconds, memory, and where the time goes, on random weights of an 8B shape.
 
-    python scripts/bench_quantize.py --methods gptq rtn awq --layers 8 --profile
+    python scripts/bench_quantize.py --methods gptq rtn awq --layers 8
+    python scripts/bench_quantize.py --device cuda:0 --profile
 
 A folder with so many decoder blocks is written first, and not timed. All blocks of a model cost the same, so that the
-time of all 32 is that of the rest and 32 times the median block's. 128 windows of 2,048 random tokens calibrate.
+time of all 32 is that of the rest and 32 times the median block's. 128 windows of 2,048 random tokens calibrate. Memory
+is that of the first GPU, beside what the run has said before that it would take.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import DEMO, demo_folder
 from llmq.checkpoint.shards import Place, Shards, lay_out
 from llmq.memory import format_bytes
-from llmq.quant import activations, blocks, pipeline, prepare, rounding
+from llmq.quant import activations, blocks, pipeline, rounding
 from llmq.quant.activations import HiddenStates
 from llmq.quant.methods import autoround, awq, gptq
+from llmq.quant.needs import Needs
 from llmq.quant.options import Calibration
 from llmq.quant.pipeline import Step, quantize
+from llmq.runtime.device import cards_like
 
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -52,7 +56,7 @@ WINDOWS, TOKENS = 128, 2048
 GOALS = {"gptq": 180, "awq": 300, "rtn": 45, "autoround": 600}
 """Seconds for the whole model."""
 PHASES: dict[str, list[tuple[Any, str]]] = {
-    "load": [(blocks, "load_layer"), (pipeline, "_weight")],
+    "load": [(blocks, "load_layer"), (pipeline, "load_weight")],
     "forward": [(HiddenStates, name) for name in ("mix", "finish", "_output", "_mix")],
     "moments": [(activations, "moment")],
     "scales (AWQ)": [(awq, "fold")],
@@ -124,9 +128,9 @@ def phases() -> Iterator[dict[str, float]]:
         turn(None)
 
 
-def measure(model: Path, method: str, profile: bool) -> dict[str, Any]:
+def measure(model: Path, method: str, device: str, profile: bool) -> dict[str, Any]:
     """Seconds a block, of the rest and of the whole model; bytes of the device."""
-    output = model.with_name("out")
+    output, needs = model.with_name("out"), list[Needs]()
     parts: list[float] = []
     marks = [0.0]
 
@@ -142,24 +146,27 @@ def measure(model: Path, method: str, profile: bool) -> dict[str, Any]:
         started = time.perf_counter()
         marks[0] = started
         report = quantize(
-            str(model), output, method=method, calibration=Calibration(DEMO), device="cuda", overwrite=True,
-            progress=progress,
+            str(model), output, method=method, calibration=Calibration(DEMO), device=device, overwrite=True,
+            on_needs=needs.append, progress=progress,
         )  # fmt: skip
         seconds = time.perf_counter() - started
     *blocks_seconds, _ = parts
     block = statistics.median(blocks_seconds)
     whole = seconds + (LAYERS - len(blocks_seconds)) * block
-    found = {
+    found: dict[str, Any] = {
         "block": block,
         "first block": blocks_seconds[0],
         "rest": seconds - sum(blocks_seconds),
         "whole": whole,
+        "devices": needs[0].devices,
         "device": report.peak_memory_bytes,
+        "device, said before": needs[0].places[0].needed,
         "phases": dict(spent),
     }
     goal = GOALS[method]
-    print(f"{method}: {block:.2f} s a block, {found['rest']:.1f} s for the rest, {whole:.0f} s for {LAYERS} blocks "
-          f"(goal {goal}), {format_bytes(report.peak_memory_bytes)} of the device, median error "
+    print(f"{method} on {', '.join(needs[0].devices)}: {block:.2f} s a block, {found['rest']:.1f} s for the rest, "
+          f"{whole:.0f} s for {LAYERS} blocks (goal {goal}), {format_bytes(found['device'])} of the device, "
+          f"{format_bytes(found['device, said before'])} said before, median error "
           f"{statistics.median(layer.error for layer in report.layers):.1e}")  # fmt: skip
     if spent:
         print(f"\n| {method}, {len(blocks_seconds)} blocks | seconds | share |\n|---|---|---|")
@@ -173,14 +180,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=GOALS, default=list(GOALS))
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--device", default="cuda", help="every GPU like the first, or cuda:NUMBER")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this measures a GPU, and there is none")
+    if arguments.profile and len(cards_like(arguments.device)) > 1:
+        sys.exit("a profile is of one GPU: --device cuda:0")
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(0, SHAPE["vocab_size"], (WINDOWS, TOKENS), generator=generator)
-    setattr(prepare, "draw_windows", lambda *_: windows)  # noqa: B010
+    setattr(pipeline, "draw_windows", lambda *_: windows)  # noqa: B010
     results = {}
     with tempfile.TemporaryDirectory() as place:
         model = Path(place) / "model"
@@ -189,7 +199,7 @@ def main() -> None:
         write_model(model, arguments.layers)
         print(f"{arguments.layers} blocks written in {time.perf_counter() - started:.1f} s", flush=True)
         for method in arguments.methods:
-            results[method] = measure(model, method, arguments.profile)
+            results[method] = measure(model, method, arguments.device, arguments.profile)
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=2))
 

@@ -17,7 +17,7 @@ from llmq.engine.options import EngineOptions
 from llmq.errors import LlmqError, note
 from llmq.memory import format_bytes
 from llmq.runtime import device, linear
-from llmq.runtime.device import GPU, check_weights_fit, gpu, multiplies_fp8, resolve_device
+from llmq.runtime.device import GPU, cards_like, check_weights_fit, gpu, multiplies_fp8, resolve_device
 from llmq.runtime.dummy import dummy_decoder
 from llmq.runtime.linear import DenseLinear, quantized_linear, resident_bytes
 from llmq.runtime.loader import resident_weight_bytes
@@ -63,6 +63,14 @@ def test_a_machine_without_a_card_says_nothing(
     machine(NO_DRIVER)
     resolve_device("auto")
     assert capsys.readouterr().err == ""
+
+
+def test_cuda_stands_for_every_card_that_is_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {"cuda:0": H200, "cuda:1": A100, "cuda:2": H200}
+    monkeypatch.setattr(device, "gpu", cards.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    assert cards_like("cuda") == ("cuda:0", "cuda:2")
+    assert [cards_like(one) for one in ("cuda:1", "cpu")] == [("cuda:1",), ("cpu",)]
 
 
 @pytest.mark.parametrize(("found", "why"), [(V100, "Tesla V100"), (TOO_OLD, "too old"), (NO_DRIVER, "no NVIDIA")])

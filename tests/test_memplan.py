@@ -30,7 +30,7 @@ from llmq.memplan.describe import describe
 from llmq.memplan.engines import ENGINES
 from llmq.memplan.hints import changes_that_fit
 from llmq.memplan.plan import MOST, Load, MemoryPlan, plan
-from llmq.memplan.quantization import plan_quantization
+from llmq.memplan.quantization import QuantizationPlan, plan_quantization
 from llmq.memplan.solve import QUESTIONS, solve
 from llmq.memplan.source import Model, open_model
 from llmq.plan import layer_groups
@@ -420,6 +420,19 @@ def test_hidden_states_grow_with_the_text_and_what_is_on_the_device_does_not() -
     )
     assert long.states == 2 * short.states
     assert long.device == short.device
+
+
+def test_hidden_states_that_pass_a_gpu_are_pinned_batch_by_batch_in_powers_of_two() -> None:
+    def planned(hidden_size: int, samples: int) -> QuantizationPlan:
+        model = Model(describe(LLAMA_31_8B | {"hidden_size": hidden_size}))
+        return plan_quantization(model, Scheme(), "gptq", calibrated=True, samples=samples, seqlen=2048)
+
+    even, odd, short = planned(4096, 128), planned(5120, 128), planned(4096, 3)
+    assert even.pinned == even.states == 2 * 128 * 2048 * 4096 * 2
+    assert (
+        odd.states < odd.pinned == 64 * 2 * 2**26
+    )  # 64 batches of 40 MiB at the entrance, and of 40 between the steps
+    assert short.pinned == 2 * 2 * 2**25  # two windows, and one
 
 
 def test_what_is_quantized_already_is_not_quantized_again() -> None:

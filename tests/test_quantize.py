@@ -372,11 +372,7 @@ def test_hessians_are_those_of_the_inputs_that_layers_have_in_the_model(tmp_path
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("share", [4, 10**12], ids=["on the GPU", "in main memory"])
-def test_a_gpu_gives_the_errors_that_a_cpu_gives(
-    tmp_path: Path, calibration: Calibration, share: int, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(activations, "GPU_SHARE", share)
+def test_a_gpu_gives_the_errors_that_a_cpu_gives(tmp_path: Path, calibration: Calibration, dtype: str) -> None:
     model = save_tiny(tmp_path / "model", dtype=dtype)
     cpu, gpu = (
         quantize(str(model), tmp_path / device, scheme=W4, calibration=calibration, device=device)

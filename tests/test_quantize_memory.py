@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 from llmq import quantize
+from llmq.cli.progress import show_progress
 from llmq.errors import CHECK_FAILED, LlmqError
 from llmq.quant.activations import in_file
 from llmq.quant.needs import Needs
 from llmq.quant.options import Calibration
+from llmq.quant.pipeline import Step
 from llmq.scheme import Scheme
 
 WIDTH = 512
@@ -123,15 +128,16 @@ def test_hidden_states_in_files_leave_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
-def test_hidden_states_in_files_give_the_same_bytes(tmp_path: Path, method: str) -> None:
+def test_hidden_states_in_files_give_the_same_bytes(tmp_path: Path, method: str, device: str) -> None:
     model, needs = save_tiny(tmp_path / "model"), list[Needs]()
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n} squared is {n * n}. " for n in range(400)))
-    options = {"method": method, "scheme": "w8a8" if method == "smoothquant" else Scheme(4, 32), "device": "cpu",
+    options = {"method": method, "scheme": "w8a8" if method == "smoothquant" else Scheme(4, 32), "device": device,
                "calibration": Calibration(str(text), samples=64, seqlen=64), "on_needs": needs.append}  # fmt: skip
     quantize(str(model), tmp_path / "memory", **options)
-    room = needs[0].places[0].needed - 1
+    room = needs[0].places[-2].needed - 1
     quantize(str(model), tmp_path / "files", max_memory=room, **options)
     assert (needs[0].spills, needs[1].spills) == (False, True)
     assert needs[0].batch_tokens == needs[1].batch_tokens
@@ -172,3 +178,18 @@ def test_a_log_has_a_line_for_each_part(tmp_path: Path) -> None:
     assert [line[0] for line in parts] == list("123456")
     assert "model.layers.4 quantized, largest error" in parts[4]
     assert " left" in parts[3]
+
+
+def test_a_terminal_shows_part_time_left_layer_and_its_error(tmp_path: Path) -> None:
+    screen = Console(file=StringIO(), force_terminal=True, width=120)
+    with pytest.raises(KeyboardInterrupt), show_progress(screen) as show:
+
+        def progress(step: Step) -> None:
+            show(step)
+            if step.layers == 7 + 3:
+                raise KeyboardInterrupt
+
+        quantize(str(save_tiny(tmp_path / "model")), tmp_path / "out", method="rtn", device="cpu", progress=progress)
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", screen.file.getvalue())
+    left, layer = r"(\d+:\d\d:\d\d|-:--:--)", r"model\.layers\.1\.self_attn\.v_proj"
+    assert re.search(rf"part 2 of 3 .* {left} {layer}, error \d\.\de[+-]\d\d", shown)

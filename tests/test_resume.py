@@ -230,6 +230,27 @@ def test_a_disk_that_fills_loses_nothing(tmp_path: Path, model: Path, monkeypatc
     assert digest(output) == digest(tmp_path / "whole" / "out")
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"method": GPTQ, "calibration": Calibration("short.txt")},
+        {"method": GPTQ, "calibration": Calibration("missing.txt")},
+        {"overrides": {"no_such_layer": W8}},
+        {"max_memory": 1},
+    ],
+    ids=["a text shorter than a window", "no text", "a layer that is not there", "no memory"],
+)
+def test_a_mistake_in_between_loses_nothing(
+    model: Path, stopped: Path, mistake: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stopped.parent)
+    Path("short.txt").write_text("short")
+    refused(model, stopped, **{"resume": True, **mistake})
+    steps: list[Any] = []
+    quantize(str(model), stopped, method=RTN, scheme=W4, device="cpu", resume=True, progress=steps.append)
+    assert {step.layer.name.split(".")[2] for step in steps if step.layer} == {"2", "3"}
+
+
 def test_a_run_that_would_fail_again_is_not_kept(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model")
     tensors = load_file(source / "model.safetensors")

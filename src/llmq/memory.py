@@ -232,7 +232,14 @@ def widened_bytes(config: ModelConfig, scheme: Scheme | None, batched_tokens: in
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens in one forward pass of a quantization: what a block's activations take, whatever the number of windows."""
+STACKED_ROWS = 4096
+"""Rows of weights that are rounded in one go: layers with fewer between them take the steps of one."""
 MOMENT_BYTES = 2 * 2**30
 """What second moments of experts' inputs may take at once; more of them, or wider, take several passes."""
 LOGITS_COPIES = 5
 """fp32 [rows, vocabulary] tensors that sampling holds at once: logits, sorted, order, probabilities, noise."""
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What torch takes of main memory to pin so much of it: a power of two."""
+    return 1 << (num_bytes - 1).bit_length()

@@ -5,7 +5,7 @@ weight[n, k] = scales[n, g] · (number(codes[n, k]) − zero_points[n, g])      
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ class QuantizedWeight:
         """(out_features, in_features)"""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on ``device``."""
+        index = None if self.group_index is None else self.group_index.to(device)
+        codes, scales, zeros = (part.to(device) for part in (self.codes, self.scales, self.zero_points))
+        return replace(self, codes=codes, scales=scales, zero_points=zeros, group_index=index)
+
     def dequantize(self) -> Tensor:
         """The weight [out, in] in fp32."""
         import torch
@@ -65,9 +71,8 @@ class QuantizedWeight:
         if index is None:
             in_features = self.shape[1]
             index = torch.arange(in_features, device=self.codes.device) // scheme.group_length(in_features)
-        scales, zeros = self.scales.float()[:, index], self.zero_points.float()[:, index]
         if scheme.number == INT:
             values = self.codes.float()
         else:
             values = numbers(scheme.number, self.codes.device)[self.codes.long()]
-        return scales * (values - zeros)
+        return values.sub_(self.zero_points.float()[:, index]).mul_(self.scales.float()[:, index])

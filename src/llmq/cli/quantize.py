@@ -198,8 +198,10 @@ def _print_report(report: QuantizationReport) -> None:
         f"{report.model} → {report.output}: {report.scheme} by {report.method}, {size_before} → {size_after} "
         f"({report.effective_bits:.2f} bits a quantized weight)"
     )
-    peak = memory.format_bytes(report.peak_memory_bytes)
-    out.print(f"{report.seconds:.1f} s on {report.device}, at most {peak} of memory; loads and runs")
+    peak = f"{memory.format_bytes(report.peak_host_bytes)} of main memory"
+    if report.peak_memory_bytes != report.peak_host_bytes:
+        peak = f"{memory.format_bytes(report.peak_memory_bytes)} of it and {peak}"
+    out.print(f"{report.seconds:.1f} s on {report.device}, at most {peak}; loads and runs")
     for warning in report.warnings:
         err.print(f"warning: {warning}")
     if not can_plot():

@@ -27,8 +27,6 @@ from llmq.runtime.rotary import Rotation, rotary_angles
 
 FEWEST = 0.005
 """The share of all tokens below which an expert has seen too few to learn from: as GPTQModel has it."""
-GPU_SHARE = 4
-"""Hidden states stay on a GPU when they take no more than one part in this many of its free memory."""
 
 
 class NotFinite(LlmqError):
@@ -51,8 +49,8 @@ class HiddenStates:
         self, source: Source, windows: Tensor, batch_tokens: int = MICRO_BATCH_TOKENS, spill: Path | None = None
     ) -> None:
         """Embed ``windows``, token ids [windows, tokens], which pass a block in batches of ``batch_tokens``, or one by
-        one. Hidden states are kept in files in the folder ``spill``, or else on the device where they take little of
-        it, or in main memory."""
+        one. Between passes hidden states are in main memory, or in files in the folder ``spill``: with a block they
+        would take a GPU several times what the block does."""
         count, length = windows.shape
         config = source.config.for_context(length)
         batch_windows = max(1, min(count, batch_tokens // length))
@@ -60,10 +58,7 @@ class HiddenStates:
         self.device = source.device
         self.attend: Attend = CausalAttention(length)
         self.rotations = rotary_angles(config, torch.arange(length, device=self.device).repeat(batch_windows))
-        width = config.hidden_size + config.num_heads * config.head_dim
         self.spill = spill
-        num_bytes = self.tokens * width * source.dtype.itemsize
-        self.home = self.device if stay_on_device(self.device, num_bytes) else "cpu"
         # Of an embedding, which may be larger than a block, only what the windows ask for.
         seen, places = torch.unique(windows, return_inverse=True)
         rows = source.tensors.load(f"{EMBEDDING}.weight")[seen].to(self.device, source.dtype)
@@ -128,7 +123,7 @@ class HiddenStates:
         """What the model's head reads, once all blocks are passed: [tokens, hidden], batch by batch."""
         weight = source.load(f"{FINAL_NORM}.weight").float() + source.config.norm_offset
         for x in self.inputs:
-            yield add_rms_norm(x.to(self.device), None, weight, source.config.rms_norm_eps)
+            yield add_rms_norm(self._back(x), None, weight, source.config.rms_norm_eps)
 
     def kv_ranges(self, block: DecoderLayer) -> tuple[Tensor, Tensor]:
         """The largest |key| and |value| that ``block`` would write into a KV cache: keys are normed and rotated."""
@@ -158,34 +153,32 @@ class HiddenStates:
     def finish(self, block: DecoderLayer) -> None:
         """Pass the rest of ``block``: its outputs are the next block's inputs."""
         for number in range(len(self.inputs)):
-            residual = self._residual(number)
-            out = block.finish(residual, self.mixed[number].to(self.device))
+            residual = self.residual(number)
+            out = block.finish(residual, self._back(self.mixed[number]))
             self.inputs[number] = self._keep(residual.add_(out))
         self.mixed = []
 
     def _mix(self, block: DecoderLayer, number: int) -> Tensor:
-        x, (cos, sin) = self.inputs[number].to(self.device), self.rotations[block.self_attn.rope]
+        x, (cos, sin) = self._back(self.inputs[number]), self.rotations[block.self_attn.rope]
         return block.mix(x, None, (cos[: len(x)], sin[: len(x)]), self.attend)
 
     def _output(self, block: DecoderLayer, number: int) -> Tensor:
         if self.mixed:
-            return block.finish(self._residual(number), self.mixed[number].to(self.device))
+            return block.finish(self.residual(number), self._back(self.mixed[number]))
         out: Tensor = block.self_attn.o_proj(self._mix(block, number))
         return out
 
-    def _residual(self, number: int) -> Tensor:
-        return self.inputs[number].to(self.device, copy=True)  # the block adds to it in place
+    def residual(self, number: int) -> Tensor:
+        """A copy of batch ``number`` of the inputs on the device."""
+        return self._back(self.inputs[number], copy=True)  # the block adds to it in place
 
     def _keep(self, x: Tensor) -> Tensor:
-        return x.to(self.home) if self.spill is None else in_file(x, self.spill)
+        # A copy that nobody waits for is pinned: on its way there and back the host goes on, and the device's stream
+        # keeps the order.
+        return x.to("cpu", non_blocking=True) if self.spill is None else in_file(x, self.spill)
 
-
-def stay_on_device(device: str, num_bytes: int) -> bool:
-    """Do hidden states of so many bytes stay on a GPU?"""
-    if not device.startswith("cuda"):
-        return False
-    free, _ = torch.cuda.mem_get_info(device)
-    return num_bytes <= free // GPU_SHARE
+    def _back(self, x: Tensor, *, copy: bool = False) -> Tensor:
+        return x.to(self.device, non_blocking=True, copy=copy)
 
 
 def in_file(x: Tensor, folder: Path) -> Tensor:
@@ -217,7 +210,7 @@ def moment(x: Tensor) -> Tensor:
 
 
 def _mean_moment(total: Tensor, count: int, name: str) -> Tensor:
-    if not total.isfinite().all():
+    if not total.diagonal().isfinite().all():  # which bounds the rest: |Σ xy|² ≤ Σ x² · Σ y²
         raise NotFinite(
             f"{name}: its inputs on the calibration text are not finite",
             "the model's weights are damaged: download or copy it again",

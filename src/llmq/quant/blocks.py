@@ -2,7 +2,8 @@
 
 A block is quantized in two steps. Some methods first scale its channels, so that less is lost (``fold``), which
 leaves what it computes as it is. Then its linears are rounded in the order in which they compute: each sees its inputs
-as those before it will really produce them, quantized (true-sequential).
+as those before it will really produce them, quantized (true-sequential). Layers that do not wait for one another are
+rounded on several devices at once, where there are.
 
 A block that an earlier run has done is passed again as it was written, which costs a forward pass and no disk, where
 hidden states kept block by block would cost gigabytes of writing each; to the bit it leaves what it left then.
@@ -10,7 +11,8 @@ hidden states kept block by block would cost gigabytes of writing each; to the b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,8 +27,9 @@ from llmq.quant.folding import linear, round_inputs
 from llmq.quant.job import Job
 from llmq.quant.methods import autoround, awq, smoothquant
 from llmq.quant.report import LayerReport
-from llmq.quant.rounding import check_weight, round_layers
+from llmq.quant.rounding import check_weight, round_layers, stacks
 from llmq.quant.schemes import AUTOROUND, AWQ, SMOOTHQUANT
+from llmq.quant.spread import spread
 from llmq.runtime.decoder import DecoderLayer, RMSNorm
 from llmq.runtime.loader import HEAD, load_layer
 from llmq.scheme import Scheme
@@ -105,20 +108,47 @@ class Walk:
         """Quantize those layers of ``stage`` that are to be, in ``block`` too: what follows sees what was lost."""
         wanted = [[name for name in group if name in schemes] for group in stage.groups]
         groups = [group for group in wanted if group]
-        hessians: dict[str, Tensor] = {}
-        for number, group in enumerate(groups):
-            together = moments_at_once(linear(block, group[0]).in_features)
-            if number % together == 0:
-                hessians.clear()
-                some = [group[0] for group in groups[number : number + together]]
-                hessians = self.states.second_moments(block, some, prefix)
-            modules = {f"{prefix}.{name}": linear(block, name) for name in group}
-            weights = {name: module.weight.float() for name, module in modules.items()}
-            made = {f"{prefix}.{name}": learned[name] for name in group if name in learned}
-            hessian = hessians.pop(group[0], None)
-            for quantized, report in round_layers(weights, self._job.schemes, hessian, self._job.options, made):
-                _round_in_place(modules[report.name], quantized)
+        while groups:
+            together = moments_at_once(linear(block, groups[0][0]).in_features)
+            yield from self._quantize_groups(prefix, block, groups[:together], schemes, learned)
+            groups = groups[together:]
+
+    def _quantize_groups(
+        self,
+        prefix: str,
+        block: DecoderLayer,
+        groups: Sequence[Sequence[str]],
+        schemes: Mapping[str, Scheme],
+        learned: Mapping[str, QuantizedWeight],
+    ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
+        """Quantize ``groups`` of layers, each with inputs of its own, whose second moments are held together."""
+        job = self._job
+        hessians = self.states.second_moments(block, [group[0] for group in groups], prefix)
+
+        def round_on(device: str, stack: _Stack) -> list[tuple[QuantizedWeight, LayerReport]]:
+            weights = {f"{prefix}.{name}": linear(block, name).weight.to(device).float() for name in stack.layers}
+            made = {f"{prefix}.{name}": learned[name].to(device) for name in stack.layers if name in learned}
+            hessian = None if stack.hessian is None else stack.hessian.to(device)
+            rounded = round_layers(weights, schemes[stack.layers[0]], hessian, job.options, made)
+            return [(quantized.to(job.devices[0]), report) for quantized, report in rounded]
+
+        work = [
+            _Stack(layers, hessians.get(group[0]))
+            for group in groups
+            for layers in stacks({name: linear(block, name).out_features for name in group}, schemes)
+        ]
+        for rounded in spread(round_on, work, job.devices):
+            for quantized, report in rounded:
+                _round_in_place(linear(block, report.name.removeprefix(f"{prefix}.")), quantized)
                 yield quantized, report
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Layers that are rounded in one go, and the second moment of their inputs; None: they had hardly any."""
+
+    layers: list[str]
+    hessian: Tensor | None
 
 
 def _local(job: Job, prefix: str) -> dict[str, Scheme]:

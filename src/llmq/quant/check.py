@@ -31,9 +31,8 @@ def check_runs(folder: Path, device: str, dtype: torch.dtype) -> None:
         states.mix(block)
         states.finish(block)
     (hidden,) = states.normed(source)
-    weight = _head(source)
-    for rows in torch.split(weight, ROWS):
-        if not (hidden @ rows.to(dtype).t()).isfinite().all():
+    for rows in torch.split(_head(source), ROWS):
+        if not (hidden @ rows.to(hidden).t()).isfinite().all():
             raise LlmqError(
                 "the quantized model computes NaN or infinite logits, so it was not kept",
                 "try --bits 8, or --ignore the layers with the largest errors",
@@ -41,9 +40,9 @@ def check_runs(folder: Path, device: str, dtype: torch.dtype) -> None:
 
 
 def _head(source: Source) -> torch.Tensor:
-    """What logits are made by, [vocabulary, hidden]."""
+    """What logits are made by, [vocabulary, hidden]; mapped, unless it is packed, for it may be larger than a block."""
     if is_packed(source.format, HEAD, source.tensors):
         assert source.format is not None
         return source.format.unpack(HEAD, source.tensors, source.device).dequantize()
     name = EMBEDDING if source.config.tied_embeddings else HEAD
-    return source.tensors.load(f"{name}.weight", source.device)
+    return source.tensors.load(f"{name}.weight")

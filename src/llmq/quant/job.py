@@ -51,6 +51,7 @@ class Job:
     notes         what the user should know of the choice of layers
     windows       token ids [windows, tokens], for a method that learns from data
     batch_tokens  of the windows that pass a block at once
+    devices       that layers are rounded on: the source's, and others like it
     """
 
     model: str
@@ -61,6 +62,7 @@ class Job:
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
     windows: Tensor | None
+    devices: tuple[str, ...]
     batch_tokens: int = MICRO_BATCH_TOKENS
 
     @property

@@ -1,8 +1,9 @@
-"""Does a quantization fit this machine, and where do its hidden states go: on the device, in memory, or into files?"""
+"""Does a quantization fit this machine, on which devices, and do its hidden states go into memory or into files?"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,11 @@ import torch
 from llmq.checkpoint.folder import existing_parent, partial_of
 from llmq.errors import CHECK_FAILED, LlmqError
 from llmq.memory import MICRO_BATCH_TOKENS, format_bytes
-from llmq.memplan.quantization import plan_quantization
+from llmq.memplan.quantization import QuantizationPlan, plan_quantization
 from llmq.memplan.source import open_model
-from llmq.quant.activations import stay_on_device
 from llmq.quant.job import Job
 from llmq.quant.schemes import AUTOROUND
-from llmq.runtime.device import available_memory_bytes
+from llmq.runtime.device import available_memory_bytes, cards_like
 
 MEMORY, DISK = "main memory", "the disk"
 
@@ -41,11 +41,13 @@ class Needs:
     """What a run takes of each place that it needs some of.
 
     batch_tokens  that pass a block at once: fewer, where memory is short
+    devices       that layers are rounded on: the job's, and those like it that have the room
     spills        hidden states go into files
     """
 
     places: tuple[Need, ...]
     batch_tokens: int
+    devices: tuple[str, ...]
     spills: bool
 
     @property
@@ -86,7 +88,7 @@ def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
     samples, seqlen = job.options.calibration.samples, job.options.calibration.seqlen
     calibrated = job.options.calibrated and job.options.third_party is None
     memory = available_memory_bytes() if max_memory is None else max_memory
-    room = memory if on_cpu else torch.cuda.mem_get_info(torch.device(device))[0]
+    room = memory if on_cpu else _free(device)
     model, batch_tokens = open_model(str(job.folder)), MICRO_BATCH_TOKENS
     while True:
         plan = plan_quantization(
@@ -102,19 +104,35 @@ def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
         if not calibrated or plan.device <= room or batch_tokens <= seqlen:
             break
         batch_tokens //= 2
-    states = plan.states * (2 if choice.method == AUTOROUND else 1)
-    on_device = stay_on_device(device, plan.states)
-    host = plan.device if on_cpu else plan.copies  # what is packed on a GPU passes through main memory
-    spills = not on_device and host + states > memory
-    in_memory = 0 if on_device or spills else states
+    ways = 2 if choice.method == AUTOROUND else 1  # that of the model as it was, too
+    host = plan.device if on_cpu else plan.stack  # what is packed on a GPU passes through main memory
+    in_memory = host + ways * (plan.states if on_cpu else plan.pinned)
+    spills = in_memory > memory
     disk = shutil.disk_usage(existing_parent(output)).free + _taken(partial_of(output))
-    places = [
-        Need(MEMORY, host + in_memory, memory, "a block has to fit: raise --max-memory, or free some memory"),
-        Need(DISK, job.predicted_bytes + states * spills, disk, "free some space, or choose another --output"),
-    ]
-    if not on_cpu:
-        places.insert(0, Need(device, plan.device + states * on_device, room, "free some of it, or pass --device cpu"))
-    return Needs(tuple(places), batch_tokens, spills)
+    on_disk = job.predicted_bytes + ways * plan.states * spills
+    cards = () if on_cpu else tuple(_cards(device, room, plan, several=calibrated))
+    places = (
+        *cards,
+        Need(
+            MEMORY, host if spills else in_memory, memory, "a block has to fit: raise --max-memory, or free some of it"
+        ),
+        Need(DISK, on_disk, disk, "free some space, or choose another --output"),
+    )
+    return Needs(places, batch_tokens, tuple(card.where for card in cards) or job.devices, spills)
+
+
+def _cards(device: str, room: int, plan: QuantizationPlan, *, several: bool) -> Iterator[Need]:
+    """The card that the work is done on, which has ``room``, and, if ``several`` may round, others that can as well."""
+    first, *others = cards_like(device)
+    yield Need(first, plan.device, room, "free some of it, or pass --device cpu")
+    for other in others if several else ():
+        need = Need(other, plan.rounding, _free(other), "free some of it")
+        if need.fits:
+            yield need
+
+
+def _free(device: str) -> int:
+    return torch.cuda.mem_get_info(torch.device(device))[0]
 
 
 def _taken(folder: Path) -> int:

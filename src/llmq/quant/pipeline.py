@@ -122,7 +122,7 @@ def quantize(
     if on_needs is not None:
         on_needs(needs)
     needs.check()
-    job = replace(job, batch_tokens=needs.batch_tokens, windows=_windows(job, tell))
+    job = replace(job, batch_tokens=needs.batch_tokens, devices=needs.devices, windows=_windows(job, tell))
     if job.source.device != "cpu":
         torch.cuda.reset_peak_memory_stats(job.source.device)  # not of the model that wrote its own text
     spill = output.absolute().parent if needs.spills else None
@@ -252,7 +252,7 @@ def _quantized_alone(
     """Layers that do not need the others of their block: all, where there are no data; the head, where there are."""
     for name in names:
         hessian = None if walk is None else walk.states.head_moment(job.source)
-        yield from round_layers({name: load_weight(job.source, name)}, job.schemes, hessian, job.options)
+        yield from round_layers({name: load_weight(job.source, name)}, job.schemes[name], hessian, job.options)
 
 
 def _report(
@@ -260,6 +260,7 @@ def _report(
 ) -> QuantizationReport:
     choice, windows = job.options.choice, job.windows
     native = job.options.third_party is None
+    peaks = [peak_memory_bytes(place) if native else peak_memory_of_children() for place in (job.source.device, "cpu")]
     outputs = native and windows is not None
     weights = sum(math.prod(job.shape(name)) for name in job.schemes)
     return QuantizationReport(
@@ -279,7 +280,8 @@ def _report(
         bytes_after=num_bytes,
         effective_bits=8 * job.packed_bytes / weights,
         seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(job.source.device) if native else peak_memory_of_children(),
+        peak_memory_bytes=peaks[0],
+        peak_host_bytes=peaks[1],
         warnings=tuple(_warnings(job, layers)),
     )
 

@@ -61,6 +61,7 @@ def prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         tuple(kept_layers(tensors, fitting)),
         (*notes, *_misfit_notes(misfits), *_merge_notes(every, fitting)),
         None,
+        (device,),
     )
 
 

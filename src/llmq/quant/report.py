@@ -15,7 +15,7 @@ from typing import Any
 
 REPORT = "quantization_report.json"
 SCHEMA = "llmq.quantization_report/1"
-OF_THE_RUN = ("output", "seconds", "peak_memory_bytes")
+OF_THE_RUN = ("output", "seconds", "peak_memory_bytes", "peak_host_bytes")
 """What another run of the same would have otherwise: no part of the file."""
 
 
@@ -45,7 +45,8 @@ class QuantizationReport:
     bytes_before       of all tensors; ``bytes_after`` likewise
     error_of           what the layers' errors are errors of
     effective_bits     what a quantized weight takes, with its share of scales and zero points
-    peak_memory_bytes  of the device, or on a CPU of the process
+    peak_memory_bytes  of the device, or on a CPU of the process, as of a third-party backend's
+    peak_host_bytes    of the process, what it has mapped of files among them
     """
 
     model: str
@@ -65,6 +66,7 @@ class QuantizationReport:
     effective_bits: float
     seconds: float
     peak_memory_bytes: int
+    peak_host_bytes: int
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Round the layers that have the same inputs, by the method that was chosen, and say what it cost each of them."""
+"""Round layers that have the same inputs, by the method that was chosen, and say what it cost each of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.errors import LlmqError
+from llmq.memory import STACKED_ROWS
 from llmq.quant.affine import MAX_WEIGHT, energy, group_blocks
 from llmq.quant.methods import awq, bnb, gptq, rtn
 from llmq.quant.options import QuantizeOptions
@@ -18,22 +19,35 @@ from llmq.runtime.loader import Source
 from llmq.scheme import Scheme
 
 
+def stacks(rows: Mapping[str, int], schemes: Mapping[str, Scheme]) -> list[list[str]]:
+    """Layers that have the same inputs, each with so many ``rows``, cut into what is rounded in one go: layers of one
+    scheme, with no more than ``STACKED_ROWS`` between them, or a single one."""
+    runs: list[list[str]] = [[]]
+    for name in rows:
+        last = runs[-1]
+        if last and (schemes[name] != schemes[last[0]] or sum(rows[one] for one in (*last, name)) > STACKED_ROWS):
+            runs.append(last := [])
+        last.append(name)
+    return runs
+
+
 def round_layers(
     weights: Mapping[str, Tensor],
-    schemes: Mapping[str, Scheme],
+    scheme: Scheme,
     hessian: Tensor | None,
     options: QuantizeOptions,
     made: Mapping[str, QuantizedWeight] | None = None,
 ) -> Iterator[tuple[QuantizedWeight, LayerReport]]:
-    """Round ``weights``, fp32 [out, in] by the names of their layers, or take what is ``made`` of them already.
+    """Round the ``weights`` of a stack, fp32 [out, in] by the names of their layers, or take what is ``made`` of them
+    already.
 
     hessian  the second moment of their inputs, fp32 [in, in]; None: the method has no data, or they saw no token
 
     A layer that GPTQ cannot round, or not better than to nearest, is rounded to nearest.
     """
-    method, made = options.choice.method, made or _made(weights, schemes, hessian, options)
+    method, made = options.choice.method, made or _made(weights, scheme, hessian, options)
     for name, weight in weights.items():
-        plain = made[name] if method == BNB else rtn.quantize_weight(weight, schemes[name])
+        plain = made[name] if method == BNB else rtn.quantize_weight(weight, scheme)
         used, quantized = (method, made[name]) if name in made else (RTN, plain)
         error, rtn_error = (energy(rounded.dequantize().sub_(weight), hessian) for rounded in (quantized, plain))
         if used == GPTQ and error > rtn_error:
@@ -61,32 +75,22 @@ def check_weight(name: str, weight: Tensor) -> None:
 
 
 def _made(
-    weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme], hessian: Tensor | None, options: QuantizeOptions
+    weights: Mapping[str, Tensor], scheme: Scheme, hessian: Tensor | None, options: QuantizeOptions
 ) -> dict[str, QuantizedWeight]:
     """What the method's rounding makes of ``weights``; nothing where it has to give up."""
     method = options.choice.method
     if method == GPTQ:
-        return {} if hessian is None else _made_by_gptq(weights, schemes, hessian, options.act_order)
+        if hessian is not None:
+            with suppress(gptq.NotPositiveDefinite):
+                made = gptq.quantize_weights(list(weights.values()), scheme, hessian, options.act_order)
+                return dict(zip(weights, made, strict=True))
+        return {}
     if method == BNB:
-        return {name: bnb.quantize_weight(weight, schemes[name]) for name, weight in weights.items()}
+        return {name: bnb.quantize_weight(weight, scheme) for name, weight in weights.items()}
     return {
-        name: rtn.quantize_weight(weight, schemes[name], _clipping(name, weight, schemes[name], hessian, options))
+        name: rtn.quantize_weight(weight, scheme, _clipping(name, weight, scheme, hessian, options))
         for name, weight in weights.items()
     }
-
-
-def _made_by_gptq(
-    weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme], hessian: Tensor, act_order: str
-) -> dict[str, QuantizedWeight]:
-    together: dict[Scheme, list[str]] = {}
-    for name in weights:
-        together.setdefault(schemes[name], []).append(name)
-    made: dict[str, QuantizedWeight] = {}
-    with suppress(gptq.NotPositiveDefinite):
-        for scheme, names in together.items():
-            layers = [weights[name] for name in names]
-            made |= zip(names, gptq.quantize_weights(layers, scheme, hessian, act_order), strict=True)
-    return made
 
 
 def _clipping(

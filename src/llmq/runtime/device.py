@@ -71,6 +71,14 @@ def resolve_device(device: str) -> str:
     return "cpu"
 
 
+def cards_like(device: str) -> tuple[str, ...]:
+    """All that ``device`` stands for: ``cuda`` is every visible card like the first, anything else itself."""
+    if device != "cuda":
+        return (device,)
+    every = (f"cuda:{number}" for number in range(torch.cuda.device_count()))
+    return tuple(name for name in every if gpu(name) == gpu("cuda:0"))
+
+
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether the device's matrix unit takes FP8, as Ada's and Hopper's do; a CPU computes what it would."""
     found = gpu(device) if device.type == "cuda" else None

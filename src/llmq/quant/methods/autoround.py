@@ -60,7 +60,7 @@ def quantize_block(
     roundings = {name: Rounding(weights[name], scheme, energies[name]) for name, scheme in schemes.items()}
     with _parametrized(block, roundings), torch.enable_grad():
         for step, number in enumerate(_order(len(targets), steps, seed)):
-            target = targets[number].to(states.device)
+            target = targets[number].to(states.device, non_blocking=True)
             error = _outputs(block, states, number) - target.float()
             torch.autograd.backward(error.square().sum(-1).mean())  # of a token: a mean of all would underflow in fp16
             for rounding in roundings.values():
@@ -132,7 +132,7 @@ def _outputs(block: DecoderLayer, states: HiddenStates, number: int) -> Tensor:
     The products are in the model's type, and the residual stream is in fp32, where small errors do not drown.
     """
     dtype = states.inputs[number].dtype
-    residual = states.inputs[number].to(states.device, torch.float32, copy=True)  # the block adds to it in place
+    residual = states.residual(number).float()
     cos, sin = (angles[: len(residual)] for angles in states.rotations[block.self_attn.rope])
     with torch.autocast(residual.device.type, dtype, enabled=dtype != torch.float32):
         mixed = block.mix(residual, None, (cos, sin), states.attend)

@@ -37,7 +37,7 @@ def quantize_weights(
 ) -> list[QuantizedWeight]:
     """Quantize layers that have the same inputs. As ``quantize_weight`` of each, but their rows, one below
     another, take no more steps than one layer's, and one inverse."""
-    if scheme.group_size == WHOLE_TENSOR:
+    if len(weights) == 1 or scheme.group_size == WHOLE_TENSOR:
         return [quantize_weight(weight, scheme, hessian, act_order) for weight in weights]
     stacked = quantize_weight(torch.cat(tuple(weights)), scheme, hessian, act_order)
     rows = [len(weight) for weight in weights]
@@ -98,11 +98,11 @@ def _compensation(hessian: Tensor, order: Tensor) -> Tensor:
     dead = energy == 0
     mean = energy[~dead].mean() if not dead.all() else energy.new_ones(())
     for attempt in range(DAMP_TRIES):
-        damped = hessian[reverse.unsqueeze(1), reverse]
+        damped = hessian[reverse][:, reverse]  # at once, torch would make two int64 of each element first
         damped.diagonal().add_(mean * DAMP_PERCENT * 10**attempt).add_(mean * dead)
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # of a wide layer it takes a gigabyte
-        if not failed and lower.isfinite().all():
+        if not failed and lower.diagonal().isfinite().all():  # NaN in a row reaches its diagonal
             factor = lower.flip(0, 1)
             del lower
             upper = torch.eye(len(factor), device=factor.device)
