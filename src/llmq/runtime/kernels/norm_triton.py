@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq.runtime.kernels.pdl_triton import pdl, start_next, wait
+from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows
 from llmq.runtime.kernels.quantize_rows_triton import empty_rows, row_warps, store_quantized
 
@@ -48,7 +48,6 @@ def add_rms_norm_kernel(
     ADD: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: the whole row in one block."""
-    start_next(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden

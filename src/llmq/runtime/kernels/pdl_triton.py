@@ -4,9 +4,9 @@
     the next         start │ wait │ read, compute, write …
 
 A kernel that is launched so calls ``wait`` before it touches what another one writes or reads. From then on the next
-may start: its programs take the room that this kernel's leave. A small kernel calls ``start_next`` first of all, so
-that the product behind it is there, and asks for its weight, while this one still waits. What a kernel reads before its
-own ``wait`` is therefore written by no kernel of a layer: weights, and what describes the step.
+may start: its programs take the room that this kernel's leave. Not sooner: programs that wait two kernels ahead are in
+the way of those that work (an 8B layer's products in int4 took 89 µs instead of 53 at one row, on an H200). What a
+kernel reads before its own ``wait`` is written by no kernel of a layer: weights, and what describes the step.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -24,13 +24,6 @@ def pdl(device: torch.device) -> dict[str, bool]:
     """The launch option and the constant of a kernel that calls ``wait``."""
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": capable, "launch_pdl": capable}
-
-
-@triton.jit
-def start_next(PDL: tl.constexpr):
-    """Let the next kernel start, though this one still waits."""
-    if PDL:
-        gdc_launch_dependents()
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmq.runtime.kernels.kv_write import Scales
 from llmq.runtime.kernels.kv_write_triton import inverse_scale, scale_strides
-from llmq.runtime.kernels.pdl_triton import pdl, start_next, wait
+from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows_triton import rounded
 
 
@@ -146,7 +146,6 @@ def rope_and_write_kernel(
 ):  # fmt: skip
     """BLOCK heads of one token: of the query, or of key and value."""
     HEAD_DIM: tl.constexpr = 2 * HALF + REST
-    start_next(PDL)
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, HALF_PADDED)
     wait(PDL)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq.runtime.kernels.pdl_triton import pdl, start_next, wait
+from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows
 from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED, empty_rows, row_warps, store_quantized
 
@@ -64,7 +64,6 @@ def gated(gate, up, inside):
 @triton.jit
 def silu_mul_kernel(gate, up, out, width, gate_stride, up_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """BLOCK columns of one token."""
-    start_next(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
