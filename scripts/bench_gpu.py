@@ -201,7 +201,7 @@ def load(shape: str, scheme: str, fields: dict[str, Any] | None = None, **option
                 load_format="dummy",
                 prefix_caching=False,
                 max_num_seqs=256,
-                **({"max_num_batched_tokens": 8192} | options),
+                **options,
             ),
         )
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
@@ -222,7 +222,7 @@ def greedy(tokens: int) -> SamplingParams:
 def decode(llm: LLM, batch: int) -> float:
     """Tokens/s over STEPS steps, the last of which all sequences share."""
     # Under chunked prefill the first prompts have a few tokens when the last one is done.
-    extra = -(-batch * PROMPT // llm.options.max_num_batched_tokens) + 2
+    extra = -(-batch * PROMPT // llm.options.batched_tokens) + 2
     outputs = llm.generate(prompts(llm, batch, PROMPT), greedy(STEPS + extra))
     times = [output.completions[0].token_times for output in outputs]
     first = max(own[0] for own in times)
@@ -240,7 +240,7 @@ def kv(shape: str, scheme: str, roofline: Roofline) -> None:
         llm = load(shape, scheme, context, kv_cache_dtype=kv_cache_dtype, kv_cache_memory=KV_MEMORY)
         room = llm.stats.total_blocks * llm.options.block_size
         for batch, prompt in KV_LOADS:
-            extra = -(-batch * prompt // llm.options.max_num_batched_tokens) + 16
+            extra = -(-batch * prompt // llm.options.batched_tokens) + 16
             outputs = llm.generate(prompts(llm, batch, prompt), greedy(STEPS + extra))
             times = min((output.completions[0].token_times for output in outputs), key=min)
             speed = batch * STEPS / (times[-1] - times[-1 - STEPS])
@@ -351,7 +351,7 @@ def profile(llm: LLM, batch: int, shape: str, scheme: str) -> None:
     if batch == BATCHES[-1]:
         advance(2)
         traced(4, "prompts")
-    advance(-(-batch * PROMPT // llm.options.max_num_batched_tokens) + 8)
+    advance(-(-batch * PROMPT // llm.options.batched_tokens) + 8)
     wall = advance(steps)
     traced(steps, "decode")
     print(f"wall {wall * 1e6:.0f} µs a step")

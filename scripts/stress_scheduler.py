@@ -81,7 +81,7 @@ def run_world(seed: int) -> dict[str, int]:
         if scheduler.idle:
             continue
         plan = scheduler.schedule()
-        assert plan.num_tokens <= scheduler.options.max_num_batched_tokens
+        assert plan.num_tokens <= scheduler.options.batched_tokens
         assert len(plan.rows) <= scheduler.options.seats
         output = model.run(plan)
         if chance.random() < 0.02:
@@ -124,7 +124,7 @@ def _request(chance: random.Random, number: int, scheduler: Scheduler) -> Reques
     request: Request = simulated.make_request(number, prompt, chance.choice([1, 3, 17, 40]), **params)
     worst = scheduler.blocks.worst_case(len(prompt), request.max_total, width)
     fits = worst <= scheduler.blocks.total and width <= scheduler.options.seats
-    if scheduler.options.scheduler == "prefill-first" and len(prompt) > scheduler.options.max_num_batched_tokens:
+    if scheduler.options.scheduler == "prefill-first" and len(prompt) > scheduler.options.batched_tokens:
         fits = False
     return request if fits else None
 

@@ -77,6 +77,13 @@ def test_the_size_of_prompt_chunks_changes_no_token(tiny: Path, expected: list[l
     assert run(tiny, max_num_batched_tokens=chunk)[0] == expected
 
 
+def test_on_a_gpu_a_step_computes_8192_tokens_and_on_a_cpu_2048_unless_told_otherwise(tiny: Path) -> None:
+    steps = {device: EngineOptions().on(device).batched_tokens for device in ("cpu", "cuda", "cuda:1")}
+    assert steps == {"cpu": 2048, "cuda": 8192, "cuda:1": 8192}
+    assert EngineOptions(max_num_batched_tokens=100).on("cuda").batched_tokens == 100
+    assert LLM(str(tiny), device="cpu").options.max_num_batched_tokens == 2048
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 64, 512])
 def test_the_block_size_changes_no_token(tiny: Path, expected: list[list[int]], block_size: int) -> None:
     assert run(tiny, block_size=block_size)[0] == expected

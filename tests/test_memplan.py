@@ -69,7 +69,7 @@ def plans(draw: st.DrawFn) -> MemoryPlan:
 
 def test_the_total_is_weights_and_cache_and_reserved_block_and_activations_and_context(tmp_path: Path) -> None:
     result = plan(LLAMA, load=Load(batch_size=4, max_model_len=8192), gpu_memory=24 * GIB)
-    activations = memory.activation_bytes(config_of(tmp_path, LLAMA_31_8B), 2048, 256, 2)
+    activations = memory.activation_bytes(config_of(tmp_path, LLAMA_31_8B), 8192, 256, 2)
     assert result.weights.resident == 2 * 8_030_261_248
     assert result.kv_cache == 4 * 8192 * 131_072
     assert result.textbook_kv_cache == 4 * result.kv_cache
@@ -79,6 +79,24 @@ def test_the_total_is_weights_and_cache_and_reserved_block_and_activations_and_c
     assert result.budget == int(0.9 * 24 * GIB)
     assert result.spare == result.budget - result.total
     assert sum(report.parts(result).values()) == result.total
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpu_memory", "tokens"),
+    [
+        ("llmq", None, 2048),
+        ("llmq", 24 * GIB, 8192),
+        ("llmq", 80 * GIB, 8192),
+        ("vllm", 24 * GIB, 8192),
+        ("vllm", 80 * GIB, 16384),
+    ],
+)
+def test_a_step_is_as_long_as_the_engine_makes_it_on_such_a_machine_unless_told_otherwise(
+    engine: str, gpu_memory: int | None, tokens: int
+) -> None:
+    assert plan(LLAMA, engine=engine, gpu_memory=gpu_memory).max_num_batched_tokens == tokens
+    told = EngineOptions(max_num_batched_tokens=100)
+    assert plan(LLAMA, engine=engine, gpu_memory=gpu_memory, options=told).max_num_batched_tokens == 100
 
 
 def test_a_narrower_cache_than_the_model_takes_as_much_less() -> None:
@@ -143,7 +161,10 @@ def test_ideal_keeps_a_window_vllm_also_a_step_and_llmq_all() -> None:
     model = Model(describe({"model_type": "gemma3_text", "dtype": "bfloat16", "sliding_window": 1024} | fields))
     caches = {
         engine: plan(
-            model, engine=engine, load=Load(max_model_len=32768), options=EngineOptions(block_size=16)
+            model,
+            engine=engine,
+            load=Load(max_model_len=32768),
+            options=EngineOptions(block_size=16, max_num_batched_tokens=2048),
         ).kv_cache
         for engine in ENGINES
     }

@@ -55,7 +55,7 @@ class Engine(RuleBasedStateMachine):
         request = make_request(number, ids, new, **kind)
         blocks, options = self.scheduler.blocks, self.scheduler.options
         fits = blocks.worst_case(prompt, request.max_total, width) <= blocks.total
-        if fits and (options.scheduler == "mixed" or prompt <= options.max_num_batched_tokens):
+        if fits and (options.scheduler == "mixed" or prompt <= options.batched_tokens):
             self.scheduler.add(request)
             self.requests.append(request)
 

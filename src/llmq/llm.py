@@ -146,8 +146,8 @@ class LLM:
         text: bool = True,
     ) -> None:
         """``text=False``: load no tokenizer. Prompts are token ids then, and answers have no text."""
-        self.options = options or EngineOptions()
         self.device = resolve_device(device)
+        self.options = (options or EngineOptions()).on(self.device)
         if self.options.deterministic:
             check_deterministic(self.device)
         self.folder = resolve(model, revision)
@@ -568,11 +568,11 @@ class LLM:
         budget = options.kv_cache_memory
         if budget is None:
             reserve = memory.activation_bytes(
-                self.config, options.max_num_batched_tokens, options.max_num_seqs, self.dtype.itemsize
+                self.config, options.batched_tokens, options.max_num_seqs, self.dtype.itemsize
             )
             format = open_format(self.config)
             if format is not None:
-                tokens = options.max_num_batched_tokens
+                tokens = options.batched_tokens
                 reserve += memory.widened_bytes(self.config, format.scheme, tokens, self.dtype.itemsize)
             budget = free_kv_cache_bytes(self.device, options.gpu_memory_utilization, reserve)
         affordable = memory.pool_blocks(budget, self.config, options.block_size, self.kv_dtype)

@@ -34,6 +34,7 @@ from llmq.engine.baselines import Batching
 from llmq.engine.options import EngineOptions
 from llmq.errors import USAGE, LlmqError
 from llmq.llm import RequestOutput
+from llmq.runtime.device import resolve_device
 
 ALONE = 8
 """One after another runs this share of the requests, 1/8: it is slow, and every request tells the same."""
@@ -210,11 +211,11 @@ def bench_batching(
             "lower --input-len, --longest or --growth",
             exit_code=USAGE,
         )
+    device = resolve_device(device)
     # Without a cache, a step computes whole sequences; static batches wait until their longest is sure to fit.
-    tokens = max(EngineOptions().max_num_batched_tokens, needed)
     options = EngineOptions(
         max_num_seqs=seats,
-        max_num_batched_tokens=tokens,
+        max_num_batched_tokens=max(EngineOptions().on(device).batched_tokens, needed),
         max_model_len=needed,
         prefix_caching=False,
         gpu_memory_utilization=gpu_memory_utilization,

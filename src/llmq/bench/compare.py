@@ -85,7 +85,8 @@ def bench_compare(
         check_peer(peer)
     source, device = resolve(model, revision), resolve_device(device)
     asked = workload_of(workload, num_prompts, seed)
-    load = _Load.of(source, asked, workload, tuple(sorted(set(batch_sizes))), rounds, options or EngineOptions())
+    options = (options or EngineOptions()).on(device)
+    load = _Load.of(source, asked, workload, tuple(sorted(set(batch_sizes))), rounds, options)
     dummy = load.options.load_format == "dummy"
     quality = not dummy and (data is not None or model == DEMO)
     if quality:
@@ -221,7 +222,7 @@ class _Load:
             raise LlmqError(f"{name}: {error.message}", hint, exit_code=USAGE) from None
         prompts = [prompt_len(item, vocabulary) for item in items]
         typical = round(sum(prompts) / len(prompts))
-        lead = -(-batch_sizes[-1] * typical // options.max_num_batched_tokens) + 2
+        lead = -(-batch_sizes[-1] * typical // options.batched_tokens) + 2
         lengths = output_lengths(batch_sizes, lead)
         typical = min(typical, context - max(lengths))
         if typical < 1:
@@ -241,7 +242,7 @@ class _Load:
 
     def measure(self, subject: Subject, cell: int) -> Speeds:
         """One round, with prompts that no other has."""
-        number = -(-2 * self.options.max_num_batched_tokens // self.input_len)
+        number = -(-2 * self.options.batched_tokens // self.input_len)
         drawn = Workload(number, self.input_len, 1, self.workload.seed)
         prefill = subject.run(subject.items(drawn, 2 * cell))
         drawn = replace(drawn, num_prompts=len(self.lengths))

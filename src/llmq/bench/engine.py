@@ -96,7 +96,7 @@ class Setup:
             "temperature": 0.0,
             "load_format": options.load_format,
             "max_num_seqs": options.max_num_seqs,
-            "max_num_batched_tokens": options.max_num_batched_tokens,
+            "max_num_batched_tokens": options.batched_tokens,
             "block_size": options.block_size,
             "kv_cache_dtype": options.kv_cache_dtype,
             "prefix_caching": options.prefix_caching,

@@ -95,7 +95,7 @@ def memplan(
     ] = False,
     max_num_seqs: options.MaxNumSeqs = _ENGINE.max_num_seqs,
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that one step may compute. [default: the engine's]", show_default=False)
+        int | None, typer.Option(help="Tokens that one step may compute.", show_default="the engine's on such a GPU")
     ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="Tokens in a block of the KV cache. [default: the engine's]", show_default=False)
@@ -131,9 +131,7 @@ def memplan(
         load=Load(batch_size, max_model_len, kv_cache_dtype),
         options=EngineOptions(
             max_num_seqs,
-            engines.default_batched_tokens(engine, _ENGINE.max_num_batched_tokens, memory)
-            if max_num_batched_tokens is None
-            else max_num_batched_tokens,
+            max_num_batched_tokens,
             engines.default_block_size(engine, _ENGINE.block_size) if block_size is None else block_size,
             gpu_memory_utilization=gpu_memory_utilization,
             load_format=cast(LoadFormat, load_format),

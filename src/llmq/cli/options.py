@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmq.engine.options import EngineOptions
+from llmq.engine.options import BATCHED_TOKENS, EngineOptions
 from llmq.memory import parse_bytes
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or 'demo'.", show_default=False)]
@@ -32,7 +32,13 @@ LoadFormat = Annotated[
 
 ENGINE_FLAGS: dict[str, Any] = {
     "max_num_seqs": MaxNumSeqs,
-    "max_num_batched_tokens": Annotated[int, typer.Option(help="Tokens that one step may compute.")],
+    "max_num_batched_tokens": Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that one step may compute.",
+            show_default=f"{BATCHED_TOKENS['cuda']} on a GPU, {BATCHED_TOKENS['cpu']} on a CPU",
+        ),
+    ],
     "block_size": Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")],
     "kv_cache_memory": Annotated[
         str | None,

@@ -50,10 +50,10 @@ class Limits:
                 f"the prompt has {prompt_tokens} tokens and the model's context is {self.context}, the answer included",
                 f"shorten the prompt to {self.context - 1} tokens or fewer, or pass --truncate left",
             )
-        if options.scheduler == "prefill-first" and prompt_tokens > options.max_num_batched_tokens:
+        if options.scheduler == "prefill-first" and prompt_tokens > options.batched_tokens:
             raise Rejected(
                 "step",
-                f"the prompt has {prompt_tokens} tokens and a step computes {options.max_num_batched_tokens}",
+                f"the prompt has {prompt_tokens} tokens and a step computes {options.batched_tokens}",
                 "raise --max-num-batched-tokens, or pass --scheduler mixed, which computes prompts in chunks",
             )
         if params.width > options.seats:

@@ -66,16 +66,16 @@ class BaselineScheduler(Scheduler):
 
     def add(self, request: Request) -> None:
         most = request.params.width * request.max_total
-        if not self.kv_cache and most > self.options.max_num_batched_tokens:
+        if not self.kv_cache and most > self.options.batched_tokens:
             raise LlmqError(
                 f"without a KV cache a step computes up to {most} tokens of the request, and may have "
-                f"{self.options.max_num_batched_tokens}",
+                f"{self.options.batched_tokens}",
                 f"lower --max-tokens, or raise --max-num-batched-tokens to {most}",
             )
         super().add(request)
 
     def schedule(self) -> StepPlan:
-        draft = Draft(self.options.max_num_batched_tokens)
+        draft = Draft(self.options.batched_tokens)
         if self.batching == "continuous":
             self._let_in(draft)
             return self._conclude(draft, self._recompute(draft, pad=False))
@@ -134,7 +134,7 @@ class BaselineScheduler(Scheduler):
             fits = rows <= self.options.seats and (
                 blocks <= self.blocks.total
                 if self.kv_cache
-                else rows * longest <= self.options.max_num_batched_tokens and scratch <= self.blocks.total
+                else rows * longest <= self.options.batched_tokens and scratch <= self.blocks.total
             )
             if not fits:
                 break

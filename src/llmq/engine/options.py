@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmq.errors import USAGE, LlmqError
 
 BLOCK_SIZE_MULTIPLE = 16
+BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Of a step, by the kind of device. On an H200, 8,192 make 14 % more tokens/s than 2,048: Qwen3-0.6B, 256 prompts of
+100 to 1,024 tokens."""
 SchedulerPolicy = Literal["mixed", "prefill-first"]
 Preemption = Literal["auto", "recompute", "swap"]
 QueueOrder = Literal["fcfs", "priority"]
@@ -26,7 +29,7 @@ API_ONLY = ("ageing_steps", "watermark")
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """max_num_seqs            sequences that may run at once; a request counts as all that it is going to be
-    max_num_batched_tokens  tokens that one step may compute, prompts and new ones together
+    max_num_batched_tokens  tokens that one step may compute, prompts' and new ones; None: BATCHED_TOKENS of the device
     block_size              tokens in one block of the KV cache
     kv_cache_dtype          fp8: keys and values in 8 bits, e4m3, by scales that the folder brings for each layer;
                             int8: by a scale for each head of each token; auto: in the type that is computed in
@@ -49,7 +52,7 @@ class EngineOptions:
     """
 
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     block_size: int = 64
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -72,7 +75,11 @@ class EngineOptions:
     def __post_init__(self) -> None:
         checks = (
             (self.max_num_seqs >= 1, "max_num_seqs", "1 or more"),
-            (self.max_num_batched_tokens >= 1, "max_num_batched_tokens", "1 or more"),
+            (
+                self.max_num_batched_tokens is None or self.max_num_batched_tokens >= 1,
+                "max_num_batched_tokens",
+                "1 or more",
+            ),
             (
                 self.block_size >= 1 and self.block_size % BLOCK_SIZE_MULTIPLE == 0,
                 "block_size",
@@ -102,7 +109,17 @@ class EngineOptions:
                 where = f"EngineOptions.{name}" if name in API_ONLY else f"--{name.replace('_', '-')}"
                 raise LlmqError(f"{name} must be {rule}, not {getattr(self, name)}", f"check {where}", exit_code=USAGE)
 
+    def on(self, device: str) -> EngineOptions:
+        """The same for an engine on ``device`` (cpu, cuda, cuda:1): what was left to it is said."""
+        tokens = self.max_num_batched_tokens or BATCHED_TOKENS[device.partition(":")[0]]
+        return replace(self, max_num_batched_tokens=tokens)
+
+    @property
+    def batched_tokens(self) -> int:
+        """What ``max_num_batched_tokens`` comes to; where it was left to a device and none is known, a CPU's."""
+        return self.max_num_batched_tokens or BATCHED_TOKENS["cpu"]
+
     @property
     def seats(self) -> int:
         """Sequences that may run at once, so that a step always has a token for each of them."""
-        return min(self.max_num_seqs, self.max_num_batched_tokens)
+        return min(self.max_num_seqs, self.batched_tokens)

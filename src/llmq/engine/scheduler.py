@@ -235,7 +235,7 @@ class Scheduler:
 
         Raises RuntimeError when nothing can run although something waits: a defect, never a matter of load.
         """
-        draft = Draft(self.options.max_num_batched_tokens)
+        draft = Draft(self.options.batched_tokens)
         if self.pressure is not None and (victim := self.pressure(self.running)) is not None:
             self._preempt(victim, draft)
         if self.options.scheduler == "mixed":
@@ -588,7 +588,7 @@ class Scheduler:
         self._flights.append(Flight(draft.sequences, draft.preempted, draft.prefill_started, draft.hangs))
         stats = self.stats
         stats.steps += 1
-        stats.tokens += self.options.max_num_batched_tokens - draft.tokens
+        stats.tokens += self.options.batched_tokens - draft.tokens
         stats.copies += len(draft.copies)
         stats.peak_blocks = max(stats.peak_blocks, self.blocks.used)
         if self._trace is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from llmq import memory
+from llmq.engine.options import BATCHED_TOKENS
 from llmq.memplan.architecture import Architecture, LayerCache
 from llmq.plan import layer_groups
 
@@ -114,8 +115,9 @@ def default_block_size(engine: str, own: int) -> int:
     return VLLM_BLOCK_SIZE if engine == VLLM else own
 
 
-def default_batched_tokens(engine: str, own: int, gpu_memory: int | None) -> int:
-    """Tokens of a step: vLLM's Python API takes twice as many on a GPU of 70 GiB or more."""
+def default_batched_tokens(engine: str, gpu_memory: int | None) -> int:
+    """Tokens of a step: vLLM's Python API takes twice as many on a GPU of 70 GiB or more. Without a GPU, llmq's engine
+    is taken to run on a CPU."""
     if engine != VLLM:
-        return own
+        return BATCHED_TOKENS["cpu" if gpu_memory is None else "cuda"]
     return 16384 if gpu_memory is None or gpu_memory >= 70 * GIB else 8192

@@ -276,7 +276,7 @@ def plan(
         kv_dtype=_kv_dtype(load.kv_cache_dtype, model.architecture, engine),
         block_size=1 if engine == IDEAL else options.block_size,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_batched_tokens=options.max_num_batched_tokens or engines.default_batched_tokens(engine, gpu_memory),
         num_gpus=num_gpus,
         gpu_memory=gpu_memory,
         utilization=options.gpu_memory_utilization,
