@@ -39,7 +39,7 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.", show_default=False)] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of an answer at most. [default: what there is room for]")
+        int | None, typer.Option(help="Tokens of an answer at most.", show_default="what there is room for")
     ] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = _SAMPLING.temperature,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest that reach this.")] = _SAMPLING.top_p,

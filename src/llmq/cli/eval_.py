@@ -25,7 +25,9 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="A text, a .jsonl file, or a dataset OWNER/NAME[:CONFIG]. [default: the demo's text]"
+            metavar="FILE",
+            help="A text, a .jsonl file, or a dataset OWNER/NAME[:CONFIG].",
+            show_default="the demo's text",
         ),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens scored together, at most the model's context.")] = WINDOW,
@@ -40,7 +42,7 @@ def evaluate(
     task_folder: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where tasks of your own are.", show_default=False)
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples of each task. [default: all]", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task.", show_default="all")] = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     revision: options.Revision = None,

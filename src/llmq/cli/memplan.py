@@ -52,20 +52,21 @@ def memplan(
     ] = None,
     gpu_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory of the GPU, e.g. 24GiB. [default: the one here]", show_default=False),
+        typer.Option(metavar="SIZE", help="Memory of the GPU, e.g. 24GiB.", show_default="the one here"),
     ] = None,
     num_gpus: Annotated[
         int, typer.Option("--num-gpus", "-tp", help="GPUs that share the model (tensor parallel).")
     ] = 1,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence, prompt and completion. [default: the model's context]")
+        int | None,
+        typer.Option(help="Tokens of a sequence, prompt and completion.", show_default="the model's context"),
     ] = _LOAD.max_model_len,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--concurrency", help="Sequences in the cache at once.")
     ] = _LOAD.batch_size,
     scheme: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"Plan weights in {', '.join(PRESETS)}. [default: as they are]"),
+        typer.Option(metavar="NAME", help=f"Plan weights in {', '.join(PRESETS)}.", show_default="as they are"),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight, instead of the scheme's.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: a whole row.")] = None,
@@ -98,7 +99,7 @@ def memplan(
         int | None, typer.Option(help="Tokens that one step may compute.", show_default="the engine's on such a GPU")
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(help="Tokens in a block of the KV cache. [default: the engine's]", show_default=False)
+        int | None, typer.Option(help="Tokens in a block of the KV cache.", show_default="the engine's")
     ] = None,
     gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
     revision: options.Revision = None,

@@ -22,9 +22,7 @@ MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that may run at once.")
 GpuMemoryUtilization = Annotated[float, typer.Option(help="Share of the GPU's whole memory to use.")]
 MaxModelLen = Annotated[
     int | None,
-    typer.Option(
-        help="Tokens of a sequence, prompt and completion. [default: the model's context]", show_default=False
-    ),
+    typer.Option(help="Tokens of a sequence, prompt and completion.", show_default="the model's context"),
 ]
 LoadFormat = Annotated[
     str, typer.Option(help="auto, or dummy: random weights of config.json's shapes, to measure speed with.")
@@ -42,7 +40,7 @@ ENGINE_FLAGS: dict[str, Any] = {
     "block_size": Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")],
     "kv_cache_memory": Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="KV cache, e.g. 512MiB. [default: what is free]", show_default=False),
+        typer.Option(metavar="SIZE", help="KV cache, e.g. 512MiB.", show_default="what is free"),
     ],
     "kv_cache_dtype": Annotated[
         str, typer.Option(help="Of keys and values: auto (the type that is computed in), fp8 or int8.")

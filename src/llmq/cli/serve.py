@@ -24,7 +24,7 @@ def serve(
         typer.Option(envvar=API_KEY, help="A key that lets clients in; may be repeated.", show_default=False),
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option(help="The model's name to clients. [default: MODEL]", show_default=False)
+        str | None, typer.Option(help="The model's name to clients.", show_default="MODEL")
     ] = _SERVE.served_model_name,
     max_queue: Annotated[int, typer.Option(help="Prompts that may wait; then clients get status 429.")] = (
         _SERVE.max_queue

@@ -40,11 +40,11 @@ def compare(
     rounds: Annotated[int, typer.Option(help="Times that each scheme runs, after once to warm up.")] = ROUNDS,
     folder: Annotated[
         list[str] | None,
-        typer.Option(metavar="SCHEME=PATH", help="Take a scheme from there. [default: round to nearest]"),
+        typer.Option(metavar="SCHEME=PATH", help="Take a scheme from there.", show_default="round to nearest"),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Text to measure quality on. [default: for demo, its own; else none]"),
+        typer.Option(metavar="FILE", help="Text to measure quality on.", show_default="for demo, its own; else none"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = _WORKLOAD.seed,
     *,

@@ -50,13 +50,11 @@ Url = Annotated[str, typer.Argument(metavar="URL", help="Of a server with OpenAI
 ApiKey = Annotated[str | None, typer.Option(envvar="LLMQ_API_KEY", help="The server's key.", show_default=False)]
 Endpoint = Annotated[str, typer.Option(help="completions or chat.")]
 ServedModel = Annotated[
-    str | None, typer.Option("--model", help="Its name at the server. [default: the first there]", show_default=False)
+    str | None, typer.Option("--model", help="Its name at the server.", show_default="the first there")
 ]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(
-        metavar="MODEL", help="Whose tokens random prompts are of. [default: the server's, if here]", show_default=False
-    ),
+    typer.Option(metavar="MODEL", help="Whose tokens random prompts are of.", show_default="the server's, if here"),
 ]
 IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos/--no-ignore-eos", help="Ask for answers that do not end before --output-len.")
