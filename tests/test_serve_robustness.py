@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from llmq.errors import LlmqError
 from llmq.serve import http, middleware
 from llmq.serve.middleware import WholeBody
 from llmq.serve.options import ServeOptions
+from llmq.serve.streaming import EventStream
 
 CONTEXT = 2**16
 SOME: dict[str, Any] = {"prompt": "x", "max_tokens": 1200, "ignore_eos": True, "seed": 1}
@@ -222,6 +224,82 @@ def test_a_head_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     never, once = asyncio.run(attack())
     assert never == b""
     assert once.startswith(b"HTTP/1.1 200 OK")
+
+
+class Clock(asyncio.SelectorEventLoop):
+    """An event loop whose time can be put forward."""
+
+    ahead = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead
+
+
+async def texts(*sizes: int) -> AsyncGenerator[str]:
+    for size in sizes:
+        yield "x" * size
+
+
+@asynccontextmanager
+async def draining(sizes: tuple[int, ...]) -> AsyncIterator[tuple[asyncio.Task[None], asyncio.Event, socket.socket]]:
+    """A server that was told to end while it answers with texts of ``sizes``: its end, the answer's, and the client.
+    The system holds little of the answer."""
+    closed = asyncio.Event()
+    with socket.socket() as listener, socket.socket() as client:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        listener.bind(("127.0.0.1", 0))
+        server = http.Server(EventStream(texts(*sizes), closed.set), announce=lambda: None, at_once=lambda: None)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, listener.getsockname())
+        await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await loop.sock_recv(client, 1)
+        server.should_exit = True
+        yield serving, closed, client
+
+
+STREAM, WHOLE, BELOW_UVICORN_S_LIMIT = (2**16,) * 64, (2**22,), (60_000,)
+
+
+@pytest.mark.parametrize("sizes", [STREAM, WHOLE, BELOW_UVICORN_S_LIMIT], ids=["stream", "whole", "small"])
+def test_a_client_that_takes_nothing_does_not_hold_up_the_end(sizes: tuple[int, ...]) -> None:
+    clock, deadline = Clock(), time.monotonic() + PATIENCE
+
+    async def end() -> bool:
+        async with draining(sizes) as (serving, closed, _):
+            while not serving.done():
+                assert time.monotonic() < deadline
+                clock.ahead += http.TAKE_SECONDS
+                await asyncio.sleep(0)
+            return closed.is_set()
+
+    with asyncio.Runner(loop_factory=lambda: clock) as runner:
+        assert runner.run(end())
+
+
+@pytest.mark.parametrize("sizes", [STREAM, WHOLE], ids=["stream", "whole"])
+def test_a_client_that_takes_little_at_a_time_has_all_of_its_answer(sizes: tuple[int, ...]) -> None:
+    clock = Clock()
+
+    async def take() -> bytes:
+        taken = bytearray()
+        async with draining(sizes) as (serving, _, client):
+            while piece := await clock.sock_recv(client, 2**16):
+                taken += piece
+                if len(taken) // 2**20 > (len(taken) - len(piece)) // 2**20:
+                    clock.ahead += http.TAKE_SECONDS / 2
+            await serving
+        return bytes(taken)
+
+    with asyncio.Runner(loop_factory=lambda: clock) as runner:
+        answer = runner.run(take())
+    body = answer.partition(b"\r\n\r\n")[2]
+    assert body.count(b"x") == sum(sizes)
+    assert body.endswith(b"\r\n0\r\n\r\n")
 
 
 @pytest.mark.slow

@@ -146,11 +146,12 @@ class CompletionRequest(_Generate):
     def prompts(self) -> Sequence[str | TokenIds]:
         """One or several, each a text or token ids. ApiError when there is none."""
         prompt = self.prompt
-        if not prompt or not all(one != [] and one != "" for one in prompt if not isinstance(prompt, str)):
-            raise ApiError(400, "the prompt is empty: give at least one character or token", param="prompt")
-        if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return [prompt]
-        return prompt
+        if prompt:
+            if isinstance(prompt, str) or isinstance(prompt[0], int):
+                return [prompt]
+            if all(prompt):
+                return prompt
+        raise ApiError(400, "the prompt is empty: give at least one character or token", param="prompt")
 
     def params(self) -> SamplingParams:
         """ApiError when a field is out of range, or asks for what llmq does not do."""
