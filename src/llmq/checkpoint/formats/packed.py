@@ -22,7 +22,6 @@ from llmq.scheme import INT, WHOLE_TENSOR, Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
-HEAD = "lm_head"
 WORD_BITS = 32
 SCALE_TYPES = ("F16", "BF16", "F32")
 DTYPE_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
