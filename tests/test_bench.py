@@ -327,6 +327,24 @@ def test_memory_is_told_as_planned_and_as_measured(tiny: Path) -> None:
     assert memory["KV cache, at most"]["predicted"] == memory["KV cache, at most"]["measured"] > 0
 
 
+def test_preempted_requests_are_told_with_those_of_them_that_were_swapped_out(tiny: Path, tmp_path: Path) -> None:
+    """Three sequences grow to three blocks each, and there are eight. Requests are swapped out, each of many blocks."""
+    flags = ("--output-len", 20, "--block-size", 16, "--kv-cache-memory", "128KiB", "--swap-space", 0.1)
+    file = tmp_path / "report.json"
+    result = llmq("bench", "throughput", tiny, *SMALL, *flags, "--preemption", "swap", "--output", file)
+    report = json.loads(file.read_text())
+    assert report["preemptions"] >= report["swapped_out"] > 0
+    told = next(line for line in result.out.splitlines() if line.startswith("preemptions"))
+    assert told.split(maxsplit=1)[1] == f"{report['preemptions']}, {report['swapped_out']} of them swapped out"
+
+
+def test_every_line_of_memory_is_told_with_what_it_is_off_by(tiny: Path) -> None:
+    lines = llmq("bench", "throughput", tiny, *SMALL).out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("memory"))
+    assert lines[start].split() == ["memory", "predicted", "measured", "off", "by"]
+    assert [line.split()[-1] for line in lines[start + 1 :]] == ["exact", "exact"]
+
+
 def test_what_the_prefix_cache_had_is_told(tiny: Path) -> None:
     flags = ("--dataset", "prefix", "--num-prefixes", 1, "--input-len", 40, "--prefix-len", 32, "--max-num-seqs", 1)
     report = json.loads(llmq("bench", "throughput", tiny, *SMALL, *flags, "--block-size", 16, "--json").out)

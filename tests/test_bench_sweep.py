@@ -86,7 +86,7 @@ def test_fewer_than_two_loads_are_no_sweep(tiny: Path, sizes: str) -> None:
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmq.bench.plot.find_spec", lambda name: None)
+    monkeypatch.setattr("llmq.cli.options.find_spec", lambda name: None)
     result = llmq("bench", "sweep", tiny, "--plot", tmp_path / "sweep.png")
     assert (result.code, result.out) == (FAILED, "")
     assert "llmq[plots]" in result.err

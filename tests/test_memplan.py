@@ -701,6 +701,15 @@ def test_flags_that_make_no_sense_end_in_an_error_and_a_hint(llama: Path, flags:
     assert [line.split(":")[0] for line in result.err.splitlines()] == ["error", "hint"]
 
 
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = tmp_path / "no model"
+    assert "there is no folder /nowhere" in llmq("memplan", nothing, "--plot", "/nowhere/plan.png").err
+    monkeypatch.setattr("llmq.cli.options.find_spec", lambda name: None)
+    assert "llmq[plots]" in llmq("memplan", nothing, "--plot", tmp_path / "plan.png").err
+
+
 def test_a_plan_is_drawn(llama: Path, tmp_path: Path) -> None:
     assert llmq("memplan", llama, "--gpu", "h200", "--plot", tmp_path / "plan.png").code == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.errors import USAGE, LlmqError
-
 if TYPE_CHECKING:
     from llmq.bench.sweep import SweepReport
-
-KINDS = (".png", ".svg", ".pdf")
-
-
-def check_plot(path: Path) -> None:
-    """LlmqError when no picture can be drawn into ``path``."""
-    if find_spec("matplotlib") is None:
-        raise LlmqError("a plot needs matplotlib", 'install it: pip install "llmq[plots]"')
-    if path.suffix not in KINDS:
-        raise LlmqError(f"{path} names no kind of picture", f"end it in {', '.join(KINDS)}", exit_code=USAGE)
 
 
 def draw_sweep(report: SweepReport, path: Path) -> None:

@@ -25,6 +25,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 """The kinds of layers, as ``layer_types`` names them."""
 SEPARATE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
 """Files that say what config.json has as ``quantization_config``, and the method that they may not name."""
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
+"""The checkpoint's names of what is in no decoder block."""
 
 
 def block_name(layer: int) -> str:

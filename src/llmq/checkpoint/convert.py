@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import folder as folders
-from llmq.checkpoint.config import ModelConfig, read_config
+from llmq.checkpoint.config import HEAD, ModelConfig, read_config
 from llmq.checkpoint.formats import (
     WRITER,
     Format,
@@ -23,7 +23,7 @@ from llmq.checkpoint.formats import (
     packed_layers,
     write_configs,
 )
-from llmq.checkpoint.formats.packed import HEAD, stated_scheme
+from llmq.checkpoint.formats.packed import stated_scheme
 from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import LlmqError
 from llmq.scheme import Scheme

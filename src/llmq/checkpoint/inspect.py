@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import folder as folders
-from llmq.checkpoint.config import ModelConfig, read_config, read_json
+from llmq.checkpoint.config import EMBEDDING, HEAD, ModelConfig, read_config, read_json
 from llmq.checkpoint.formats import Format, is_packed, open_format, packed_layers
 from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
-from llmq.checkpoint.formats.packed import HEAD, contradictions
+from llmq.checkpoint.formats.packed import contradictions
 from llmq.checkpoint.tensors import Tensors
-
-EMBEDDING = "model.embed_tokens"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmq.cli import options
-from llmq.cli.console import err, print_json
+from llmq.cli.console import err, print_json, progress
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import EarlyStopping, SamplingParams, Truncation
 from llmq.errors import USAGE, LlmqError
@@ -176,11 +175,10 @@ def _print_plan(llm: LLM) -> None:
 
 
 def _as_completed(llm: LLM, jobs: Sequence[Job], params: SamplingParams) -> Iterable[tuple[Job, RequestOutput]]:
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
-        task = progress.add_task("prompts", total=len(jobs))
-        for result in llm.as_completed([job.prompt for job in jobs], [job.params(params) for job in jobs]):
-            progress.advance(task)
+    with progress("prompts") as bar:
+        results = llm.as_completed([job.prompt for job in jobs], [job.params(params) for job in jobs])
+        for done, result in enumerate(results, 1):
+            bar(done, len(jobs))
             yield jobs[result.index], result
 
 

@@ -87,7 +87,13 @@ def memplan(
         bool, typer.Option("--explain", help="Layer by layer, engine by engine, and assumptions.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw memory against context: .png, .svg, .pdf.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw memory against context: .png, .svg or .pdf.",
+            callback=options.check_plot,
+            show_default=False,
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Load it, run a full batch, and compare.")] = False,
     load_format: options.LoadFormat = _ENGINE.load_format,

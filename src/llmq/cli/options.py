@@ -5,13 +5,39 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from importlib.util import find_spec
 from inspect import Parameter
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from llmq.engine.options import BATCHED_TOKENS, EngineOptions
+from llmq.errors import USAGE, LlmqError
 from llmq.memory import parse_bytes
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_writable(path: Path | None) -> Path | None:
+    """``path``. LlmqError when it cannot be written: what takes long ends in a file."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise LlmqError(f"{path} cannot be written: {reason}", "choose another path", exit_code=USAGE)
+    return path
+
+
+def check_plot(path: Path | None) -> Path | None:
+    """The same of a picture, which is one of PICTURES. LlmqError without matplotlib, too."""
+    if path is None:
+        return None
+    check_writable(path)
+    if path.suffix not in PICTURES:
+        raise LlmqError(f"{path} names no kind of picture", f"end it in {', '.join(PICTURES)}", exit_code=USAGE)
+    if find_spec("matplotlib") is None:
+        raise LlmqError("a plot needs matplotlib", 'install it: pip install "llmq[plots]"')
+    return path
+
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or 'demo'.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from llmq.errors import USAGE, LlmqError
+from llmq.errors import LlmqError
 from llmq.memplan.plan import MemoryPlan
 from llmq.memplan.report import parts, verdict
 
@@ -16,13 +16,9 @@ GREYS = {"weights": "0.25", "KV cache": "0.5", "activations": "0.7", "context": 
 
 
 def draw(plan: MemoryPlan, path: Path) -> None:
-    """Write a PNG, SVG or PDF, as the name of ``path`` says. LlmqError without matplotlib, or for another kind."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise LlmqError("a plot needs matplotlib", 'install it: pip install "llmq[plots]"') from None
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise LlmqError(f"{path} names no kind of picture", "end it in .png, .svg or .pdf", exit_code=USAGE)
+    """Write a PNG, SVG or PDF, as the name of ``path`` says. LlmqError when it cannot be written."""
+    from matplotlib.figure import Figure
+
     lengths = [max(1, plan.max_model_len * point // (POINTS - 1)) for point in range(POINTS)]
     sizes = [parts(replace(plan, max_model_len=length)) for length in lengths]
     figure = Figure(figsize=(8, 4.5), layout="constrained")

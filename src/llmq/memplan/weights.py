@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmq import memory
-from llmq.checkpoint.config import DTYPE_BYTES, ModelConfig
+from llmq.checkpoint.config import DTYPE_BYTES, HEAD, ModelConfig
 from llmq.checkpoint.formats import FORMATS, Format, open_format
-from llmq.checkpoint.formats.packed import HEAD
 from llmq.checkpoint.tensors import TensorInfo, Tensors
 from llmq.errors import LlmqError
 from llmq.memplan.architecture import Architecture, Weight

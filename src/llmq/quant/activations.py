@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.checkpoint.config import EMBEDDING, FINAL_NORM, HEAD
 from llmq.checkpoint.shards import reserve
 from llmq.errors import LlmqError
 from llmq.memory import MICRO_BATCH_TOKENS, MOMENT_BYTES
@@ -22,7 +23,7 @@ from llmq.runtime.decoder import Attend, Attention, CausalAttention, DecoderLaye
 from llmq.runtime.kernels.embedding import embedding
 from llmq.runtime.kernels.norm import add_rms_norm
 from llmq.runtime.kernels.rope import norm_and_rotate
-from llmq.runtime.loader import EMBEDDING, FINAL_NORM, HEAD, Source
+from llmq.runtime.loader import Source
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 FEWEST = 0.005

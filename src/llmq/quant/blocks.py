@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmq.checkpoint.config import LinearStage, block_name
+from llmq.checkpoint.config import HEAD, LinearStage, block_name
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors
 from llmq.quant.activations import HiddenStates, moments_at_once
@@ -31,7 +31,7 @@ from llmq.quant.rounding import check_weight, round_layers, stacks
 from llmq.quant.schemes import AUTOROUND, AWQ, SMOOTHQUANT
 from llmq.quant.spread import spread
 from llmq.runtime.decoder import DecoderLayer, RMSNorm
-from llmq.runtime.loader import HEAD, load_layer
+from llmq.runtime.loader import load_layer
 from llmq.scheme import Scheme
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from llmq.checkpoint.config import EMBEDDING, HEAD
 from llmq.checkpoint.formats import is_packed
 from llmq.errors import LlmqError
 from llmq.quant.activations import HiddenStates
-from llmq.runtime.loader import EMBEDDING, HEAD, Source, load_layer, open_source
+from llmq.runtime.loader import Source, load_layer, open_source
 
 TOKENS = 8
 ROWS = 8192

@@ -83,16 +83,12 @@ class Job:
             return [REST]
         return [*map(block_name, range(self.source.config.num_layers)), REST]
 
-    def part_of(self, name: str) -> str:
-        """The part that a layer or tensor belongs to."""
-        prefix = ".".join(name.split(".")[:3])
-        return prefix if prefix in self.parts else REST
-
     def by_part(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """The names of each part."""
+        """The names of the layers or tensors of each part."""
         parts: dict[str, list[str]] = {part: [] for part in self.parts}
         for name in names:
-            parts[self.part_of(name)].append(name)
+            prefix = ".".join(name.split(".")[:3])
+            parts.get(prefix, parts[REST]).append(name)
         return parts
 
     @property
@@ -107,19 +103,19 @@ class Job:
     def layout(self, dtypes: Mapping[str, str] = MappingProxyType({})) -> dict[str, Place]:
         """Every tensor that will be written, part by part. ``dtypes``: safetensors' names for what tensors of layers
         are stored in, by their names within a layer, where that is not what llmq stores them in."""
-        places: dict[str, dict[str, Place]] = {part: {} for part in self.parts}
+        places: dict[str, Place] = {}
         format, infos = self.format, self.source.tensors.infos
-        for name, scheme in self.schemes.items():
-            for suffix, stored in format.layout(self.shape(name), scheme).items():
-                as_stored = replace(stored, dtypes=(dtypes.get(suffix, stored.dtypes[0]),))
-                place = Place(as_stored.dtypes[0], as_stored.shape, as_stored.num_bytes)
-                places[self.part_of(name)][f"{name}.{suffix}"] = place
-        for name in self.kept_tensors:
-            places[self.part_of(name)][name] = Place(infos[name].dtype, infos[name].shape, infos[name].num_bytes)
-        if self.options.kv_cache is not None:
-            for part in self.parts[:-1]:
-                places[part] |= {f"{part}.self_attn.{letter}_scale": Place("F32", (1,), 4) for letter in "kv"}
-        return {name: place for part in places.values() for name, place in part.items()}
+        layers, kept = self.by_part(self.schemes), self.by_part(self.kept_tensors)
+        for part in self.parts:
+            for name in layers[part]:
+                for suffix, stored in format.layout(self.shape(name), self.schemes[name]).items():
+                    as_stored = replace(stored, dtypes=(dtypes.get(suffix, stored.dtypes[0]),))
+                    places[f"{name}.{suffix}"] = Place(as_stored.dtypes[0], as_stored.shape, as_stored.num_bytes)
+            for name in kept[part]:
+                places[name] = Place(infos[name].dtype, infos[name].shape, infos[name].num_bytes)
+            if self.options.kv_cache is not None and part != REST:
+                places |= {f"{part}.self_attn.{letter}_scale": Place("F32", (1,), 4) for letter in "kv"}
+        return places
 
     @property
     def packed_bytes(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
+from llmq.checkpoint.config import HEAD
 from llmq.errors import USAGE, LlmqError, either
 from llmq.quant.options import DYNAMIC, FP8, OFF, STATIC, Rule
 from llmq.quant.schemes import AWQ, GPTQ, PRESETS, RTN, SMOOTHQUANT, scheme_settings
@@ -57,7 +58,7 @@ KV_CACHE: Allowed = {
     "num_bits": (8,), "type": ("float",), "strategy": ("tensor",), "dynamic": (False, None), "symmetric": (True, None),
     "observer": MINMAX,
 }  # fmt: skip
-LINEAR, HEAD = "Linear", "lm_head"
+LINEAR = "Linear"
 
 
 def is_recipe(document: Mapping[Any, Any]) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from llmq.checkpoint.config import HEAD
 from llmq.checkpoint.folder import DEMO
 from llmq.checkpoint.formats import FORMATS
-from llmq.checkpoint.formats.packed import HEAD
 from llmq.memory import format_bytes
 from llmq.quant.options import SELF, QuantizeOptions
 from llmq.quant.recipe import data_name, settings, words

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint import folder as folders
+from llmq.checkpoint.config import HEAD
 from llmq.checkpoint.formats import WRITER, write_configs
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.shards import Shards, lay_out
@@ -41,7 +42,6 @@ from llmq.quant.rounding import load_weight, round_layers
 from llmq.quant.schemes import choose
 from llmq.quant.third_party import quantize_by
 from llmq.runtime.device import free_memory, peak_memory_bytes, peak_memory_of_children
-from llmq.runtime.loader import HEAD
 from llmq.scheme import Scheme
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from llmq.checkpoint.config import read_config
+from llmq.checkpoint.config import HEAD, read_config
 from llmq.checkpoint.formats import FORMATS, format_for, kept_layers
 from llmq.checkpoint.formats.merged import merged_layers
 from llmq.checkpoint.tensors import Tensors
@@ -16,7 +16,7 @@ from llmq.quant.methods import bnb
 from llmq.quant.options import QuantizeOptions
 from llmq.quant.schemes import BNB
 from llmq.runtime.device import resolve_device, resolve_dtype
-from llmq.runtime.loader import HEAD, Source
+from llmq.runtime.loader import Source
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
 

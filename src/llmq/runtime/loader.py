@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from llmq import memory
-from llmq.checkpoint.config import ModelConfig, block_name, read_config
+from llmq.checkpoint.config import EMBEDDING, FINAL_NORM, HEAD, ModelConfig, block_name, read_config
 from llmq.checkpoint.formats import Format, is_packed, open_format
 from llmq.checkpoint.tensors import Tensors
 from llmq.errors import LlmqError
 from llmq.runtime.decoder import Decoder, DecoderLayer, RMSNorm
 from llmq.runtime.linear import quantized_linear
-
-EMBEDDING = "model.embed_tokens"
-FINAL_NORM = "model.norm"
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)

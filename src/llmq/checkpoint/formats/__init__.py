@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from llmq import __version__
-from llmq.checkpoint.config import ModelConfig, read_json
+from llmq.checkpoint.config import HEAD, ModelConfig, read_json
 from llmq.checkpoint.formats.awq import Awq
 from llmq.checkpoint.formats.bitsandbytes import BitsAndBytes
 from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmq.checkpoint.formats.gptq import Gptq
-from llmq.checkpoint.formats.packed import HEAD, Layout
+from llmq.checkpoint.formats.packed import Layout
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.checkpoint.tensors import Tensors, write_json
 from llmq.errors import USAGE, LlmqError, either

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmq.checkpoint.config import HEAD
 from llmq.checkpoint.formats.merged import with_merged
 from llmq.checkpoint.formats.packed import (
-    HEAD,
     SCALE_TYPES,
     Layout,
     Stored,

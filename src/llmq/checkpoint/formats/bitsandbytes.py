@@ -30,9 +30,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmq.checkpoint.config import HEAD
 from llmq.checkpoint.formats.packed import (
     DAMAGED,
-    HEAD,
     ORIGINAL,
     Layout,
     Stored,

@@ -26,10 +26,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmq.checkpoint.config import HEAD
 from llmq.checkpoint.formats.packed import (
     DAMAGED,
     DAMAGED_CONFIG,
-    HEAD,
     ORIGINAL,
     SCALE_TYPES,
     WORD_BITS,

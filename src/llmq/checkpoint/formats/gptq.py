@@ -21,10 +21,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmq.checkpoint.config import HEAD
 from llmq.checkpoint.formats.merged import with_merged
 from llmq.checkpoint.formats.packed import (
     DAMAGED_CONFIG,
-    HEAD,
     ORIGINAL,
     SCALE_TYPES,
     WORD_BITS,

@@ -12,20 +12,19 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight
-from llmq.checkpoint.tensors import TensorInfo, Tensors
+from llmq.checkpoint.tensors import TensorInfo, Tensors, element_bits
 from llmq.errors import LlmqError
 from llmq.scheme import INT, WHOLE_TENSOR, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HEAD = "lm_head"
 WORD_BITS = 32
 SCALE_TYPES = ("F16", "BF16", "F32")
-DTYPE_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 DAMAGED = "the folder's quantization_config contradicts its weights, or is damaged"
 DAMAGED_CONFIG = "the folder's config.json is damaged"
 ORIGINAL = "quantize the original model by llmq"
@@ -43,10 +42,7 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        count = DTYPE_BYTES[self.dtypes[0]]
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape) * element_bits(self.dtypes[0]) // 8
 
 
 Layout = Mapping[str, Stored]

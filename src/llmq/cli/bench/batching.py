@@ -44,11 +44,6 @@ def batching(
 
     llmq bench batching demo --plot batching.png
     """
-    if plot is not None:
-        from llmq.bench.plot import check_plot
-
-        check_plot(plot)
-
     from llmq.bench.batching import bench_batching
 
     with progress("measurements") as bar:

@@ -65,11 +65,6 @@ def compare(
 
     llmq bench compare ./my-model --folder w4a16=my-model-gptq --data held-out.txt
     """
-    if plot is not None:
-        from llmq.bench.plot import check_plot
-
-        check_plot(plot)
-
     from llmq.bench.compare import bench_compare
 
     with progress("measurements") as bar:

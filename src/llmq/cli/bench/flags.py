@@ -13,20 +13,10 @@ from llmq.bench.load import Load
 from llmq.bench.metrics import PERCENTILES, Metrics
 from llmq.bench.workload import DATASETS, Workload
 from llmq.cli.console import err, out, table
-from llmq.cli.options import with_flags
+from llmq.cli.options import check_plot, check_writable, with_flags
 from llmq.errors import USAGE, LlmqError
 
 Number = TypeVar("Number", int, float)
-
-
-def _writable(path: Path | None) -> Path | None:
-    """What takes long ends in a file that can be written."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise LlmqError(f"{path} cannot be written: {reason}", "choose another path", exit_code=USAGE)
-    return path
-
-
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -34,7 +24,7 @@ Output = Annotated[
         "--output",
         metavar="FILE",
         help="Write the JSON to a file, too.",
-        callback=_writable,
+        callback=check_writable,
         show_default=False,
     ),
 ]
@@ -61,7 +51,7 @@ IgnoreEos = Annotated[
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="A picture: .png, .svg or .pdf.", callback=_writable, show_default=False),
+    typer.Option(metavar="FILE", help="A picture: .png, .svg or .pdf.", callback=check_plot, show_default=False),
 ]
 WORKLOAD_FLAGS: dict[str, Any] = {
     "dataset": Annotated[str, typer.Option(help=f"{', '.join(DATASETS)}.")],

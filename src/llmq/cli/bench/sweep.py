@@ -58,10 +58,6 @@ def sweep(
     llmq bench sweep http://127.0.0.1:8000 --request-rates 1,2,4,8
     """
     limits = None if goodput is None else parse_goodput(goodput)
-    if plot is not None:
-        from llmq.bench.plot import check_plot
-
-        check_plot(plot)
 
     from llmq.bench.http import is_url
     from llmq.bench.sweep import sweep_batches, sweep_rates

@@ -10,7 +10,6 @@ from llmq.cli import options
 from llmq.cli.bench import flags
 from llmq.cli.console import out, print_report, progress, table
 from llmq.engine.options import EngineOptions
-from llmq.memory import format_bytes
 
 if TYPE_CHECKING:
     from llmq.bench.throughput import ThroughputReport
@@ -76,15 +75,15 @@ def _print(report: ThroughputReport) -> None:
     grid.add_row("tokens out", f"{metrics.total_output_tokens:,}")
     grid.add_row("tokens in and out", f"{metrics.total_token_throughput:,.1f}/s")
     grid.add_row("KV cache, peak", f"{stats.peak_blocks} of {stats.total_blocks} blocks, {run.peak_kv_usage:.1%}")
-    grid.add_row("preemptions", f"{stats.preemptions}, {stats.swapped_out} blocks swapped out")
+    grid.add_row("preemptions", f"{stats.preemptions}, {stats.swapped_out} of them swapped out")
     if run.joules_per_token is not None:
         grid.add_row("energy", f"{run.joules_per_token:.3f} J a token")
     out.print(grid)
     out.print()
     flags.print_latencies(metrics)
     out.print()
-    memory = table("memory", "predicted", "measured")
+    memory = table("memory", "predicted", "measured", "off by")
     for line in report.memory:
-        memory.add_row(line.name, *(format_bytes(size) for size in (line.predicted, line.measured) if size is not None))
+        memory.add_row(*line.row())
     out.print(memory)
     flags.print_comparison(report.peer)
