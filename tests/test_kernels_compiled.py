@@ -26,6 +26,7 @@ from llmq.runtime.kernels import (  # noqa: E402
     round_columns_triton,
     routing_triton,
     silu_triton,
+    w8a8_hopper_triton,
     w8a8_triton,
     wna16_hopper_triton,
     wna16_triton,
@@ -45,6 +46,7 @@ def compile_for(
     warps: int,
     stages: int,
     source: Any = triton.compiler.ASTSource,
+    maxnreg: int | None = None,
     **constants: Any,
 ) -> Any:
     """Compile with pointers and strides that are multiples of 16, as they are in a model."""
@@ -61,7 +63,9 @@ def compile_for(
         },
     )
     target = compiler.GPUTarget("cuda", capability, 32)
-    return triton.compile(described, target=target, options={"num_warps": warps, "num_stages": stages})
+    return triton.compile(
+        described, target=target, options={"num_warps": warps, "num_stages": stages, "maxnreg": maxnreg}
+    )
 
 
 def spilled_bytes(compiled: Any, folder: Path) -> int:
@@ -165,6 +169,18 @@ def w8a8(capability: int, kernel: Any, launch: w8a8_triton.Launch, number: str) 
     )  # fmt: skip
 
 
+def w8a8_hopper(number: str, gated: bool, dtype: str) -> Any:
+    code = "i8" if number == INT else "fp8e4nv"
+    types = {"x_scales": "*fp32", "weight_scales": "*fp32", "bias": f"*{dtype}"}
+    types["at_x"] = f"tensordesc<{code}[64, 128],{w8a8_hopper_triton.CODES!r}>"
+    types["at_weight"] = f"tensordesc<{code}[128, 128],{w8a8_hopper_triton.CODES!r}>"
+    types["at_out"] = f"tensordesc<{dtype}[64, 64],{w8a8_hopper_triton.OUT!r}>"
+    return compile_for(
+        90, w8a8_hopper_triton.w8a8_hopper_kernel, types, 4, 3, source=gluon.GluonASTSource,
+        maxnreg=w8a8_hopper_triton.REGISTERS, GATED=gated,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("head_dim", "block_size", "group", "decode", "windowed"),
     [
@@ -259,6 +275,23 @@ def test_w8a8_on_hopper(rows: int, shape: tuple[int, int], number: str, tmp_path
     weights = launch.block_n * launch.block_k * (w8a8_triton.SLICES if kernel is w8a8_triton.sliced_kernel else 1)
     products = weights * max(1, launch.block_m // 64)
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= 2.2 * products
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("number", [INT, E4M3])
+def test_w8a8_of_many_rows_keeps_the_matrix_unit_busy(number: str, gated: bool, dtype: str, tmp_path: Path) -> None:
+    compiled = w8a8_hopper(number, gated, dtype)
+    assert spilled_bytes(compiled, tmp_path) == 0
+    ptx = compiled.asm["ptx"]
+    assert re.search("wgmma.mma_async.*s8" if number == INT else "wgmma.mma_async.*n256.*e4m3", ptx)
+    # Of the two waits in a tile, that of a step leaves the step's products running.
+    assert ptx.count("wgmma.wait_group.sync.aligned 1") == ptx.count("wgmma.wait_group.sync.aligned 0") == 2
+    # Outputs leave by the copy engine: 16 bytes of a thread to shared memory, and not one of its own to global.
+    assert "stmatrix.sync.aligned.m8n8.x4" in ptx
+    assert "st.global" not in ptx
+    registers = [int(number) for number in re.findall(r"setmaxnreg.inc.sync.aligned.u32 \t?(\d+)", ptx)]
+    assert 240 in registers
 
 
 def grouped(capability: int, gated: bool, block_m: int, code: str) -> tuple[Any, float]:

@@ -33,6 +33,7 @@ from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
 from llmq.runtime.kernels.w8a8 import Weight8
+from llmq.runtime.kernels.wna16_triton import is_hopper
 from llmq.scheme import E4M3, INT
 
 PROMOTE = tl.constexpr(128)
@@ -82,6 +83,11 @@ def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
     kernel, launch = kernel_for(rows, out_features, in_features, weight.number)
     if kernel is large_kernel and not whole:
         kernel, launch = split_kernel, max(SPLIT[weight.number].items())[1]
+    if kernel is large_kernel and is_hopper(x.codes.device):
+        from llmq.runtime.kernels.w8a8_hopper_triton import takes, w8a8_matmul_hopper
+
+        if takes(x, weight, dtype):
+            return w8a8_matmul_hopper(x, weight, bias, dtype)
     if kernel is large_kernel and weight.number == E4M3 and dtype == torch.bfloat16 and x.codes.is_cuda:
         return torch._scaled_mm(
             x.codes, weight.codes.t(), x.scales, weight.scales[None, :], bias, out_dtype=dtype, use_fast_accum=True
@@ -91,6 +97,15 @@ def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
         run = {sliced_kernel: _sliced, split_kernel: _split, large_kernel: _large}[kernel]
         run(x, weight, bias, out, launch)
     return out
+
+
+def w8a8_silu_mul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``w8a8_silu_mul`` where the kernel of Hopper takes the product."""
+    if not is_hopper(x.codes.device):
+        return None
+    from llmq.runtime.kernels.w8a8_hopper_triton import takes, w8a8_matmul_hopper
+
+    return w8a8_matmul_hopper(x, weight, bias, dtype, gated=True) if takes(x, weight, dtype) else None
 
 
 def kernel_for(rows: int, out_features: int, in_features: int, number: str) -> tuple[Any, Launch]:

@@ -1,0 +1,205 @@
+"""Device code of ``w8a8`` for many rows on Hopper: each warp has one task, and the matrix unit always has the next.
+
+    1 warp          asks for x and weight, step after step and tile after tile, up to STAGES steps ahead
+    2 · 4 warps     acc [64, 256] += x [64, STEP] · weight [256, STEP]ᵀ, each with rows of its own; after the last step
+
+                        acc → · scales + bias → shared memory → out
+
+                    by the copy engine, while the steps of the next tile arrive
+
+There is a program for each multiprocessor, which does one tile after another. Its warps meet at barriers: ``ready``
+counts the bytes of a step, ``free`` who has multiplied it. Triton gives all warps the same task, so that this is Gluon,
+the level below.
+
+The weight comes in two boxes of 128 rows. They are neighbours, or, where silu is to multiply, the same rows of gate and
+of up, so that a thread has both in its registers and what it stores is half as wide:
+
+    weight [2 · N, K]    gate … │ n … n + 128 │ … up … │ N + n … N + n + 128 │ …
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from llmq.runtime.kernels.pdl_triton import wait
+from llmq.runtime.kernels.quantize_rows import QuantizedRows
+from llmq.runtime.kernels.silu_triton import silu_product
+from llmq.runtime.kernels.w8a8 import Weight8
+
+FEWEST_ROWS = 257  # for fewer, the kernels of every GPU are faster
+MULTIPROCESSORS = 132  # of an H200
+CONSUMERS = gl.constexpr(2)
+ROWS = gl.constexpr(64)  # of a consumer
+BOX = gl.constexpr(128)  # rows of the weight, of which a tile has two boxes
+STEP = gl.constexpr(128)  # channels
+STAGES = gl.constexpr(4)
+PART = gl.constexpr(64)  # columns that are stored in one go
+GROUP = gl.constexpr(
+    8
+)  # tiles of M that are done one after another, while their columns of the weight are in the cache
+REGISTERS = 168  # of a thread, on the average of twelve warps: as many as there are
+CODES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+OUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+def takes(x: QuantizedRows, weight: Weight8, dtype: torch.dtype) -> bool:
+    """Whether ``w8a8_matmul_hopper`` multiplies such rows by such a weight."""
+    rows, in_features = x.codes.shape
+    whole = in_features % 16 == 0 and len(weight.codes) % 16 == 0  # as the copy engine wants it
+    return rows >= FEWEST_ROWS and whole and dtype.itemsize == 2
+
+
+def w8a8_matmul_hopper(
+    x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype, *, gated: bool = False
+) -> Tensor:
+    """``w8a8_matmul`` of what it ``takes``; or, if ``gated``, ``w8a8_silu_mul``."""
+    (rows, in_features), out_features = x.codes.shape, len(weight.codes) // (2 if gated else 1)
+    out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
+    columns = BOX.value if gated else 2 * BOX.value
+    tiles = triton.cdiv(rows, CONSUMERS.value * ROWS.value) * triton.cdiv(out_features, columns)
+    w8a8_hopper_kernel[min(tiles, MULTIPROCESSORS),](
+        TensorDescriptor.from_tensor(x.codes, [ROWS.value, STEP.value], CODES),
+        TensorDescriptor.from_tensor(weight.codes, [BOX.value, STEP.value], CODES),
+        TensorDescriptor.from_tensor(out, [ROWS.value, PART.value], OUT),
+        x.scales, weight.scales, bias, rows, out_features, triton.cdiv(in_features, STEP.value),
+        GATED=gated, num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
+    )  # fmt: skip
+    return out
+
+
+@gluon.jit
+def place_of(tile, tiles_m, tiles_n, GATED: gl.constexpr):
+    """First row and first column of a tile: down GROUP tiles of M, then on to the next tile of N."""
+    group = tile // (GROUP * tiles_n)
+    within = tile % (GROUP * tiles_n)
+    height = gl.minimum(tiles_m - group * GROUP, GROUP)
+    COLUMNS: gl.constexpr = BOX if GATED else 2 * BOX
+    return (group * GROUP + within % height) * CONSUMERS * ROWS, within // height * COLUMNS
+
+
+@gluon.jit
+def halves(tile):
+    """[m, 2n] → two of [m, n], in the registers that they are in."""
+    M: gl.constexpr = tile.shape[0]
+    N: gl.constexpr = tile.shape[1] // 2
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
+    left, right = tile.reshape([M, 2, N]).permute(0, 2, 1).split()
+    return gl.convert_layout(left, LAYOUT), gl.convert_layout(right, LAYOUT)
+
+
+@gluon.jit
+def produce(at_x, at_weight, x, weight, ready, free, steps, tiles_m, tiles_n, second_box, GATED: gl.constexpr):
+    """Ask for all steps of all tiles of this program, each as soon as its slot is free."""
+    wait(True)
+    count = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        first_m, first_n = place_of(tile, tiles_m, tiles_n, GATED)
+        for step in range(steps):
+            slot = count % STAGES
+            mbarrier.wait(free.index(slot), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(ready.index(slot), (CONSUMERS * ROWS + 2 * BOX) * STEP)
+            for consumer in gl.static_range(CONSUMERS):
+                tma.async_copy_global_to_shared(
+                    at_x, [first_m + consumer * ROWS, step * STEP], ready.index(slot),
+                    x.index(slot * CONSUMERS + consumer),
+                )  # fmt: skip
+            for box in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    at_weight, [first_n + box * second_box, step * STEP], ready.index(slot),
+                    weight.index(slot).slice(box * BOX, BOX, dim=0),
+                )  # fmt: skip
+            count += 1
+
+
+@gluon.jit
+def consume(
+    at_out, x, weight, stored, ready, free, x_scales, weight_scales, bias, rows, out_features, steps, tiles_m, tiles_n,
+    second_box, CONSUMER: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Multiply, scale and store the rows of one consumer, of all tiles of this program."""
+    TOTAL: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
+    WIDE: gl.constexpr = 128 if x.dtype == gl.int8 else 256  # columns of an instruction: the most that Triton takes
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32])
+    wait(True)
+    count = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        first_m, first_n = place_of(tile, tiles_m, tiles_n, GATED)
+        first_m += CONSUMER * ROWS
+        acc = gl.zeros([ROWS, 2 * BOX], TOTAL, layout=MMA)
+        for step in range(steps):
+            slot = count % STAGES
+            mbarrier.wait(ready.index(slot), count // STAGES & 1)
+            acc = warpgroup_mma(
+                x.index(slot * CONSUMERS + CONSUMER), weight.index(slot).permute((1, 0)), acc, use_acc=step > 0,
+                is_async=True,
+            )  # fmt: skip
+            # The step before has been multiplied, and this one keeps the matrix unit busy.
+            acc = warpgroup_mma_wait(1, [acc])
+            mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1, pred=step > 0)
+            count += 1
+        # Scales are read while the last step is multiplied.
+        m = first_m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+        column = gl.arange(0, 2 * BOX, layout=gl.SliceLayout(0, MMA))
+        n = first_n + column % BOX + column // BOX * second_box
+        is_n = n < out_features * (2 if GATED else 1)
+        m_scales = gl.load(x_scales + m, mask=m < rows, other=0.0)[:, None]
+        n_scales = gl.load(weight_scales + n, mask=is_n, other=0.0)[None, :]
+        sums = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+        result = sums.to(gl.float32) * n_scales * m_scales
+        if bias is not None:
+            result += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[None, :]
+        left, right = halves(result.to(at_out.dtype))
+        parts = halves(silu_product(left, right)) if GATED else halves(left) + halves(right)
+        for part in gl.static_range(len(parts)):
+            place = stored.index(CONSUMER * 2 + part % 2)
+            tma.store_wait(1)
+            tl.debug_barrier()
+            place.store(parts[part])
+            fence_async_shared()
+            tl.debug_barrier()
+            tma.async_copy_shared_to_global(at_out, [first_m, first_n + part * PART], place)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["rows", "steps"])
+def w8a8_hopper_kernel(
+    at_x, at_weight, at_out, x_scales, weight_scales, bias, rows, out_features, steps, GATED: gl.constexpr
+):
+    """All tiles of outputs; of x [M, K], weight [N, K] and out [M, N] there are descriptors."""
+    x = gl.allocate_shared_memory(at_x.dtype, [STAGES * CONSUMERS, ROWS, STEP], at_x.layout)
+    weight = gl.allocate_shared_memory(at_x.dtype, [STAGES, 2 * BOX, STEP], at_weight.layout)
+    stored = gl.allocate_shared_memory(at_out.dtype, [2 * CONSUMERS, ROWS, PART], at_out.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    tiles_m = gl.cdiv(rows, CONSUMERS * ROWS)
+    tiles_n = gl.cdiv(out_features, BOX if GATED else 2 * BOX)
+    second_box = out_features if GATED else BOX
+    gl.warp_specialize(
+        [
+            (consume, (at_out, x, weight, stored, ready, free, x_scales, weight_scales, bias, rows, out_features, steps,
+                       tiles_m, tiles_n, second_box, 0, GATED)),
+            (consume, (at_out, x, weight, stored, ready, free, x_scales, weight_scales, bias, rows, out_features, steps,
+                       tiles_m, tiles_n, second_box, 1, GATED)),
+            (produce, (at_x, at_weight, x, weight, ready, free, steps, tiles_m, tiles_n, second_box, GATED)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
