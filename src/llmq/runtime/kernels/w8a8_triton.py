@@ -29,11 +29,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llmq.runtime.kernels import capability
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
 from llmq.runtime.kernels.w8a8 import Weight8
-from llmq.runtime.kernels.wna16_triton import is_hopper
 from llmq.scheme import E4M3, INT
 
 PROMOTE = tl.constexpr(128)
@@ -83,7 +83,7 @@ def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
     kernel, launch = kernel_for(rows, out_features, in_features, weight.number)
     if kernel is large_kernel and not whole:
         kernel, launch = split_kernel, max(SPLIT[weight.number].items())[1]
-    if kernel is large_kernel and is_hopper(x.codes.device):
+    if kernel is large_kernel and capability(x.codes.device)[0] == 9:
         from llmq.runtime.kernels.w8a8_hopper_triton import takes, w8a8_matmul_hopper
 
         if takes(x, weight, dtype):
@@ -101,7 +101,7 @@ def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
 
 def w8a8_silu_mul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``w8a8_silu_mul`` where the kernel of Hopper takes the product."""
-    if not is_hopper(x.codes.device):
+    if capability(x.codes.device)[0] != 9:
         return None
     from llmq.runtime.kernels.w8a8_hopper_triton import takes, w8a8_matmul_hopper
 
