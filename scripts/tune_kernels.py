@@ -84,8 +84,8 @@ def entries() -> list[Entry]:
     return [
         *found,
         Entry("w8a8", 256, w8a8_triton, w8a8_triton.LONG_SPLIT, 256, r"LONG_SPLIT = \{256: "),
-        Entry("w8a8", 8192, w8a8_triton, w8a8_triton.LARGE, INT, r"LARGE = \{INT: "),
-        Entry("w8a8", 8192, w8a8_triton, w8a8_triton.HUGE, INT, r"HUGE = \{INT: "),
+        Entry("w8a8", 128, w8a8_triton, w8a8_triton.LARGE, INT, r"LARGE = \{INT: "),
+        Entry("w8a8", 256, w8a8_triton, w8a8_triton.HUGE, INT, r"HUGE = \{INT: "),
     ]
 
 
