@@ -60,7 +60,7 @@ from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 FP8_TOLERANCE = 4e-4  # whatever the type: Hopper's matrix unit has fewer bits than fp32 for sums of FP8
-FP8_KEPT_TOLERANCE = 4e-3  # where they stay in it all along
+FP8_LIBRARY_TOLERANCE = 4e-3  # where they stay in it all along
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN = float("nan")
 Rows = Sequence[tuple[int, int]]  # (queries, tokens in the cache) of each row
@@ -526,8 +526,8 @@ class RoundedCase:
         outcome = compare(lambda: w8a8_matmul(x, weight, bias, self.dtype), exact)
         if self.number == E4M3:
             kernel, _ = kernel_for(self.batch, self.out_features, self.in_features, self.number)
-            kept = self.dtype != FP32 and kernel is large_kernel
-            outcome.tolerance = max(outcome.tolerance, FP8_KEPT_TOLERANCE if kept else FP8_TOLERANCE)
+            by_library = self.dtype == BF16 and kernel is large_kernel
+            outcome.tolerance = max(outcome.tolerance, FP8_LIBRARY_TOLERANCE if by_library else FP8_TOLERANCE)
         return outcome
 
 
@@ -538,13 +538,12 @@ class JoinedCase:
     batch: int
     inner: int
     in_features: int
-    number: str
     dtype: torch.dtype
     bias: bool = False
 
     def check(self) -> Outcome:
-        weight = pack_w8a8(draw_weight(2 * self.inner, self.in_features, w8a8_scheme(self.number)))
-        x = quantize_rows(0.1 * torch.randn(self.batch, self.in_features, device="cuda"), self.number)
+        weight = pack_w8a8(draw_weight(2 * self.inner, self.in_features, w8a8_scheme(INT)))
+        x = quantize_rows(0.1 * torch.randn(self.batch, self.in_features, device="cuda"), INT)
         bias = torch.randn(2 * self.inner, device="cuda").to(self.dtype) if self.bias else None
         apart = silu_mul(*w8a8_matmul(x, weight, bias, self.dtype).chunk(2, dim=1))
 
@@ -874,9 +873,9 @@ def all_cases() -> list[Case]:
                 cases.append(RoundedCase(batch, 512, 1024, number, dtype, bias=batch % 2 == 1))
                 cases.append(RoundedCase(batch, 65, 300, number, dtype, bias=batch % 2 == 0))
             cases.append(RoundedCase(300, 200, 208, number, dtype))
-            if dtype != FP32:
+            if number == INT and dtype != FP32:
                 for batch, inner, in_features in ((300, 1008, 144), (1000, 1408, 256), (4111, 14336, 4096)):
-                    cases.append(JoinedCase(batch, inner, in_features, number, dtype, bias=batch == 300))
+                    cases.append(JoinedCase(batch, inner, in_features, dtype, bias=batch == 300))
             for tokens, width in ((1, 64), (7, 300), (3, 14336), (100, 4096), (2, 28672)):
                 cases.append(RowsCase(tokens, width, number, dtype))
         for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):

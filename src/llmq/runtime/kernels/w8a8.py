@@ -67,7 +67,7 @@ def w8a8_matmul(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: t
 def w8a8_silu_mul(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``silu_mul`` of the halves of ``w8a8_matmul``, gate's rows of the weight and up's → ``dtype`` [M, N / 2].
 
-    The same bits, and neither half is in memory; None where there is no such kernel, or it would be slower.
+    The same bits, and neither half is ever in memory; None where there is no such kernel, or it would be slower.
     """
     if not runs_triton(x.codes):
         return None

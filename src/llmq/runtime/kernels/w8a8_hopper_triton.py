@@ -1,4 +1,5 @@
-"""Device code of ``w8a8`` for many rows on Hopper: each warp has one task, and the matrix unit always has the next.
+"""Device code of ``w8a8`` for integers and many rows on Hopper: each warp has one task, and the matrix unit always has
+the next.
 
     1 warp          asks for x and weight, step after step and tile after tile, up to STAGES steps ahead
     2 · 4 warps     acc [64, 256] += x [64, STEP] · weight [256, STEP]ᵀ, each with rows of its own; after the last step
@@ -9,7 +10,7 @@
 
 There is a program for each multiprocessor, which does one tile after another. Its warps meet at barriers: ``ready``
 counts the bytes of a step, ``free`` who has multiplied it. Triton gives all warps the same task, so that this is Gluon,
-the level below.
+the level below. FP8 is PyTorch's: as fast as this there, and with less power, which is what a full card is short of.
 
 The weight comes in two boxes of 128 rows. They are neighbours, or, where silu is to multiply, the same rows of gate and
 of up, so that a thread has both in its registers and what it stores is half as wide:
@@ -38,6 +39,7 @@ from llmq.runtime.kernels.pdl_triton import wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.silu_triton import silu_product
 from llmq.runtime.kernels.w8a8 import Weight8
+from llmq.scheme import INT
 
 FEWEST_ROWS = 257  # for fewer, the kernels of every GPU are faster
 MULTIPROCESSORS = 132  # of an H200
@@ -59,7 +61,7 @@ def takes(x: QuantizedRows, weight: Weight8, dtype: torch.dtype) -> bool:
     """Whether ``w8a8_matmul_hopper`` multiplies such rows by such a weight."""
     rows, in_features = x.codes.shape
     whole = in_features % 16 == 0 and len(weight.codes) % 16 == 0  # as the copy engine wants it
-    return rows >= FEWEST_ROWS and whole and dtype.itemsize == 2
+    return weight.number == INT and rows >= FEWEST_ROWS and whole and dtype.itemsize == 2
 
 
 def w8a8_matmul_hopper(
@@ -130,15 +132,13 @@ def consume(
     second_box, CONSUMER: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Multiply, scale and store the rows of one consumer, of all tiles of this program."""
-    TOTAL: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
-    WIDE: gl.constexpr = 128 if x.dtype == gl.int8 else 256  # columns of an instruction: the most that Triton takes
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     wait(True)
     count = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         first_m, first_n = place_of(tile, tiles_m, tiles_n, GATED)
         first_m += CONSUMER * ROWS
-        acc = gl.zeros([ROWS, 2 * BOX], TOTAL, layout=MMA)
+        acc = gl.zeros([ROWS, 2 * BOX], gl.int32, layout=MMA)
         for step in range(steps):
             slot = count % STAGES
             mbarrier.wait(ready.index(slot), count // STAGES & 1)

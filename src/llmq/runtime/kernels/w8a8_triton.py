@@ -10,14 +10,13 @@
                     acc [BLOCK_N, BLOCK_M]  += w [BLOCK_N, BLOCK_K] · x [BLOCK_K, BLOCK_M]
 
     above       of arithmetic: big tiles, loaded by the copy engine; FP8 by PyTorch. From 65 rows on where there are
-                such tiles for all multiprocessors, and FP8 from 129 on; from 257 on Hopper has w8a8_hopper_triton
+                such tiles for all multiprocessors, and FP8 from 129 on. From 257 on Hopper has w8a8_hopper_triton
 
                     acc [BLOCK_M, BLOCK_N]  += x [BLOCK_M, BLOCK_K] · w [BLOCK_N, BLOCK_K]ᵀ
 
 The weights come first in small products, as the matrix unit's tile is 16 or 64 by 8. Hopper's adds products of FP8
-with fewer bits than fp32 has: every PROMOTE channels the sum is taken out of it and added to one in fp32. Those of
-PyTorch and of w8a8_hopper_triton leave it in, as vLLM's does: a tenth faster, and 3e-3 off, where rounding to FP8 is
-off by 3e-2.
+with fewer bits than fp32 has: every PROMOTE channels the sum is taken out of it and added to one in fp32. PyTorch's
+product leaves it in, as vLLM's does: a tenth faster, and 3e-3 off, where rounding to FP8 is off by 3e-2.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
