@@ -382,7 +382,7 @@ class LLM:
                 request_id,
                 request.token_array(output.prompt_token_ids),
                 params,
-                secrets.randbits(62) if params.seed is None else params.seed,
+                self._seed(params),
                 self.limits.max_total(len(output.prompt_token_ids), params),
                 frozenset(self.config.eos_token_ids),
                 None if params.json_schema is None else self._grammars.matcher(params.json_schema),
@@ -398,6 +398,12 @@ class LLM:
         ]
         self._live[request_id] = _Live(new, output, detokenizers)
         return output
+
+    def _seed(self, params: SamplingParams) -> int:
+        """Drawn at random where none is given, unless answers are to hang on the request alone."""
+        if params.seed is not None:
+            return params.seed
+        return 0 if self.options.deterministic else secrets.randbits(62)
 
     def _step(self, streaming: bool, tokens: bool = False) -> Iterator[Any]:
         """Launch a step, and take in the one before: the device computes while the host works. Where a plan hangs on
