@@ -4,10 +4,16 @@ pool   [layers of a group, 2, num_blocks, block_size, kv_heads, head_dim]
                            │  └── block 0 is where padding reads and writes
                            └── keys, values
 scales [layers of a group, 2, num_blocks, kv_heads, block_size]        of a pool of int8, fp32
-swap   the same, with blocks of its own, in main memory
+swap   [cpu_blocks, layers of a group, 2, block_size, kv_heads, head_dim], and of scales, in main memory: a block is one
+       copy
 slot of a token = block · block_size + offset in the block
 
 All groups of layers are of one size and share the blocks: a block belongs to one group at a time.
+
+Blocks travel to main memory and back on a stream of their own, while the one that computes goes on:
+
+    computes   │ … step n │ gather the blocks that go │ step n + 1 …        │ wait │ put the blocks that came in place │
+    copies                                            │ them → main memory │ main memory → the device │
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from torch import Tensor
 
 from llmq.checkpoint.config import ModelConfig
 from llmq.plan import StepPlan, layer_groups
+from llmq.runtime.device import on_device
 from llmq.runtime.kernels.kv_write import Scales
 
 
@@ -54,10 +61,11 @@ class KVCache:
         self._stores = [
             (
                 torch.zeros((layers, 2, num_blocks, *each), dtype=kind, device=device),
-                torch.empty((layers, 2, cpu_blocks, *each), dtype=kind, pin_memory=device != "cpu"),
+                torch.empty((cpu_blocks, layers, 2, *each), dtype=kind, pin_memory=device != "cpu"),
             )
             for each, kind in stores
         ]
+        self._copies = None if device == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = self._stores[0][0]
         self.block_size = block_size
         self._layer_scales = layer_scales
@@ -87,16 +95,31 @@ class KVCache:
         """The moves of a step, in their order: swap out, swap in, copy."""
         for pool, swap in self._stores:
             if plan.swap_out:
-                here, there = _columns(plan.swap_out)
-                swap[:, :, there] = pool[:, :, here.to(pool.device)].cpu()
+                self._swap_out(pool, swap, plan.swap_out)
             if plan.swap_in:
-                there, here = _columns(plan.swap_in)
-                pool[:, :, here.to(pool.device)] = swap[:, :, there].to(pool.device)
+                self._swap_in(pool, swap, plan.swap_in)
             if plan.copies:
-                source, target = (column.to(pool.device) for column in _columns(plan.copies))
+                source, target = on_device(plan.copies, torch.int64, pool.device).unbind(1)
                 pool[:, :, target] = pool[:, :, source]
 
+    def _swap_out(self, pool: Tensor, swap: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        here = on_device([block for block, _ in pairs], torch.int64, pool.device)
+        going = pool.movedim(2, 0)[here].contiguous()  # the pool's blocks are free for the step that comes
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream(pool.device))
+            going.record_stream(self._copies)
+        with torch.cuda.stream(self._copies):
+            for block, (_, there) in zip(going, pairs, strict=True):
+                swap[there].copy_(block, non_blocking=True)
 
-def _columns(pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    first, second = torch.tensor(pairs, dtype=torch.int64).unbind(1)
-    return first, second
+    def _swap_in(self, pool: Tensor, swap: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        with torch.cuda.stream(self._copies):
+            coming = torch.empty((len(pairs), *swap.shape[1:]), dtype=swap.dtype, device=pool.device)
+            for block, (there, _) in zip(coming, pairs, strict=True):
+                block.copy_(swap[there], non_blocking=True)
+        if self._copies is not None:
+            step = torch.cuda.current_stream(pool.device)
+            step.wait_stream(self._copies)
+            coming.record_stream(step)
+        here = on_device([block for _, block in pairs], torch.int64, pool.device)
+        pool.movedim(2, 0)[here] = coming
