@@ -37,11 +37,11 @@ from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.plan import StepPlan, TokenLogprobs, layer_groups
 from llmq.runtime.device import (
     KV_DTYPES,
+    available_memory_bytes,
     check_deterministic,
     check_weights_fit,
     free_device_memory,
     free_kv_cache_bytes,
-    host_memory_bytes,
     resolve_device,
     resolve_dtype,
     resolve_kv_dtype,
@@ -559,10 +559,11 @@ class LLM:
 
     def _cpu_blocks(self) -> int:
         """Blocks in main memory. LlmqError when there is not that much of it."""
-        swap, host = self.options.swap_space, host_memory_bytes()
-        if swap > host:
+        swap, free = self.options.swap_space, available_memory_bytes()
+        if swap > free:
             raise LlmqError(
-                f"a swap space of {memory.format_bytes(swap)} is more than this machine's {memory.format_bytes(host)}",
+                f"a swap space of {memory.format_bytes(swap)} is more main memory than there is: "
+                f"{memory.format_bytes(free)}",
                 "lower --swap-space",
                 exit_code=CHECK_FAILED,
             )
