@@ -254,7 +254,7 @@ def workload(llm: LLM) -> float:
 
 
 def pressure(shape: str, scheme: str) -> dict[str, float]:
-    """Seconds of each second run; print of both, and whether the tokens are the same."""
+    """Seconds of the second run of each; the tokens of all are to be the same."""
     noise = random.Random(0)
     asked = [[noise.randint(0, 10_000) for _ in range(noise.randint(100, 300))] for _ in range(256)]
     params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=noise.randint(100, 300)) for _ in asked]
