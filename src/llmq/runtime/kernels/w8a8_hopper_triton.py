@@ -41,7 +41,7 @@ from llmq.runtime.kernels.silu_triton import silu_product
 from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import INT
 
-FEWEST_ROWS = 257  # for fewer, the kernels of every GPU are faster
+FEWEST_ROWS = 257  # fewer are short of programs, not of arithmetic
 MULTIPROCESSORS = 132  # of an H200
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a consumer
