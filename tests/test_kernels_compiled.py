@@ -378,7 +378,8 @@ def test_kernels_of_hopper_start_before_the_one_before_has_ended() -> None:
 
 def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
     pointers = dict.fromkeys(("residual", "x", "weight", "out"), "*bf16") | {"scales": "*fp32", "eps": "fp32"}
-    constants = {"ADD": True, "BLOCK": 4096, "PDL": True}
+    constants = {"ADD": True, "SPLITS": 0, "BLOCK": 4096, "PDL": True}
+    constants |= dict.fromkeys(("x_scales", "weight_scales", "bias"))
     kernel = norm_triton.add_rms_norm_kernel
     assert "st.global.v4" in compile_for(90, kernel, pointers, 8, 3, LARGEST=0.0, **constants).asm["ptx"]
     pointers["out"] = "*i8"
