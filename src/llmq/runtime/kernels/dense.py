@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmq.runtime.kernels import capability, runs_triton
+from llmq.runtime.kernels.split_k import SplitSums, whole
 
+SKINNY_ROWS = 256
 FEW_ROWS = 32
 """Up to here a product is the time it takes to read the weight, and the library's leaves bandwidth unused."""
 CHANNELS = 256
@@ -21,11 +23,25 @@ CAPABILITIES = (0, 9, 10)
 def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x`` [M, K] times ``weight`` [N, K], transposed, plus ``bias`` [N] → [M, N].
 
-    On a GPU of CAPABILITIES up to FEW_ROWS rows of 16-bit numbers go through a kernel that starts to read the weight
-    before the rows are there. Its sums are fp32. All else is the library's.
+    On a GPU of CAPABILITIES few rows of 16-bit numbers go through kernels that start to read the weight before the
+    rows are there. Their sums are fp32. All else is the library's.
     """
-    few = 0 < x.shape[0] <= FEW_ROWS and x.element_size() == 2 and x.shape[1] % CHANNELS == 0
-    if not (few and runs_triton(x) and capability(x.device)[0] in CAPABILITIES):
+    return whole(dense_splits(x, weight, bias))
+
+
+def dense_splits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | SplitSums:
+    """``dense_matmul``, whose splits of K, where it has several, may be still to be added."""
+    if not runs_triton(x) or x.element_size() != 2 or not 0 < len(x) <= SKINNY_ROWS:
+        return F.linear(x, weight, bias)
+    if capability(x.device)[0] == 9:
+        from llmq.runtime.kernels.skinny_hopper_triton import launch_for, skinny_matmul, takes
+
+        if takes(x, weight):
+            rows, (out_features, in_features) = len(x), weight.shape
+            launch = launch_for(rows, out_features, in_features, x.dtype)
+            return skinny_matmul(x, weight, None, None, bias, x.dtype, launch)
+    few = len(x) <= FEW_ROWS and x.shape[1] % CHANNELS == 0
+    if not (few and capability(x.device)[0] in CAPABILITIES):
         return F.linear(x, weight, bias)
     from llmq.runtime.kernels.dense_triton import dense_matmul_triton
 

@@ -28,9 +28,7 @@ def add_rms_norm(residual: Tensor, x: Tensor | SplitSums | None, weight: Tensor,
     return add_rms_norm_triton(residual, x, weight, eps)
 
 
-def add_rms_norm_reference(
-    residual: Tensor, x: Tensor | SplitSums | None, weight: Tensor, eps: float
-) -> Tensor:
+def add_rms_norm_reference(residual: Tensor, x: Tensor | SplitSums | None, weight: Tensor, eps: float) -> Tensor:
     """``add_rms_norm`` in plain PyTorch."""
     if x is not None:
         residual += add_splits_reference(x) if isinstance(x, SplitSums) else x
@@ -39,7 +37,9 @@ def add_rms_norm_reference(
     return (weight * normal.to(torch.promote_types(residual.dtype, weight.dtype))).to(residual.dtype)
 
 
-def add_rms_norm_quantize(residual: Tensor, x: Tensor | SplitSums | None, weight: Tensor, eps: float, number: str) -> QuantizedRows:
+def add_rms_norm_quantize(
+    residual: Tensor, x: Tensor | SplitSums | None, weight: Tensor, eps: float, number: str
+) -> QuantizedRows:
     """``add_rms_norm``, and ``quantize_rows`` of its result to ``number``, in one pass."""
     if not runs_triton(residual):
         return quantize_rows_reference(add_rms_norm_reference(residual, x, weight, eps), number)

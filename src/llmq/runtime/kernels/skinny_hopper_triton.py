@@ -10,6 +10,7 @@ The first weights are on their way while the kernel before still writes x. A ste
 layout of shared memory is swizzled in. This is Gluon, as Triton copies nothing before x is there.
 """
 
+# ruff: noqa: SIM300 (TYPE is no constant but a type)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import wait
-from llmq.runtime.kernels.split_k_triton import reduce_splits
+from llmq.runtime.kernels.split_k import SplitSums
 
 STEP_BYTES = 128
 
@@ -43,6 +44,26 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     programs: int
+
+
+MOST_ROWS = 256
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``skinny_matmul`` multiplies such rows by such a weight, and is the fastest that does."""
+    (rows, in_features), size = x.shape, x.element_size()
+    return (
+        8 < rows <= MOST_ROWS
+        and in_features * size % STEP_BYTES == 0
+        and x.stride(1) == weight.stride(1) == 1
+        # Or else there is no descriptor of it.
+        and x.stride(0) * size % 16 == x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    )
+
+
+def launch_for(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> Launch:
+    """Launch parameters for ``rows`` rows of ``dtype`` and a weight of this shape."""
+    return Launch(max(16, min(128, triton.next_power_of_2(rows))), 128, 8 if rows > 64 else 4, 3, 264)
 
 
 def tile_layout(element_bits: int) -> gl.NVMMASharedLayout:
@@ -58,7 +79,7 @@ def skinny_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
     launch: Launch,
-) -> Tensor:
+) -> Tensor | SplitSums:
     """``x`` [M, K] times ``weight`` [N, K], transposed, with what there is of scales and bias → ``dtype`` [M, N]."""
     (rows, in_features), out_features = x.shape, len(weight)
     step = STEP_BYTES // x.element_size()
@@ -77,9 +98,7 @@ def skinny_matmul(
         bias, out, sums, rows, out_features, steps, per_split, tiles_m,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, num_warps=launch.warps, launch_pdl=True,
     )  # fmt: skip
-    if sums is not None:
-        reduce_splits(sums, x_scales, weight_scales, bias, out)
-    return out
+    return out if sums is None else SplitSums(sums, x_scales, weight_scales, bias, dtype)
 
 
 @gluon.jit
@@ -128,7 +147,9 @@ def skinny_kernel(
         mbarrier.wait(ready.index(slot), (step - first) // STAGES & 1)
         x_tile = x.index(slot).permute((1, 0))
         if TYPE == gl.float8e4nv:
-            acc += warpgroup_mma(weight.index(slot), x_tile, gl.zeros([BLOCK_N, BLOCK_M], TOTAL, layout=MMA), use_acc=False)
+            acc += warpgroup_mma(
+                weight.index(slot), x_tile, gl.zeros([BLOCK_N, BLOCK_M], TOTAL, layout=MMA), use_acc=False
+            )
         else:
             acc = warpgroup_mma(weight.index(slot), x_tile, acc, is_async=True)
             acc = warpgroup_mma_wait(1, [acc])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class SplitSums(NamedTuple):
-    """out [M, N] = (Σ sums) · x_scales · weight_scales + bias, rounded to ``dtype``: what is read anyway is added there.
+    """out [M, N] = (Σ sums) · x_scales · weight_scales + bias, rounded to ``dtype``: to add where it is read.
 
     sums           [splits, M, N]   fp32, or int32 of 8-bit integers; added in order
     x_scales       [M, 1]           fp32; None, like the two below: there are none
@@ -24,8 +24,20 @@ class SplitSums(NamedTuple):
     dtype: torch.dtype
 
 
+def whole(product: Tensor | SplitSums) -> Tensor:
+    """The product, [M, N]: its splits added, by a kernel of their own, where it is in splits."""
+    if isinstance(product, Tensor):
+        return product
+    from llmq.runtime.kernels.split_k_triton import reduce_splits
+
+    _, rows, out_features = product.sums.shape
+    out = torch.empty(rows, out_features, dtype=product.dtype, device=product.sums.device)
+    reduce_splits(*product[:4], out)
+    return out
+
+
 def add_splits_reference(split: SplitSums) -> Tensor:
-    """The product, [M, N]."""
+    """``whole`` in plain PyTorch."""
     out = split.sums[0].clone()
     for sums in split.sums[1:]:
         out += sums

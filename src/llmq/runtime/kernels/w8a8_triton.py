@@ -29,9 +29,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llmq.runtime.kernels import capability
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
-from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
+from llmq.runtime.kernels.split_k import SplitSums
+from llmq.runtime.kernels.split_k_triton import steps_per_split
 from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import E4M3, INT
 
@@ -75,9 +77,17 @@ HUGE = {INT: Launch(256, 128, 128, 8, 4), E4M3: Launch(256, 128, 128, 8, 4)}
 CACHED = 2**25  # bytes
 
 
-def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``w8a8_matmul`` through Triton, or PyTorch's product."""
+def w8a8_splits_triton(
+    x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | SplitSums:
+    """``w8a8_splits`` through Triton, or PyTorch's product."""
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
+    if capability(x.codes.device)[0] == 9:
+        from llmq.runtime.kernels.skinny_hopper_triton import launch_for, skinny_matmul, takes
+
+        if takes(x.codes, weight.codes):
+            skinny = launch_for(rows, out_features, in_features, x.codes.dtype)
+            return skinny_matmul(x.codes, weight.codes, x.scales, weight.scales, bias, dtype, skinny)
     whole = in_features % 16 == 0 and out_features % 16 == 0  # as the copy engine and PyTorch's product want it
     kernel, launch = kernel_for(rows, out_features, in_features, weight.number)
     if kernel is large_kernel and not whole:
@@ -86,9 +96,11 @@ def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
         return torch._scaled_mm(
             x.codes, weight.codes.t(), x.scales, weight.scales[None, :], bias, out_dtype=dtype, use_fast_accum=True
         )
+    if rows and kernel is split_kernel:
+        return _split(x, weight, bias, dtype, launch)
     out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
     if rows:
-        run = {sliced_kernel: _sliced, split_kernel: _split, large_kernel: _large}[kernel]
+        run = _sliced if kernel is sliced_kernel else _large
         run(x, weight, bias, out, launch)
     return out
 
@@ -116,7 +128,9 @@ def _sliced(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor,
     )  # fmt: skip
 
 
-def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
+def _split(
+    x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype, launch: Launch
+) -> Tensor | SplitSums:
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     tiles_n, tiles_m = triton.cdiv(out_features, launch.block_n), triton.cdiv(rows, launch.block_m)
     steps = triton.cdiv(in_features, SPLIT_STEP)
@@ -124,6 +138,7 @@ def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, 
     per_split = steps_per_split(tiles_n * tiles_m, steps, programs)
     splits = triton.cdiv(steps, per_split)
     total = torch.int32 if weight.number == INT else torch.float32
+    out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=total, device=out.device)
     split_kernel[tiles_n * tiles_m, splits](
         x.codes, x.scales, weight.codes, weight.scales, bias, out, sums, rows, out_features,
@@ -131,8 +146,7 @@ def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, 
         SPLIT=splits > 1, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
         STAGES=launch.stages, num_warps=launch.warps, **pdl(out.device),
     )  # fmt: skip
-    if splits > 1:
-        reduce_splits(sums, x.scales, weight.scales, bias, out)
+    return SplitSums(sums, x.scales, weight.scales, bias, dtype) if splits > 1 else out
 
 
 def _large(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
