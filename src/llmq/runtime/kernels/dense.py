@@ -36,9 +36,8 @@ def dense_splits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if capability(x.device)[0] == 9:
         from llmq.runtime.kernels.skinny_hopper_triton import launch_for, skinny_matmul, takes
 
-        if takes(x, weight):
-            rows, (out_features, in_features) = len(x), weight.shape
-            launch = launch_for(rows, out_features, in_features, x.dtype)
+        launch = launch_for(len(x), len(weight), x.dtype)
+        if launch is not None and takes(x, weight):
             return skinny_matmul(x, weight, None, None, bias, x.dtype, launch)
     few = len(x) <= FEW_ROWS and x.shape[1] % CHANNELS == 0
     if not (few and capability(x.device)[0] in CAPABILITIES):
