@@ -32,7 +32,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import wait
 from llmq.runtime.kernels.split_k import SplitSums
-from llmq.runtime.kernels.split_k_triton import counters
 
 STEP_BYTES = 128
 
@@ -60,18 +59,19 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 def launch_for(rows: int, out_features: int, dtype: torch.dtype) -> Launch | None:
     """Launch parameters for ``rows`` rows of ``dtype`` and so many outputs; None where other kernels are faster, by
     measurements on an H200."""
-    narrow = out_features <= 33 * 128
     if rows <= 8 or rows > 256:
         return None
     if rows <= 64:
-        return Launch(max(16, triton.next_power_of_2(rows)), 64, 4, 6, 264)
+        return Launch(max(16, triton.next_power_of_2(rows)), 64, 4, 6, 132)
     if dtype.itemsize == 2:
-        return Launch(128, 128, 4, 6, 132) if narrow and rows <= 128 else None
+        return None
     if rows <= 128:
         return Launch(128, 64, 4, 4, 264) if out_features <= 264 * 64 else None
-    if not narrow:
+    if out_features > 66 * 64:
         return None
-    return Launch(256, 64, 4, 5, 132) if dtype == torch.int8 else Launch(64, 128, 4, 4, 264)
+    if rows <= 192:
+        return Launch(64, 128, 4, 4, 264)
+    return Launch(256, 64, 8, 5, 132) if dtype == torch.int8 else None
 
 
 def tile_layout(element_bits: int) -> gl.NVMMASharedLayout:
@@ -128,9 +128,9 @@ def skinny_kernel(
     TOTAL: gl.constexpr = gl.int32 if TYPE == gl.int8 else gl.float32
     STEP: gl.constexpr = at_x.block_type.shape[1]
     BYTES: gl.constexpr = (BLOCK_N + BLOCK_M) * 128
-    # Of integers Triton knows no product for 256 columns.
-    COLUMNS: gl.constexpr = BLOCK_M if BLOCK_M < 256 or TYPE != gl.int8 else 128
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, STEP // 4])
+    DOWN: gl.constexpr = min(gl.num_warps(), BLOCK_N // 16)
+    ACROSS: gl.constexpr = gl.num_warps() // DOWN
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [DOWN, ACROSS], [16, BLOCK_M // ACROSS, STEP // 4])
     # Programs that share a tile of the weight are neighbours, so that all but one find it in the cache.
     first_n = gl.program_id(0) // tiles_m * BLOCK_N
     first_m = gl.program_id(0) % tiles_m * BLOCK_M
@@ -187,121 +187,3 @@ def skinny_kernel(
         if bias is not None:
             result += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[:, None]
         gl.store(out + at_out, result.to(out.dtype.element_ty), mask=inside)
-
-
-def stream_matmul(
-    x: Tensor,
-    weight: Tensor,
-    x_scales: Tensor | None,
-    weight_scales: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    launch: Launch,
-) -> Tensor:
-    """``skinny_matmul`` where there are more tiles than programs."""
-    (rows, in_features), out_features = x.shape, len(weight)
-    step = STEP_BYTES // x.element_size()
-    tiles_m, tiles_n = triton.cdiv(rows, launch.block_m), triton.cdiv(out_features, launch.block_n)
-    programs = min(launch.programs, tiles_m * tiles_n)
-    out = torch.empty(rows, out_features, dtype=dtype, device=x.device)
-    total = torch.int32 if x.dtype == torch.int8 else torch.float32
-    sums = torch.empty(programs, launch.block_n, launch.block_m, dtype=total, device=x.device)
-    layout = tile_layout(8 * x.element_size())
-    stream_kernel[programs,](
-        TensorDescriptor.from_tensor(x, [launch.block_m, step], layout), x_scales,
-        TensorDescriptor.from_tensor(weight, [launch.block_n, step], layout), weight_scales,
-        bias, out, sums, counters(x.device), rows, out_features, in_features // step, tiles_m * tiles_n, tiles_m,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, num_warps=launch.warps, launch_pdl=True,
-    )  # fmt: skip
-    return out
-
-
-@gluon.jit
-def fetch_step(at_tile, tiles, ready, step, last, steps, slot, tiles_m, BLOCK: gl.constexpr, OF_X: gl.constexpr):
-    """Start the copy of the tile of a step of all tiles' steps; nothing after the last step."""
-    STEP: gl.constexpr = at_tile.block_type.shape[1]
-    tile = step // steps
-    first_row = (tile % tiles_m if OF_X else tile // tiles_m) * BLOCK
-    tma.async_copy_global_to_shared(
-        at_tile, [first_row, step % steps * STEP], ready.index(slot), tiles.index(slot), pred=step < last
-    )
-
-
-@gluon.jit(do_not_specialize=["rows", "steps", "tiles", "tiles_m"])
-def stream_kernel(
-    at_x, x_scales, at_weight, weight_scales, bias, out, sums, done, rows, out_features, steps, tiles, tiles_m,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """An equal share of all tiles' steps."""
-    TYPE: gl.constexpr = at_x.dtype
-    TOTAL: gl.constexpr = gl.int32 if TYPE == gl.int8 else gl.float32
-    STEP: gl.constexpr = at_x.block_type.shape[1]
-    BYTES: gl.constexpr = (BLOCK_N + BLOCK_M) * 128
-    COLUMNS: gl.constexpr = BLOCK_M if BLOCK_M < 256 or TYPE != gl.int8 else 128
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, STEP // 4])
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    first = program * tiles // programs * steps + program * tiles % programs * steps // programs
-    after = program + 1
-    last = after * tiles // programs * steps + after * tiles % programs * steps // programs
-    weight = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_N, STEP], at_weight.layout)
-    x = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_M, STEP], at_x.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
-    for stage in gl.static_range(STAGES - 1):
-        mbarrier.expect(ready.index(stage), BYTES, pred=first + stage < last)
-        fetch_step(at_weight, weight, ready, first + stage, last, steps, stage, tiles_m, BLOCK_N, False)
-    wait(True)
-    for stage in gl.static_range(STAGES - 1):
-        fetch_step(at_x, x, ready, first + stage, last, steps, stage, tiles_m, BLOCK_M, True)
-
-    n_tile = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
-    m_tile = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
-    at_part = n_tile[:, None] * BLOCK_M + m_tile[None, :]
-    for tile in range(first // steps, (last + steps - 1) // steps):
-        begin, end = gl.maximum(tile * steps, first), gl.minimum((tile + 1) * steps, last)
-        acc = gl.zeros([BLOCK_N, BLOCK_M], TOTAL, layout=MMA)
-        for step in range(begin, end):
-            slot = (step - first) % STAGES
-            mbarrier.wait(ready.index(slot), (step - first) // STAGES & 1)
-            x_tile = x.index(slot).permute((1, 0))
-            if TYPE == gl.float8e4nv:
-                acc += warpgroup_mma(
-                    weight.index(slot), x_tile, gl.zeros([BLOCK_N, BLOCK_M], TOTAL, layout=MMA), use_acc=False
-                )
-            else:
-                acc = warpgroup_mma(weight.index(slot), x_tile, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, [acc])
-            # All warps have waited for their product of the step before, and its slot is free.
-            tl.debug_barrier()
-            ahead, free = step + STAGES - 1, (step - first + STAGES - 1) % STAGES
-            mbarrier.expect(ready.index(free), BYTES, pred=ahead < last)
-            fetch_step(at_weight, weight, ready, ahead, last, steps, free, tiles_m, BLOCK_N, False)
-            fetch_step(at_x, x, ready, ahead, last, steps, free, tiles_m, BLOCK_M, True)
-        if TYPE != gl.float8e4nv:
-            acc = warpgroup_mma_wait(0, [acc])
-        if begin > tile * steps:
-            # The tile's first steps are the last of the program before, which adds these.
-            gl.store(sums + program * (BLOCK_N * BLOCK_M) + at_part, acc)
-            tl.debug_barrier()
-            gl.atomic_xchg(done + program, 1, sem="release")
-        else:
-            if end < (tile + 1) * steps:
-                while gl.atomic_add(done + after, 0, sem="acquire") == 0:
-                    pass
-                tl.debug_barrier()
-                acc += gl.load(sums + after * (BLOCK_N * BLOCK_M) + at_part, cache_modifier=".cg")
-                gl.store(done + after, 0)
-            n, m = tile // tiles_m * BLOCK_N + n_tile, tile % tiles_m * BLOCK_M + m_tile
-            is_n, is_m = n < out_features, m < rows
-            result = acc.to(gl.float32)
-            if weight_scales is not None:
-                result *= gl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
-                result *= gl.load(x_scales + m, mask=is_m, other=0.0)[None, :]
-            if bias is not None:
-                result += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[:, None]
-            at_out = m[None, :].to(gl.int64) * out_features + n[:, None]
-            gl.store(out + at_out, result.to(out.dtype.element_ty), mask=is_m[None, :] & is_n[:, None])
-    for stage in gl.static_range(STAGES):
-        mbarrier.invalidate(ready.index(stage))
