@@ -26,6 +26,7 @@ from llmq.runtime.kernels import (  # noqa: E402
     round_columns_triton,
     routing_triton,
     silu_triton,
+    skinny_hopper_triton,
     w8a8_triton,
     wna16_hopper_triton,
     wna16_triton,
@@ -144,6 +145,20 @@ def wna16_hopper(launch: wna16_hopper_triton.Launch, dtype: str) -> Any:
     return compile_for(90, kernel, types, launch.warps, launch.stages, source=gluon.GluonASTSource, **constants)
 
 
+def skinny_hopper(launch: skinny_hopper_triton.Launch, code: str, split: bool) -> Any:
+    kernel = skinny_hopper_triton.skinny_kernel
+    bits, total = (16, "fp32") if code in ("bf16", "fp16") else (8, "i32" if code == "i8" else "fp32")
+    tile = f"{1024 // bits}],{skinny_hopper_triton.tile_layout(bits)!r}>"
+    types = dict.fromkeys(("bias", "out"), "*fp16" if code == "fp16" else "*bf16") | {"sums": f"*{total}"}
+    types |= dict.fromkeys(("x_scales", "weight_scales"), "*fp32")
+    types |= {f"at_{name}": f"tensordesc<{code}[{size}, {tile}"
+              for name, size in (("x", launch.block_m), ("weight", launch.block_n))}  # fmt: skip
+    constants: dict[str, Any] = dict.fromkeys(("x_scales", "weight_scales") if bits == 16 else ())
+    constants |= {} if split else {"sums": None}
+    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
+    return compile_for(90, kernel, types, launch.warps, launch.stages, source=gluon.GluonASTSource, **constants)
+
+
 def w8a8(capability: int, kernel: Any, launch: w8a8_triton.Launch, number: str) -> Any:
     code, total = ("i8", "i32") if number == INT else ("fp8e4nv", "fp32")
     types = {"x": f"*{code}", "weight": f"*{code}", "sums": f"*{total}", "bias": "*bf16", "out": "*bf16"}
@@ -239,6 +254,24 @@ def test_int4_of_many_rows_is_unpacked_while_others_are_multiplied(
     loop = ptx[ptx.index("wgmma.mma_async") : ptx.rindex("wgmma.mma_async")]
     assert loop.count("lop3") >= 2 * launch.block_n * wna16_triton.STEP // 8 // 32 // launch.warps
     assert "wgmma.wait_group" not in loop
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("code", ["bf16", "fp16", "i8", "fp8e4nv"])
+@pytest.mark.parametrize("rows", [16, 32, 64, 128, 192, 256])
+def test_weights_of_few_rows_are_asked_for_before_the_rows_are_there(
+    rows: int, code: str, split: bool, tmp_path: Path
+) -> None:
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "i8": torch.int8, "fp8e4nv": torch.float8_e4m3fn}
+    launch = skinny_hopper_triton.launch_for(rows, 1024, 1024, types[code])
+    if launch is None:
+        pytest.skip("other kernels are faster")
+    compiled = skinny_hopper(launch, code, split)
+    assert spilled_bytes(compiled, tmp_path) == 0
+    ptx = compiled.asm["ptx"]
+    assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait") < ptx.index("wgmma.mma_async")
+    # A step's product runs while the next step's tiles are waited for, but of FP8, whose sums go to fp32 each step.
+    assert ("wgmma.wait_group.sync.aligned 1;" in ptx) == (code != "fp8e4nv")
 
 
 @pytest.mark.parametrize("number", [INT, E4M3])

@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from llmq.runtime.kernels import capability, runs_triton
 from llmq.runtime.kernels.split_k import SplitSums, whole
 
-SKINNY_ROWS = 256
 FEW_ROWS = 32
 """Up to here a product is the time it takes to read the weight, and the library's leaves bandwidth unused."""
+SKINNY_ROWS = 64
+"""Up to here it does so on Hopper where the weight is small."""
 CHANNELS = 256
-"""K is a multiple of this where the kernel runs."""
+"""K is a multiple of this where the kernel of FEW_ROWS runs."""
 CAPABILITIES = (0, 9, 10)
 """The interpreter, Hopper, Blackwell for servers: other cards lack the shared memory that the kernel's tiles take."""
 
@@ -31,15 +32,16 @@ def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 def dense_splits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | SplitSums:
     """``dense_matmul``, whose splits of K, where it has several, may be still to be added."""
-    if not runs_triton(x) or x.element_size() != 2 or not 0 < len(x) <= SKINNY_ROWS:
+    (rows, in_features), out_features = x.shape, len(weight)
+    if not (0 < rows <= SKINNY_ROWS and runs_triton(x) and x.element_size() == 2):
         return F.linear(x, weight, bias)
     if capability(x.device)[0] == 9:
         from llmq.runtime.kernels.skinny_hopper_triton import launch_for, skinny_matmul, takes
 
-        launch = launch_for(len(x), len(weight), x.dtype)
+        launch = launch_for(rows, out_features, in_features, x.dtype)
         if launch is not None and takes(x, weight):
             return skinny_matmul(x, weight, None, None, bias, x.dtype, launch)
-    few = len(x) <= FEW_ROWS and x.shape[1] % CHANNELS == 0
+    few = rows <= FEW_ROWS and in_features % CHANNELS == 0
     if not (few and capability(x.device)[0] in CAPABILITIES):
         return F.linear(x, weight, bias)
     from llmq.runtime.kernels.dense_triton import dense_matmul_triton

@@ -46,32 +46,36 @@ class Launch(NamedTuple):
     programs: int
 
 
+# Rows up to → launch parameters, measured on an H200, and the most outputs for which no other kernel is faster.
+LAUNCHES = {
+    16: (Launch(16, 64, 4, 6, 132), 2**20),
+    32: (Launch(32, 64, 4, 6, 132), 2**20),
+    64: (Launch(64, 64, 4, 6, 132), 2**20),
+    128: (Launch(128, 64, 4, 4, 264), 16_384),
+    192: (Launch(64, 128, 4, 4, 264), 4096),
+    256: (Launch(256, 64, 8, 5, 132), 4096),
+}
+FEWEST_ROWS = 9
+
+
+def launch_for(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> Launch | None:
+    """Launch parameters for ``rows`` rows of ``dtype`` and a weight of this shape; None: other kernels are faster."""
+    if rows < FEWEST_ROWS or (dtype.itemsize == 2 and (rows > 64 or out_features * in_features > 2**23)):
+        return None
+    if rows > 192 and dtype == torch.float8_e4m3fn:
+        return None
+    launch, widest = next((entry for most, entry in LAUNCHES.items() if rows <= most), (None, 0))
+    return launch if out_features <= widest else None
+
+
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether there are descriptors of both, for the copy engine, and K is whole steps."""
+    """Whether K is whole steps, and there are descriptors of both for the copy engine."""
     size = x.element_size()
     return (
         x.shape[1] * size % STEP_BYTES == 0
         and x.stride(1) == weight.stride(1) == 1
         and x.stride(0) * size % 16 == x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
     )
-
-
-def launch_for(rows: int, out_features: int, dtype: torch.dtype) -> Launch | None:
-    """Launch parameters for ``rows`` rows of ``dtype`` and so many outputs; None where other kernels are faster, by
-    measurements on an H200."""
-    if rows <= 8 or rows > 256:
-        return None
-    if rows <= 64:
-        return Launch(max(16, triton.next_power_of_2(rows)), 64, 4, 6, 132)
-    if dtype.itemsize == 2:
-        return None
-    if rows <= 128:
-        return Launch(128, 64, 4, 4, 264) if out_features <= 264 * 64 else None
-    if out_features > 66 * 64:
-        return None
-    if rows <= 192:
-        return Launch(64, 128, 4, 4, 264)
-    return Launch(256, 64, 8, 5, 132) if dtype == torch.int8 else None
 
 
 def tile_layout(element_bits: int) -> gl.NVMMASharedLayout:

@@ -85,7 +85,7 @@ def w8a8_splits_triton(
     if capability(x.codes.device)[0] == 9:
         from llmq.runtime.kernels.skinny_hopper_triton import launch_for, skinny_matmul, takes
 
-        skinny = launch_for(rows, out_features, x.codes.dtype)
+        skinny = launch_for(rows, out_features, in_features, x.codes.dtype)
         if skinny is not None and takes(x.codes, weight.codes):
             return skinny_matmul(x.codes, weight.codes, x.scales, weight.scales, bias, dtype, skinny)
     whole = in_features % 16 == 0 and out_features % 16 == 0  # as the copy engine and PyTorch's product want it
