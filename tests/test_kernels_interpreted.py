@@ -49,11 +49,8 @@ else:
         sort_by_expert_reference,
     )
     from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
-    from llmq.runtime.kernels.split_k import SplitSums, add_splits_reference
-    from llmq.runtime.kernels.split_k_triton import reduce_splits
     from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul, w8a8_matmul_reference
     from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul, wna16_matmul_reference
-    from llmq.runtime.linear import W8A8Linear, leave_in_splits
     from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
     TOLERANCE = {torch.float16: 4e-4, torch.float32: 1e-6}
@@ -388,37 +385,6 @@ else:
         assert residual.equal(total)
         gate, up = torch.randn(3, 2 * 1100).half().chunk(2, dim=1)
         assert same_rows(silu_mul_quantize(gate, up, number), quantize_rows(silu_mul(gate, up), number))
-
-    @pytest.mark.parametrize("rounded", [True, False])
-    def test_the_norm_adds_the_splits_of_a_product_as_their_own_kernel_does(rounded: bool) -> None:
-        torch.manual_seed(0)
-        sums = torch.randint(-(10**6), 10**6, (3, 5, 100), dtype=torch.int32) if rounded else torch.randn(3, 5, 100)
-        scales = (torch.rand(5, 1) * 1e-6, torch.rand(100)) if rounded else (None, None)
-        split = SplitSums(sums, *scales, torch.randn(100).half(), torch.float16)
-        whole, residual, weight = torch.empty(5, 100).half(), torch.randn(5, 100).half(), torch.randn(100).half()
-        reduce_splits(*split[:4], whole)
-        assert whole.equal(add_splits_reference(split))
-        theirs = residual.clone()
-        normed = add_rms_norm(theirs, whole, weight, 1e-5)
-        ours = residual.clone()
-        assert add_rms_norm(ours, split, weight, 1e-5).equal(normed)
-        assert ours.equal(theirs)
-        assert same_rows(add_rms_norm_quantize(residual, split, weight, 1e-5, INT), quantize_rows(normed, INT))
-        assert residual.equal(theirs)
-
-    @pytest.mark.parametrize("number", [INT, E4M3])
-    def test_a_layer_leaves_its_splits_to_the_norm_behind_it_where_it_is_told_to(number: str) -> None:
-        torch.manual_seed(0)
-        weight = draw_weight((64, 2048), Scheme(8, -1, number=number, activation_bits=8))
-        layer = W8A8Linear(pack_w8a8(weight), torch.randn(64).half(), torch.float16)
-        x, residual, norm = torch.randn(9, 2048).half(), torch.randn(9, 64).half(), torch.randn(64).half()
-        theirs, ours = residual.clone(), residual.clone()
-        normed = add_rms_norm(theirs, layer(x), norm, 1e-5)
-        leave_in_splits(layer)
-        split = layer(x)
-        assert isinstance(split, SplitSums)
-        assert add_rms_norm(ours, split, norm, 1e-5).equal(normed)
-        assert ours.equal(theirs)
 
     @pytest.mark.parametrize(("count", "out"), [(128, 40), (37, 32), (1, 5)])
     def test_round_columns(count: int, out: int) -> None:

@@ -25,8 +25,7 @@ from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.kernels.routing import choose, combine
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
-from llmq.runtime.kernels.split_k import SplitSums
-from llmq.runtime.linear import DenseLinear, input_number, leave_in_splits, merge
+from llmq.runtime.linear import DenseLinear, input_number, merge
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 
@@ -53,9 +52,7 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
-    def forward(
-        self, residual: Tensor, x: Tensor | SplitSums | None = None, number: str | None = None
-    ) -> Tensor | QuantizedRows:
+    def forward(self, residual: Tensor, x: Tensor | None = None, number: str | None = None) -> Tensor | QuantizedRows:
         """Add ``x`` to ``residual`` in place, and return the sum normalized over its last dimension; in 8 bits of
         ``number``, if given."""
         if number is not None:
@@ -243,14 +240,9 @@ class DecoderLayer(nn.Module):
         return module
 
     def merge(self) -> None:
-        """Make one product of the layers that share an input, and let a norm that comes next add a product's splits.
-        For running, not for quantizing them one by one."""
+        """Make one product of the layers that share an input. For running, not for quantizing them one by one."""
         self.self_attn.merge()
         self.feed_forward.merge()
-        if not self.post_norms:
-            leave_in_splits(self.self_attn.o_proj)
-            if isinstance(self.feed_forward, MLP):
-                leave_in_splits(getattr(self.feed_forward, self.feed_forward.down))
 
     def mix(self, residual: Tensor, x: Tensor | None, rotation: Rotation, attend: Attend) -> Tensor:
         """Add ``x`` to ``residual`` in place; return what the heads make of the sum: the input of ``finish``."""

@@ -12,11 +12,10 @@ from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.errors import note
 from llmq.runtime.device import multiplies_fp8
 from llmq.runtime.kernels import triton_runs_on
-from llmq.runtime.kernels.dense import dense_splits
+from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
-from llmq.runtime.kernels.split_k import SplitSums, whole
-from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_splits
+from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
 from llmq.scheme import INT
 
@@ -25,13 +24,11 @@ class DenseLinear(nn.Linear):
     """Weights as wide as the activations."""
 
     batch_invariant = False
-    in_splits = False  # what reads the output next adds its splits of K
 
-    def forward(self, x: Tensor) -> Tensor | SplitSums:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         if self.batch_invariant:
             return invariant_matmul(x, self.weight, self.bias, x.dtype)
-        product = dense_splits(x, self.weight, self.bias)
-        return product if self.in_splits else whole(product)
+        return dense_matmul(x, self.weight, self.bias)
 
 
 class WeightOnlyLinear(nn.Module):
@@ -58,7 +55,6 @@ class W8A8Linear(nn.Module):
     """
 
     batch_invariant = False
-    in_splits = False
 
     def __init__(self, packed: Weight8, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -67,12 +63,11 @@ class W8A8Linear(nn.Module):
         self.dtype = dtype
         self.out_features, self.in_features = packed.codes.shape
 
-    def forward(self, x: Tensor | QuantizedRows) -> Tensor | SplitSums:
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         rows = quantize_rows(x, self.packed.number) if isinstance(x, Tensor) else x
         if self.batch_invariant:
             return invariant_matmul(rows, self.packed, self.bias, self.dtype)
-        product = w8a8_splits(rows, self.packed, self.bias, self.dtype)
-        return product if self.in_splits else whole(product)
+        return w8a8_matmul(rows, self.packed, self.bias, self.dtype)
 
 
 Linear = nn.Linear | WeightOnlyLinear | W8A8Linear
@@ -133,12 +128,6 @@ def _dense(weight: Tensor, bias: Tensor | None) -> DenseLinear:
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
-
-
-def leave_in_splits(layer: nn.Module) -> None:
-    """Let the kernel that reads the output of ``layer`` next add its splits of K, where its kernels have any."""
-    if isinstance(layer, DenseLinear | W8A8Linear):
-        layer.in_splits = True
 
 
 def make_batch_invariant(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmq.runtime.kernels import capability, runs_triton
-from llmq.runtime.kernels.split_k import SplitSums, whole
 
 FEW_ROWS = 32
 """Up to here a product is the time it takes to read the weight, and the library's leaves bandwidth unused."""
@@ -27,21 +26,16 @@ def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     On a GPU of CAPABILITIES few rows of 16-bit numbers go through kernels that start to read the weight before the
     rows are there. Their sums are fp32. All else is the library's.
     """
-    return whole(dense_splits(x, weight, bias))
-
-
-def dense_splits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | SplitSums:
-    """``dense_matmul``, whose splits of K, where it has several, may be still to be added."""
-    (rows, in_features), out_features = x.shape, len(weight)
-    if not (0 < rows <= SKINNY_ROWS and runs_triton(x) and x.element_size() == 2):
+    rows = x.shape[0]
+    if not (0 < rows <= SKINNY_ROWS and x.element_size() == 2 and runs_triton(x)):
         return F.linear(x, weight, bias)
     if capability(x.device)[0] == 9:
         from llmq.runtime.kernels.skinny_hopper_triton import launch_for, skinny_matmul, takes
 
-        launch = launch_for(rows, out_features, in_features, x.dtype)
+        launch = launch_for(rows, weight.shape[0], weight.shape[1], x.dtype)
         if launch is not None and takes(x, weight):
             return skinny_matmul(x, weight, None, None, bias, x.dtype, launch)
-    few = rows <= FEW_ROWS and in_features % CHANNELS == 0
+    few = rows <= FEW_ROWS and x.shape[1] % CHANNELS == 0
     if not (few and capability(x.device)[0] in CAPABILITIES):
         return F.linear(x, weight, bias)
     from llmq.runtime.kernels.dense_triton import dense_matmul_triton

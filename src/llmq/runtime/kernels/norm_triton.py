@@ -10,11 +10,9 @@ from torch import Tensor
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows
 from llmq.runtime.kernels.quantize_rows_triton import empty_rows, row_warps, store_quantized
-from llmq.runtime.kernels.split_k import SplitSums
-from llmq.runtime.kernels.split_k_triton import add_splits
 
 
-def add_rms_norm_triton(residual: Tensor, x: Tensor | SplitSums | None, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm_triton(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """``add_rms_norm`` through Triton."""
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     _launch(residual, x, weight, eps, out, None, 0.0)
@@ -22,7 +20,7 @@ def add_rms_norm_triton(residual: Tensor, x: Tensor | SplitSums | None, weight: 
 
 
 def add_rms_norm_quantize_triton(
-    residual: Tensor, x: Tensor | SplitSums | None, weight: Tensor, eps: float, number: str
+    residual: Tensor, x: Tensor | None, weight: Tensor, eps: float, number: str
 ) -> QuantizedRows:
     """``add_rms_norm_quantize`` through Triton."""
     out = empty_rows(residual, number)
@@ -31,49 +29,34 @@ def add_rms_norm_quantize_triton(
 
 
 def _launch(
-    residual: Tensor,
-    x: Tensor | SplitSums | None,
-    weight: Tensor,
-    eps: float,
-    out: Tensor,
-    scales: Tensor | None,
-    largest: float,
+    residual: Tensor, x: Tensor | None, weight: Tensor, eps: float, out: Tensor, scales: Tensor | None, largest: float
 ) -> None:
     """One program a token, which keeps it in registers."""
     tokens, hidden = residual.shape
-    if isinstance(x, SplitSums):
-        added, splits, x_scales, weight_scales, bias = x.sums, len(x.sums), x.x_scales, x.weight_scales, x.bias
-    else:
-        added, splits, x_scales, weight_scales, bias = residual if x is None else x, 0, None, None, None
     if tokens:
         block = triton.next_power_of_2(hidden)
         add_rms_norm_kernel[tokens,](
-            residual, added, x_scales, weight_scales, bias, weight, out, scales, tokens, hidden, residual.stride(0),
-            added.stride(-2), eps, ADD=x is not None, SPLITS=splits, LARGEST=largest, BLOCK=block,
-            num_warps=row_warps(block), **pdl(out.device),
+            residual, residual if x is None else x, weight, out, scales, hidden, residual.stride(0),
+            residual.stride(0) if x is None else x.stride(0), eps,
+            ADD=x is not None, LARGEST=largest, BLOCK=block, num_warps=row_warps(block), **pdl(out.device),
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def add_rms_norm_kernel(
-    residual, x, x_scales, weight_scales, bias, weight, out, scales, tokens, hidden, residual_stride, x_stride, eps,
-    ADD: tl.constexpr, SPLITS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    residual, x, weight, out, scales, hidden, residual_stride, x_stride, eps,
+    ADD: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: the whole row in one block."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
     w = tl.load(weight + column, mask=inside, other=0.0)
-    n_scales = None if weight_scales is None else tl.load(weight_scales + column, mask=inside, other=0.0)
-    n_bias = None if bias is None else tl.load(bias + column, mask=inside, other=0.0)
     wait(PDL)
     at = residual + token * residual_stride + column
     total = tl.load(at, mask=inside, other=0.0)
     if ADD:
-        if SPLITS > 0:
-            added = add_splits(x, x_scales, n_scales, n_bias, token, tokens, column, hidden, SPLITS).to(total.dtype)
-        else:
-            added = tl.load(x + token * x_stride + column, mask=inside, other=0.0)
+        added = tl.load(x + token * x_stride + column, mask=inside, other=0.0)
         total = (total.to(tl.float32) + added.to(tl.float32)).to(total.dtype)
         tl.store(at, total, mask=inside)
     wide = total.to(tl.float32)

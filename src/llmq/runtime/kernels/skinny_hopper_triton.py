@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import wait
-from llmq.runtime.kernels.split_k import SplitSums
+from llmq.runtime.kernels.split_k_triton import reduce_splits
 
 STEP_BYTES = 128
 
@@ -46,26 +46,26 @@ class Launch(NamedTuple):
     programs: int
 
 
-# Rows up to → launch parameters, measured on an H200, and the most outputs for which no other kernel is faster.
+# Rows up to → launch parameters, measured on an H200.
 LAUNCHES = {
-    16: (Launch(16, 64, 4, 6, 132), 2**20),
-    32: (Launch(32, 64, 4, 6, 132), 2**20),
-    64: (Launch(64, 64, 4, 6, 132), 2**20),
-    128: (Launch(128, 64, 4, 4, 264), 16_384),
-    192: (Launch(64, 128, 4, 4, 264), 4096),
-    256: (Launch(256, 64, 8, 5, 132), 4096),
+    32: Launch(32, 64, 4, 6, 132),
+    64: Launch(64, 64, 4, 6, 132),
+    128: Launch(128, 64, 4, 4, 264),
+    192: Launch(64, 128, 4, 4, 264),
+    256: Launch(256, 64, 8, 5, 132),
 }
-FEWEST_ROWS = 9
+SMALL = 2**23  # numbers of 16 bits: bigger weights the kernels of ``dense`` read as fast
 
 
 def launch_for(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> Launch | None:
-    """Launch parameters for ``rows`` rows of ``dtype`` and a weight of this shape; None: other kernels are faster."""
-    if rows < FEWEST_ROWS or (dtype.itemsize == 2 and (rows > 64 or out_features * in_features > 2**23)):
-        return None
-    if rows > 192 and dtype == torch.float8_e4m3fn:
-        return None
-    launch, widest = next((entry for most, entry in LAUNCHES.items() if rows <= most), (None, 0))
-    return launch if out_features <= widest else None
+    """Launch parameters for ``rows`` rows of ``dtype`` and a weight of this shape; None where others are faster."""
+    if dtype.itemsize == 2:
+        faster = 16 < rows <= 64 and out_features * in_features <= SMALL
+    elif rows <= 128:
+        faster = rows > 32 and (rows <= 64 or out_features <= 16_384)
+    else:
+        faster = rows <= (256 if dtype == torch.int8 else 192) and out_features <= 4096
+    return next(launch for most, launch in LAUNCHES.items() if rows <= most) if faster else None
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -91,7 +91,7 @@ def skinny_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
     launch: Launch,
-) -> Tensor | SplitSums:
+) -> Tensor:
     """``x`` [M, K] times ``weight`` [N, K], transposed, with what there is of scales and bias → ``dtype`` [M, N]."""
     (rows, in_features), out_features = x.shape, len(weight)
     step = STEP_BYTES // x.element_size()
@@ -110,7 +110,9 @@ def skinny_matmul(
         bias, out, sums, rows, out_features, steps, per_split, tiles_m,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, num_warps=launch.warps, launch_pdl=True,
     )  # fmt: skip
-    return out if sums is None else SplitSums(sums, x_scales, weight_scales, bias, dtype)
+    if sums is not None:
+        reduce_splits(sums, x_scales, weight_scales, bias, out)
+    return out
 
 
 @gluon.jit

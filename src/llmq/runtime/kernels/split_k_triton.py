@@ -78,25 +78,17 @@ def reduce_kernel(
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < out_features
-    n_scales = None if weight_scales is None else tl.load(weight_scales + n, mask=inside, other=0.0)
-    n_bias = None if bias is None else tl.load(bias + n, mask=inside, other=0.0)
+    if weight_scales is not None:
+        n_scales = tl.load(weight_scales + n, mask=inside, other=0.0)
     wait(PDL)
-    result = add_splits(sums, x_scales, n_scales, n_bias, row, rows, n, out_features, SPLITS)
-    tl.store(out + row * out_features + n, result.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def add_splits(sums, x_scales, n_scales, n_bias, row, rows, n, out_features, SPLITS: tl.constexpr):
-    """Outputs ``n`` of one ``row`` of the batch, fp32, with their scales and bias, or None."""
-    inside = n < out_features
     size = tl.cast(rows, tl.int64) * out_features
     total = tl.load(sums + row * out_features + n, mask=inside, other=0)
     for split in tl.static_range(1, SPLITS):  # unrolled: all loads at once
         total += tl.load(sums + split * size + row * out_features + n, mask=inside, other=0)
-    result = total.to(tl.float32)
-    if n_scales is not None:
+    acc = total.to(tl.float32)
+    if weight_scales is not None:
         # In this order wherever 8-bit products are scaled: a row has the same bits in a batch of any size.
-        result = result * n_scales * tl.load(x_scales + row)
-    if n_bias is not None:
-        result += n_bias.to(tl.float32)
-    return result
+        acc = acc * n_scales * tl.load(x_scales + row)
+    if bias is not None:
+        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_features + n, acc.to(out.dtype.element_ty), mask=inside)

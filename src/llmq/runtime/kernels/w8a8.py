@@ -19,7 +19,6 @@ from torch import Tensor
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels import runs_triton
 from llmq.runtime.kernels.quantize_rows import CODES, QuantizedRows
-from llmq.runtime.kernels.split_k import SplitSums, whole
 from llmq.scheme import E4M3, INT
 
 
@@ -58,16 +57,11 @@ def w8a8_matmul(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: t
     The order in which floats are summed depends on N and K, and on M only through the kernel and the tile that it
     chooses; integers are exact.
     """
-    return whole(w8a8_splits(x, weight, bias, dtype))
-
-
-def w8a8_splits(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor | SplitSums:
-    """``w8a8_matmul``, whose splits of K, where it has several, are still to be added."""
     if not runs_triton(x.codes):
         return w8a8_matmul_reference(x, weight, bias, dtype)
-    from llmq.runtime.kernels.w8a8_triton import w8a8_splits_triton
+    from llmq.runtime.kernels.w8a8_triton import w8a8_matmul_triton
 
-    return w8a8_splits_triton(x, weight, bias, dtype)
+    return w8a8_matmul_triton(x, weight, bias, dtype)
 
 
 def w8a8_matmul_reference(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

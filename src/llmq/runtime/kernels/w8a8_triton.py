@@ -14,7 +14,7 @@
 
                     acc [BLOCK_M, BLOCK_N]  += x [BLOCK_M, BLOCK_K] · w [BLOCK_N, BLOCK_K]ᵀ
 
-On Hopper most products of 9 to 256 rows are those of ``skinny_hopper_triton``.
+On Hopper most products of 33 to 256 rows are those of ``skinny_hopper_triton``.
 
 The weights come first in small products, as the matrix unit's tile is 16 or 64 by 8. Hopper's adds products of FP8
 with fewer bits than fp32 has: every PROMOTE channels the sum is taken out of it and added to one in fp32. PyTorch's
@@ -34,8 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llmq.runtime.kernels import capability
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
-from llmq.runtime.kernels.split_k import SplitSums
-from llmq.runtime.kernels.split_k_triton import steps_per_split
+from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
 from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import E4M3, INT
 
@@ -79,10 +78,8 @@ HUGE = {INT: Launch(256, 128, 128, 8, 4), E4M3: Launch(256, 128, 128, 8, 4)}
 CACHED = 2**25  # bytes
 
 
-def w8a8_splits_triton(
-    x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor | SplitSums:
-    """``w8a8_splits`` through Triton, or PyTorch's product."""
+def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``w8a8_matmul`` through Triton, or PyTorch's product."""
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     if capability(x.codes.device)[0] == 9:
         from llmq.runtime.kernels.skinny_hopper_triton import launch_for, skinny_matmul, takes
@@ -98,11 +95,9 @@ def w8a8_splits_triton(
         return torch._scaled_mm(
             x.codes, weight.codes.t(), x.scales, weight.scales[None, :], bias, out_dtype=dtype, use_fast_accum=True
         )
-    if rows and kernel is split_kernel:
-        return _split(x, weight, bias, dtype, launch)
     out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
     if rows:
-        run = _sliced if kernel is sliced_kernel else _large
+        run = {sliced_kernel: _sliced, split_kernel: _split, large_kernel: _large}[kernel]
         run(x, weight, bias, out, launch)
     return out
 
@@ -130,9 +125,7 @@ def _sliced(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor,
     )  # fmt: skip
 
 
-def _split(
-    x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype, launch: Launch
-) -> Tensor | SplitSums:
+def _split(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     tiles_n, tiles_m = triton.cdiv(out_features, launch.block_n), triton.cdiv(rows, launch.block_m)
     steps = triton.cdiv(in_features, SPLIT_STEP)
@@ -140,7 +133,6 @@ def _split(
     per_split = steps_per_split(tiles_n * tiles_m, steps, programs)
     splits = triton.cdiv(steps, per_split)
     total = torch.int32 if weight.number == INT else torch.float32
-    out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=total, device=out.device)
     split_kernel[tiles_n * tiles_m, splits](
         x.codes, x.scales, weight.codes, weight.scales, bias, out, sums, rows, out_features,
@@ -148,7 +140,8 @@ def _split(
         SPLIT=splits > 1, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
         STAGES=launch.stages, num_warps=launch.warps, **pdl(out.device),
     )  # fmt: skip
-    return SplitSums(sums, x.scales, weight.scales, bias, dtype) if splits > 1 else out
+    if splits > 1:
+        reduce_splits(sums, x.scales, weight.scales, bias, out)
 
 
 def _large(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, launch: Launch) -> None:
