@@ -31,9 +31,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import wait
-from llmq.runtime.kernels.split_k_triton import reduce_splits
+from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
 
-STEP_BYTES = 128
+STEP_BYTES = 128  # of K
+WHOLE = 16  # steps that are not worth a sum of splits
 
 
 class Launch(NamedTuple):
@@ -97,8 +98,7 @@ def skinny_matmul(
     step = STEP_BYTES // x.element_size()
     tiles_m, tiles_n = triton.cdiv(rows, launch.block_m), triton.cdiv(out_features, launch.block_n)
     steps = in_features // step
-    wanted = max(1, min(launch.programs // (tiles_m * tiles_n), steps // 4, 8)) if steps > 16 else 1
-    per_split = triton.cdiv(steps, wanted)
+    per_split = steps if steps <= WHOLE else steps_per_split(tiles_m * tiles_n, steps, launch.programs)
     splits = triton.cdiv(steps, per_split)
     out = torch.empty(rows, out_features, dtype=dtype, device=x.device)
     total = torch.int32 if x.dtype == torch.int8 else torch.float32
@@ -133,7 +133,8 @@ def skinny_kernel(
     TYPE: gl.constexpr = at_x.dtype
     TOTAL: gl.constexpr = gl.int32 if TYPE == gl.int8 else gl.float32
     STEP: gl.constexpr = at_x.block_type.shape[1]
-    BYTES: gl.constexpr = (BLOCK_N + BLOCK_M) * 128
+    BYTES: gl.constexpr = at_weight.block_type.nbytes + at_x.block_type.nbytes
+    # A warpgroup has 64 outputs of the tile; where that is all of them, the next ones take other rows.
     DOWN: gl.constexpr = min(gl.num_warps(), BLOCK_N // 16)
     ACROSS: gl.constexpr = gl.num_warps() // DOWN
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [DOWN, ACROSS], [16, BLOCK_M // ACROSS, STEP // 4])
@@ -161,6 +162,7 @@ def skinny_kernel(
         mbarrier.wait(ready.index(slot), (step - first) // STAGES & 1)
         x_tile = x.index(slot).permute((1, 0))
         if TYPE == gl.float8e4nv:
+            # The matrix unit adds products of FP8 with fewer bits than fp32 has: never more than a step of them.
             acc += warpgroup_mma(
                 weight.index(slot), x_tile, gl.zeros([BLOCK_N, BLOCK_M], TOTAL, layout=MMA), use_acc=False
             )
