@@ -15,24 +15,26 @@ import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from bench_kernels import BF16, ROTATED, SHAPES
 from check_gpu import draw_weight, w8a8_scheme
 
 from llmq.bench.kernels import seconds_each
-from llmq.runtime.kernels import w8a8_triton, wna16_hopper_triton, wna16_triton
+from llmq.runtime.kernels import skinny_hopper_triton, w8a8_triton, wna16_hopper_triton, wna16_triton
 from llmq.runtime.kernels.quantize_rows import quantize_rows
 from llmq.runtime.kernels.silu import silu_mul
 from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
 from llmq.scheme import E4M3, INT, Scheme
 
-Launch = wna16_triton.Launch | wna16_hopper_triton.Launch | w8a8_triton.Launch
+Launch = wna16_triton.Launch | wna16_hopper_triton.Launch | w8a8_triton.Launch | skinny_hopper_triton.Launch
 NAMES = ["w4", "w8", "w8a8", "fp8"]
 
 
@@ -61,6 +63,9 @@ class Entry(NamedTuple):
             tiles = sorted({now.block_m, 128})
             for block_m, block_n, warps, stages in itertools.product(tiles, (128, 256), (4, 8), (2, 3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
+        elif self.module is skinny_hopper_triton:
+            for block_n, stages, programs in itertools.product((64, 128), (3, 4, 5, 6, 8), (132, 264)):
+                yield now._replace(block_n=block_n, stages=stages, programs=programs)
         elif self.table in (w8a8_triton.LARGE, w8a8_triton.HUGE):
             for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
@@ -82,6 +87,8 @@ def entries() -> list[Entry]:
     for name, number, label in (("w8a8", INT, "INT"), ("fp8", E4M3, "E4M3")):
         table = w8a8_triton.SPLIT[number]
         found += [Entry(name, rows, w8a8_triton, table, rows, rf"{label}: {{[^}}]*\b{rows}: ") for rows in table]
+    for rows in [rows for rows in skinny_hopper_triton.LAUNCHES if rows > 32]:  # fewer only of 16 bits
+        found.append(Entry("w8a8", rows, skinny_hopper_triton, skinny_hopper_triton.LAUNCHES, rows, rf"\b{rows}: "))
     return [
         *found,
         Entry("w8a8", 256, w8a8_triton, w8a8_triton.LONG_SPLIT, 256, r"LONG_SPLIT = \{256: "),
@@ -91,7 +98,8 @@ def entries() -> list[Entry]:
 
 
 def time_of(entry: Entry, launch: Launch, rotated: int) -> float:
-    """µs of a block's four products with ``launch`` in place of ``entry``, each with the kernel before it."""
+    """µs of a block's four products with ``launch`` in place of ``entry``, each with the kernel before it; of 8 bits
+    those of the entry's kernel alone."""
     before, total = entry.table[entry.key], 0.0
     entry.table[entry.key] = launch
     for out_features, in_features in SHAPES.values():
@@ -115,7 +123,9 @@ def time_of(entry: Entry, launch: Launch, rotated: int) -> float:
                 partial(lambda weight, x, y: wna16_matmul(silu_mul(x, y), weight), weight, gate, up)
                 for weight in packed
             ]
-        total += seconds_each(calls, "cuda") * 1e6
+        alone = patch.object(skinny_hopper_triton, "takes", lambda *_: False)
+        with alone if entry.module is w8a8_triton else nullcontext():
+            total += seconds_each(calls, "cuda") * 1e6
     entry.table[entry.key] = before
     return total
 

@@ -15,11 +15,9 @@ from llmq import LLM, SamplingParams, Scheme, quantize
 from llmq.checkpoint.folder import demo_folder
 from llmq.engine.options import EngineOptions
 from llmq.runtime.decoder import CausalAttention
-from llmq.runtime.kernels.quantize_rows import quantize_rows
-from llmq.runtime.kernels.silu import silu_mul
-from llmq.runtime.linear import W8A8Linear, input_number, merge, quantized_linear
+from llmq.runtime.linear import input_number, merge, quantized_linear
 from llmq.runtime.loader import load_decoder, open_source
-from llmq.scheme import E4M3, INT, NF4
+from llmq.scheme import E4M3, NF4
 
 pytestmark = pytest.mark.gpu
 
@@ -178,19 +176,6 @@ def test_a_quantized_layer_is_that_of_a_cpu(scheme: Scheme, rows: int) -> None:
     merged = merge(layers)
     assert merged is not None
     assert (merged(x.cuda()).cpu() - torch.cat([expected, expected], dim=1)).norm() <= 2 * most * expected.norm()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="Hopper's")
-def test_silu_in_the_product_has_the_bits_of_silu_behind_it() -> None:
-    torch.manual_seed(0)
-    weight = draw_weight((2 * 192, 512), Scheme(8, -1, activation_bits=8))
-    there = replace(weight, codes=weight.codes.cuda(), scales=weight.scales.cuda())
-    layer = quantized_linear(there, None, torch.bfloat16)
-    assert isinstance(layer, W8A8Linear)
-    rows = quantize_rows(torch.randn(300, 512, device="cuda"), INT)
-    joined = layer.silu_mul(rows)
-    assert joined is not None
-    assert joined.equal(silu_mul(*layer(rows).chunk(2, dim=1)))
 
 
 def test_demo_generates_the_same_on_a_gpu_and_a_cpu() -> None:

@@ -26,6 +26,7 @@ from llmq.runtime.kernels import (  # noqa: E402
     round_columns_triton,
     routing_triton,
     silu_triton,
+    skinny_hopper_triton,
     w8a8_hopper_triton,
     w8a8_triton,
     wna16_hopper_triton,
@@ -36,6 +37,7 @@ from llmq.runtime.kernels.split_k_triton import REDUCE_ROWS  # noqa: E402
 from llmq.scheme import E4M3, INT, NF4  # noqa: E402
 
 CACHES = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn, "i8": torch.int8}
+SKINNY = {"bf16": torch.bfloat16, "fp16": torch.float16, "i8": torch.int8, "fp8e4nv": torch.float8_e4m3fn}
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -148,6 +150,20 @@ def wna16_hopper(launch: wna16_hopper_triton.Launch, dtype: str) -> Any:
     return compile_for(90, kernel, types, launch.warps, launch.stages, source=gluon.GluonASTSource, **constants)
 
 
+def skinny_hopper(launch: skinny_hopper_triton.Launch, code: str, split: bool) -> Any:
+    kernel = skinny_hopper_triton.skinny_kernel
+    bits, total = (16, "fp32") if code in ("bf16", "fp16") else (8, "i32" if code == "i8" else "fp32")
+    tile = f"{1024 // bits}],{skinny_hopper_triton.tile_layout(bits)!r}>"
+    types = dict.fromkeys(("bias", "out"), "*fp16" if code == "fp16" else "*bf16") | {"sums": f"*{total}"}
+    types |= dict.fromkeys(("x_scales", "weight_scales"), "*fp32")
+    types |= {f"at_{name}": f"tensordesc<{code}[{size}, {tile}"
+              for name, size in (("x", launch.block_m), ("weight", launch.block_n))}  # fmt: skip
+    constants: dict[str, Any] = dict.fromkeys(("x_scales", "weight_scales") if bits == 16 else ())
+    constants |= {} if split else {"sums": None}
+    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
+    return compile_for(90, kernel, types, launch.warps, launch.stages, source=gluon.GluonASTSource, **constants)
+
+
 def w8a8(capability: int, kernel: Any, launch: w8a8_triton.Launch, number: str) -> Any:
     code, total = ("i8", "i32") if number == INT else ("fp8e4nv", "fp32")
     types = {"x": f"*{code}", "weight": f"*{code}", "sums": f"*{total}", "bias": "*bf16", "out": "*bf16"}
@@ -169,14 +185,14 @@ def w8a8(capability: int, kernel: Any, launch: w8a8_triton.Launch, number: str) 
     )  # fmt: skip
 
 
-def w8a8_hopper(gated: bool, dtype: str) -> Any:
+def w8a8_hopper(dtype: str) -> Any:
     types = {"x_scales": "*fp32", "weight_scales": "*fp32", "bias": f"*{dtype}"}
     types["at_x"] = f"tensordesc<i8[64, 128],{w8a8_hopper_triton.CODES!r}>"
     types["at_weight"] = f"tensordesc<i8[128, 128],{w8a8_hopper_triton.CODES!r}>"
     types["at_out"] = f"tensordesc<{dtype}[64, 64],{w8a8_hopper_triton.OUT!r}>"
     return compile_for(
         90, w8a8_hopper_triton.w8a8_hopper_kernel, types, 4, 3, source=gluon.GluonASTSource,
-        maxnreg=w8a8_hopper_triton.REGISTERS, GATED=gated,
+        maxnreg=w8a8_hopper_triton.REGISTERS,
     )  # fmt: skip
 
 
@@ -256,6 +272,23 @@ def test_int4_of_many_rows_is_unpacked_while_others_are_multiplied(
     assert "wgmma.wait_group" not in loop
 
 
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    ("code", "launch"),
+    [(code, launch) for code, dtype in SKINNY.items() for rows in skinny_hopper_triton.LAUNCHES
+     if (launch := skinny_hopper_triton.launch_for(rows, 1024, 1024, dtype)) is not None],
+)  # fmt: skip
+def test_weights_of_few_rows_are_asked_for_before_the_rows_are_there(
+    code: str, launch: skinny_hopper_triton.Launch, split: bool, tmp_path: Path
+) -> None:
+    compiled = skinny_hopper(launch, code, split)
+    assert spilled_bytes(compiled, tmp_path) == 0
+    ptx = compiled.asm["ptx"]
+    assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait") < ptx.index("wgmma.mma_async")
+    # A step's product runs while the next step's tiles are waited for, but of FP8, whose sums go to fp32 each step.
+    assert ("wgmma.wait_group.sync.aligned 1;" in ptx) == (code != "fp8e4nv")
+
+
 @pytest.mark.parametrize("number", [INT, E4M3])
 @pytest.mark.parametrize(
     ("rows", "shape"),
@@ -277,9 +310,8 @@ def test_w8a8_on_hopper(rows: int, shape: tuple[int, int], number: str, tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("gated", [False, True])
-def test_w8a8_of_many_rows_keeps_the_matrix_unit_busy(gated: bool, dtype: str, tmp_path: Path) -> None:
-    compiled = w8a8_hopper(gated, dtype)
+def test_w8a8_of_many_rows_keeps_the_matrix_unit_busy(dtype: str, tmp_path: Path) -> None:
+    compiled = w8a8_hopper(dtype)
     assert spilled_bytes(compiled, tmp_path) == 0
     ptx = compiled.asm["ptx"]
     assert re.search("wgmma.mma_async.*n128.*s8", ptx)

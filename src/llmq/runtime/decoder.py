@@ -122,20 +122,16 @@ class MLP(nn.Module):
         self.gate_up = stack(self, self.gate_up, "gate_up_proj")
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        down = getattr(self, self.down)
-        out: Tensor = down(self.gated(x, input_number(down)))
-        return out
-
-    def gated(self, x: Tensor | QuantizedRows, number: str | None) -> Tensor | QuantizedRows:
-        """silu(gate(x)) · up(x), rounded to ``number`` where that takes no pass of its own."""
-        if isinstance(x, QuantizedRows) and len(self.gate_up) == 1 and not self.gelu:
-            joined: Tensor | None = getattr(self, self.gate_up[0]).silu_mul(x)
-            if joined is not None:
-                return joined
         gate, up = project(self, self.gate_up, x, self.sizes)
+        down = getattr(self, self.down)
+        number = input_number(down)
+        gated: Tensor | QuantizedRows
         if self.gelu:
-            return gelu_mul(gate, up)
-        return silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
+            gated = gelu_mul(gate, up)
+        else:
+            gated = silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
+        out: Tensor = down(gated)
+        return out
 
 
 class MixtureOfExperts(nn.Module):

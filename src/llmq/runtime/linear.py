@@ -15,7 +15,7 @@ from llmq.runtime.kernels import triton_runs_on
 from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
-from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul, w8a8_silu_mul
+from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
 from llmq.scheme import INT
 
@@ -68,11 +68,6 @@ class W8A8Linear(nn.Module):
         if self.batch_invariant:
             return invariant_matmul(rows, self.packed, self.bias, self.dtype)
         return w8a8_matmul(rows, self.packed, self.bias, self.dtype)
-
-    def silu_mul(self, x: QuantizedRows) -> Tensor | None:
-        """``silu_mul`` of the halves of this layer's output, the same bits at once; None where there is no such kernel,
-        or it would be slower."""
-        return w8a8_silu_mul(x, self.packed, self.bias, self.dtype)
 
 
 Linear = nn.Linear | WeightOnlyLinear | W8A8Linear

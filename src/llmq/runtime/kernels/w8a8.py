@@ -64,18 +64,6 @@ def w8a8_matmul(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: t
     return w8a8_matmul_triton(x, weight, bias, dtype)
 
 
-def w8a8_silu_mul(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``silu_mul`` of the halves of ``w8a8_matmul``, gate's rows of the weight and up's → ``dtype`` [M, N / 2].
-
-    The same bits, and neither half is ever in memory; None where there is no such kernel, or it would be slower.
-    """
-    if not runs_triton(x.codes):
-        return None
-    from llmq.runtime.kernels.w8a8_triton import w8a8_silu_mul_triton
-
-    return w8a8_silu_mul_triton(x, weight, bias, dtype)
-
-
 def w8a8_matmul_reference(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``w8a8_matmul`` in plain PyTorch, but for integers' product, which PyTorch has: exact too."""
     wide = torch.promote_types(dtype, torch.float32)

@@ -11,11 +11,6 @@ the next.
 There is a program for each multiprocessor, which does one tile after another. Its warps meet at barriers: ``ready``
 counts the bytes of a step, ``free`` who has multiplied it. Triton gives all warps the same task, so that this is Gluon,
 the level below. FP8 is PyTorch's: as fast as this there, and with less power, which is what a full card is short of.
-
-The weight comes in two boxes of 128 rows. They are neighbours, or, where silu is to multiply, the same rows of gate and
-of up, so that a thread has both in its registers and what it stores is half as wide:
-
-    weight [2 · N, K]    gate … │ n … n + 128 │ … up … │ N + n … N + n + 128 │ …
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -37,7 +32,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
-from llmq.runtime.kernels.silu_triton import silu_product
 from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import INT
 
@@ -45,13 +39,12 @@ FEWEST_ROWS = 257  # fewer are short of programs, not of arithmetic
 MULTIPROCESSORS = 132  # of an H200
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a consumer
-BOX = gl.constexpr(128)  # rows of the weight, of which a tile has two boxes
+COLUMNS = gl.constexpr(256)
+BOX = gl.constexpr(128)  # rows of the weight in one copy
 STEP = gl.constexpr(128)  # channels
 STAGES = gl.constexpr(4)
 PART = gl.constexpr(64)  # columns that are stored in one go
-GROUP = gl.constexpr(
-    8
-)  # tiles of M that are done one after another, while their columns of the weight are in the cache
+GROUP = gl.constexpr(8)  # tiles of M that are done one after another, while their rows of the weight are in the cache
 REGISTERS = 168  # of a thread, on the average of twelve warps: as many as there are
 CODES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 OUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -64,31 +57,27 @@ def takes(x: QuantizedRows, weight: Weight8, dtype: torch.dtype) -> bool:
     return weight.number == INT and rows >= FEWEST_ROWS and whole and dtype.itemsize == 2
 
 
-def w8a8_matmul_hopper(
-    x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype, *, gated: bool = False
-) -> Tensor:
-    """``w8a8_matmul`` of what it ``takes``; or, if ``gated``, ``w8a8_silu_mul``."""
-    (rows, in_features), out_features = x.codes.shape, len(weight.codes) // (2 if gated else 1)
+def w8a8_matmul_hopper(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``w8a8_matmul`` of what it ``takes``."""
+    (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
-    columns = BOX.value if gated else 2 * BOX.value
-    tiles = triton.cdiv(rows, CONSUMERS.value * ROWS.value) * triton.cdiv(out_features, columns)
+    tiles = triton.cdiv(rows, CONSUMERS.value * ROWS.value) * triton.cdiv(out_features, COLUMNS.value)
     w8a8_hopper_kernel[min(tiles, MULTIPROCESSORS),](
         TensorDescriptor.from_tensor(x.codes, [ROWS.value, STEP.value], CODES),
         TensorDescriptor.from_tensor(weight.codes, [BOX.value, STEP.value], CODES),
         TensorDescriptor.from_tensor(out, [ROWS.value, PART.value], OUT),
         x.scales, weight.scales, bias, rows, out_features, triton.cdiv(in_features, STEP.value),
-        GATED=gated, num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
+        num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
     )  # fmt: skip
     return out
 
 
 @gluon.jit
-def place_of(tile, tiles_m, tiles_n, GATED: gl.constexpr):
+def place_of(tile, tiles_m, tiles_n):
     """First row and first column of a tile: down GROUP tiles of M, then on to the next tile of N."""
     group = tile // (GROUP * tiles_n)
     within = tile % (GROUP * tiles_n)
     height = gl.minimum(tiles_m - group * GROUP, GROUP)
-    COLUMNS: gl.constexpr = BOX if GATED else 2 * BOX
     return (group * GROUP + within % height) * CONSUMERS * ROWS, within // height * COLUMNS
 
 
@@ -103,24 +92,24 @@ def halves(tile):
 
 
 @gluon.jit
-def produce(at_x, at_weight, x, weight, ready, free, steps, tiles_m, tiles_n, second_box, GATED: gl.constexpr):
+def produce(at_x, at_weight, x, weight, ready, free, steps, tiles_m, tiles_n):
     """Ask for all steps of all tiles of this program, each as soon as its slot is free."""
     wait(True)
     count = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        first_m, first_n = place_of(tile, tiles_m, tiles_n, GATED)
+        first_m, first_n = place_of(tile, tiles_m, tiles_n)
         for step in range(steps):
             slot = count % STAGES
             mbarrier.wait(free.index(slot), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(slot), (CONSUMERS * ROWS + 2 * BOX) * STEP)
+            mbarrier.expect(ready.index(slot), (CONSUMERS * ROWS + COLUMNS) * STEP)
             for consumer in gl.static_range(CONSUMERS):
                 tma.async_copy_global_to_shared(
                     at_x, [first_m + consumer * ROWS, step * STEP], ready.index(slot),
                     x.index(slot * CONSUMERS + consumer),
                 )  # fmt: skip
-            for box in gl.static_range(2):
+            for box in gl.static_range(COLUMNS // BOX):
                 tma.async_copy_global_to_shared(
-                    at_weight, [first_n + box * second_box, step * STEP], ready.index(slot),
+                    at_weight, [first_n + box * BOX, step * STEP], ready.index(slot),
                     weight.index(slot).slice(box * BOX, BOX, dim=0),
                 )  # fmt: skip
             count += 1
@@ -129,16 +118,16 @@ def produce(at_x, at_weight, x, weight, ready, free, steps, tiles_m, tiles_n, se
 @gluon.jit
 def consume(
     at_out, x, weight, stored, ready, free, x_scales, weight_scales, bias, rows, out_features, steps, tiles_m, tiles_n,
-    second_box, CONSUMER: gl.constexpr, GATED: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Multiply, scale and store the rows of one consumer, of all tiles of this program."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     wait(True)
     count = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        first_m, first_n = place_of(tile, tiles_m, tiles_n, GATED)
+        first_m, first_n = place_of(tile, tiles_m, tiles_n)
         first_m += CONSUMER * ROWS
-        acc = gl.zeros([ROWS, 2 * BOX], gl.int32, layout=MMA)
+        acc = gl.zeros([ROWS, COLUMNS], gl.int32, layout=MMA)
         for step in range(steps):
             slot = count % STAGES
             mbarrier.wait(ready.index(slot), count // STAGES & 1)
@@ -152,9 +141,8 @@ def consume(
             count += 1
         # Scales are read while the last step is multiplied.
         m = first_m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
-        column = gl.arange(0, 2 * BOX, layout=gl.SliceLayout(0, MMA))
-        n = first_n + column % BOX + column // BOX * second_box
-        is_n = n < out_features * (2 if GATED else 1)
+        n = first_n + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
+        is_n = n < out_features
         m_scales = gl.load(x_scales + m, mask=m < rows, other=0.0)[:, None]
         n_scales = gl.load(weight_scales + n, mask=is_n, other=0.0)[None, :]
         sums = warpgroup_mma_wait(0, [acc])
@@ -163,7 +151,7 @@ def consume(
         if bias is not None:
             result += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[None, :]
         left, right = halves(result.to(at_out.dtype))
-        parts = halves(silu_product(left, right)) if GATED else halves(left) + halves(right)
+        parts = halves(left) + halves(right)
         for part in gl.static_range(len(parts)):
             place = stored.index(CONSUMER * 2 + part % 2)
             tma.store_wait(1)
@@ -176,12 +164,10 @@ def consume(
 
 
 @gluon.jit(do_not_specialize=["rows", "steps"])
-def w8a8_hopper_kernel(
-    at_x, at_weight, at_out, x_scales, weight_scales, bias, rows, out_features, steps, GATED: gl.constexpr
-):
+def w8a8_hopper_kernel(at_x, at_weight, at_out, x_scales, weight_scales, bias, rows, out_features, steps):
     """All tiles of outputs; of x [M, K], weight [N, K] and out [M, N] there are descriptors."""
     x = gl.allocate_shared_memory(at_x.dtype, [STAGES * CONSUMERS, ROWS, STEP], at_x.layout)
-    weight = gl.allocate_shared_memory(at_x.dtype, [STAGES, 2 * BOX, STEP], at_weight.layout)
+    weight = gl.allocate_shared_memory(at_x.dtype, [STAGES, COLUMNS, STEP], at_weight.layout)
     stored = gl.allocate_shared_memory(at_out.dtype, [2 * CONSUMERS, ROWS, PART], at_out.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -190,15 +176,14 @@ def w8a8_hopper_kernel(
         mbarrier.init(free.index(stage), count=CONSUMERS)
     fence_async_shared()
     tiles_m = gl.cdiv(rows, CONSUMERS * ROWS)
-    tiles_n = gl.cdiv(out_features, BOX if GATED else 2 * BOX)
-    second_box = out_features if GATED else BOX
+    tiles_n = gl.cdiv(out_features, COLUMNS)
     gl.warp_specialize(
         [
             (consume, (at_out, x, weight, stored, ready, free, x_scales, weight_scales, bias, rows, out_features, steps,
-                       tiles_m, tiles_n, second_box, 0, GATED)),
+                       tiles_m, tiles_n, 0)),
             (consume, (at_out, x, weight, stored, ready, free, x_scales, weight_scales, bias, rows, out_features, steps,
-                       tiles_m, tiles_n, second_box, 1, GATED)),
-            (produce, (at_x, at_weight, x, weight, ready, free, steps, tiles_m, tiles_n, second_box, GATED)),
+                       tiles_m, tiles_n, 1)),
+            (produce, (at_x, at_weight, x, weight, ready, free, steps, tiles_m, tiles_n)),
         ],
         [4, 1],
         [240, 24],

@@ -14,6 +14,8 @@
 
                     acc [BLOCK_M, BLOCK_N]  += x [BLOCK_M, BLOCK_K] · w [BLOCK_N, BLOCK_K]ᵀ
 
+On Hopper most products of 33 to 256 rows are those of ``skinny_hopper_triton``.
+
 The weights come first in small products, as the matrix unit's tile is 16 or 64 by 8. Hopper's adds products of FP8
 with fewer bits than fp32 has: every PROMOTE channels the sum is taken out of it and added to one in fp32. PyTorch's
 product leaves it in, as vLLM's does: a tenth faster, and 3e-3 off, where rounding to FP8 is off by 3e-2.
@@ -29,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmq.runtime.kernels import capability
+from llmq.runtime.kernels import capability, skinny_hopper_triton, w8a8_hopper_triton
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
@@ -79,15 +81,18 @@ CACHED = 2**25  # bytes
 def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``w8a8_matmul`` through Triton, or PyTorch's product."""
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
+    is_hopper = capability(x.codes.device)[0] == 9
+    skinny = skinny_hopper_triton.launch_for(rows, out_features, in_features, x.codes.dtype)
+    if is_hopper and skinny is not None and skinny_hopper_triton.takes(x.codes, weight.codes):
+        return skinny_hopper_triton.skinny_matmul(
+            x.codes, weight.codes, x.scales, weight.scales, bias, dtype, skinny
+        )  # fmt: skip
     whole = in_features % 16 == 0 and out_features % 16 == 0  # as the copy engine and PyTorch's product want it
     kernel, launch = kernel_for(rows, out_features, in_features, weight.number)
     if kernel is large_kernel and not whole:
         kernel, launch = split_kernel, max(SPLIT[weight.number].items())[1]
-    if kernel is large_kernel and capability(x.codes.device)[0] == 9:
-        from llmq.runtime.kernels.w8a8_hopper_triton import takes, w8a8_matmul_hopper
-
-        if takes(x, weight, dtype):
-            return w8a8_matmul_hopper(x, weight, bias, dtype)
+    if kernel is large_kernel and is_hopper and w8a8_hopper_triton.takes(x, weight, dtype):
+        return w8a8_hopper_triton.w8a8_matmul_hopper(x, weight, bias, dtype)
     if kernel is large_kernel and weight.number == E4M3 and dtype == torch.bfloat16 and x.codes.is_cuda:
         return torch._scaled_mm(
             x.codes, weight.codes.t(), x.scales, weight.scales[None, :], bias, out_dtype=dtype, use_fast_accum=True
@@ -97,15 +102,6 @@ def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
         run = {sliced_kernel: _sliced, split_kernel: _split, large_kernel: _large}[kernel]
         run(x, weight, bias, out, launch)
     return out
-
-
-def w8a8_silu_mul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``w8a8_silu_mul`` where the kernel of Hopper takes the product."""
-    if capability(x.codes.device)[0] != 9:
-        return None
-    from llmq.runtime.kernels.w8a8_hopper_triton import takes, w8a8_matmul_hopper
-
-    return w8a8_matmul_hopper(x, weight, bias, dtype, gated=True) if takes(x, weight, dtype) else None
 
 
 def kernel_for(rows: int, out_features: int, in_features: int, number: str) -> tuple[Any, Launch]:
