@@ -29,7 +29,7 @@ else:
     from test_kernels_reference import Rows, draw_paged, draw_weight
 
     from llmq.runtime.kernels.angles import cos_and_sin, cos_and_sin_reference
-    from llmq.runtime.kernels.attention import paged_attention, paged_attention_reference
+    from llmq.runtime.kernels.attention import Fresh, paged_attention, paged_attention_reference
     from llmq.runtime.kernels.dense import CHANNELS, dense_matmul
     from llmq.runtime.kernels.embedding import embedding, embedding_reference
     from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
@@ -146,6 +146,57 @@ else:
         """Random; for e4m3 multiples of its numbers, as the interpreter rounds to it wrongly."""
         x = torch.randn(*shape)
         return x if number == INT else (x * 40).to(torch.float8_e4m3fn).float() / 128
+
+    DECODE: Rows = [(1, kv) for kv in (300, 128, 129, 1, 64, 200)]
+
+    def draw_fresh(number: str | None, rotated: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Fresh]:
+        """Queries, and what else a projection gives, of one token of each row of DECODE."""
+        fused = draw_kv(number or INT, len(DECODE), heads + 2 * kv_heads, head_dim)
+        query, key, value = fused.split([heads, kv_heads, kv_heads], dim=1)
+        angles = torch.randint(0, 4, (len(DECODE), 1, rotated // 2)) * torch.pi / 2
+        if number != E4M3:  # turned by right angles, its numbers stay numbers of e4m3
+            angles = torch.randn(angles.shape)
+        rotation = (angles.cos(), angles.sin()) if number != E4M3 else (angles.cos().round(), angles.sin().round())
+        norms = None if number == E4M3 else (torch.randn(head_dim), torch.randn(head_dim))
+        return query, Fresh(key, value, rotation, torch.empty(0), norms, 1e-5)
+
+    @pytest.mark.parametrize("number", [None, INT, E4M3])
+    @pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (None, 3.0)])
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "head_dim", "rotated", "block_size"),
+        [(4, 2, 16, 16, 16), (9, 3, 20, 14, 64), (3, 1, 72, 72, 48)],
+    )
+    def test_attention_that_writes_its_tokens(
+        heads: int, kv_heads: int, head_dim: int, rotated: int, block_size: int, window: int | None,
+        softcap: float | None, number: str | None,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(0)
+        _, keys, values, tables, starts, lengths = draw_paged(DECODE, heads, kv_heads, head_dim, block_size)
+        caches, scales = [keys.float(), values.float()], None
+        if number is not None:
+            caches, scales, _ = rounded_caches((keys, values), number)
+        if number == E4M3:
+            _, scales = empty_cache(number, 0, 1, 1, 1)  # those that draw_kv draws for
+        query, fresh = draw_fresh(number, rotated, heads, kv_heads, head_dim)
+        last = lengths - 1
+        blocks = tables[torch.arange(len(DECODE)), last // block_size]
+        fresh = fresh._replace(slots=blocks * block_size + last % block_size)
+        rest = {"window": window, "softcap": softcap, "max_query_length": 1}
+        longest = torch.tensor([300], dtype=torch.int32)
+        results = []
+        for attention, bound in ((paged_attention, {"longest": longest, "max_kv_length": 1024}),
+                                 (paged_attention_reference, {"max_kv_length": 300})):  # fmt: skip
+            own = [cache.clone() for cache in caches]
+            own_scales = None if scales is None else (scales[0].clone(), scales[1].clone())
+            out = attention(query, *own, tables, starts, lengths, **rest, **bound, scales=own_scales, fresh=fresh)
+            written = [
+                read_pages(cache, scale, torch.arange(len(cache)), torch.float32)
+                for cache, scale in zip(own, own_scales or (None, None), strict=True)
+            ]
+            results.append((out, *(each.nan_to_num(0.5) for each in written)))
+        for ours, theirs in zip(*results, strict=True):
+            # A norm summed in another order may make another code, a step off.
+            assert (ours - theirs).norm() <= (1e-3 if number == INT else 1e-5) * theirs.norm()
 
     @pytest.mark.parametrize("number", [INT, E4M3])
     @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])

@@ -39,10 +39,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels.attention import Fresh
 from llmq.runtime.kernels.kv_write import Scales
-from llmq.runtime.kernels.kv_write_triton import scale_strides
+from llmq.runtime.kernels.kv_write_triton import scale_strides, store_heads
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
+from llmq.runtime.kernels.rope_triton import load_rotation, load_turned
 
 SHORTEST_SPLIT = 128  # positions; joining more splits takes longer than reading so few side by side saves
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
@@ -140,6 +142,7 @@ def paged_attention_triton(
     split: int | None = None,
     batch_invariant: bool = False,
     scales: Scales | None = None,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
     tokens, heads, head_dim = query.shape
@@ -165,20 +168,31 @@ def paged_attention_triton(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     cap_scale = 0.0 if softcap is None else 2 * LOG2_E * scale / softcap
 
+    of_fresh: tuple[Tensor | int | float | None, ...] = (*(None,) * 7, *(0,) * 4, 0.0)
+    if fresh is not None:
+        key, value = fresh.key, fresh.value
+        if key.stride(2) != 1 or value.stride(2) != 1:
+            raise ValueError("keys and values must be contiguous in head_dim")
+        cos, sin = (angles.contiguous() for angles in fresh.rotation)
+        of_fresh = (key, value, cos, sin, *(fresh.norms or (None, None)), fresh.slots,
+                    *key.stride()[:2], *value.stride()[:2], fresh.eps)  # fmt: skip
+
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
-            query, key_cache, value_cache, *(scales or (None, None)), block_tables, query_starts, kv_lengths, longest,
-            order, out, means, logsums,
+            query, *of_fresh, key_cache, value_cache, *(scales or (None, None)), block_tables, query_starts,
+            kv_lengths, longest, order, out, means, logsums,
             *query.stride()[:2], *key_cache.stride()[:3], *scale_strides(scales), block_tables.stride(0), out.stride(0),
             heads, rows, few_queries, splits, shared, span, split or 0, window or 0,
             LOG2_E * (softcap or scale), cap_scale,
-            GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_SIZE=block_size, PAIRED=scales is not None and in_pairs(head_dim, is_decode),
+            HALF=0 if fresh is None else fresh.rotation[0].shape[-1], GROUP=group, HEAD_DIM=head_dim,
+            DIM_PADDED=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size, PAIRED=scales is not None and in_pairs(head_dim, is_decode),
             WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
             BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
             **pdl(query.device),
         )  # fmt: skip
 
+    if fresh is not None and (few_queries, max_query_length) != (1, 1):
+        raise ValueError("only rows of one query each write their own keys and values")
     if few_queries:
         attend_rows(decode, splits, rows, True)
     if max_query_length > few_queries:
@@ -217,12 +231,13 @@ def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "few_queries", "splits", "shared", "span", "split", "window"])
 def attention_kernel(
-    query, key_cache, value_cache, key_scales, value_scales, block_tables, query_starts, kv_lengths, longest, order,
-    out, means, logsums,
+    query, key, value, cos, sin, query_norm, key_norm, slots, key_token_stride, key_head_stride, value_token_stride,
+    value_head_stride, eps, key_cache, value_cache, key_scales, value_scales, block_tables, query_starts, kv_lengths,
+    longest, order, out, means, logsums,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
     scale_block_stride, scale_head_stride, table_stride, out_token_stride, heads, rows, few_queries, splits, shared,
     span, split, window, scale, cap_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PAIRED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
     TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -264,9 +279,17 @@ def attention_kernel(
     is_query = (query_index < queries) & (m < BLOCK_Q * GROUP)
     position = kv_length - queries + query_index
     first_token = (query_start + first_query).to(tl.int64)
-    stored = is_query[:, None] & (dim < HEAD_DIM)[None, :]
-    at_query = m // GROUP * query_token_stride + head * query_head_stride
-    q = tl.load(query + first_token * query_token_stride + at_query[:, None] + dim[None, :], mask=stored, other=0.0)
+    is_channel = dim < HEAD_DIM
+    stored = is_query[:, None] & is_channel[None, :]
+    at_query = query + first_token * query_token_stride + m // GROUP * query_token_stride
+    at_query += head * query_head_stride
+    if key is None:
+        q = tl.load(at_query[:, None] + dim[None, :], mask=stored, other=0.0)
+    else:
+        at_key = key + first_token * key_token_stride + kv_head * key_head_stride
+        at_value = value + first_token * value_token_stride + kv_head * value_head_stride
+        partner, c, s = load_rotation(cos, sin, first_token, dim, HALF)
+        q = load_turned(at_query, is_query, dim, partner, c, s, query_norm, eps, HEAD_DIM)
 
     if key_scales is not None:
         if q.dtype == tl.bfloat16:
@@ -305,6 +328,17 @@ def attention_kernel(
     table = block_tables + row.to(tl.int64) * table_stride
     keys = key_cache + kv_head * cache_head_stride
     values = value_cache + kv_head * cache_head_stride
+    if key is not None:
+        # The program that reads the row's last position writes it; its warps read what another one of them wrote.
+        is_head = last + tl.arange(0, 1) == kv_length
+        k = load_turned(at_key + tl.arange(0, 1), is_head, dim, partner, c, s, key_norm, eps, HEAD_DIM)
+        v = tl.load(at_value + dim[None, :], mask=is_head[:, None] & is_channel[None, :], other=0.0)
+        slot = tl.load(slots + first_token).to(tl.int64)
+        to = (slot // BLOCK_SIZE) * cache_block_stride + slot % BLOCK_SIZE * cache_token_stride + dim[None, :]
+        scale_to = (slot // BLOCK_SIZE) * scale_block_stride + slot % BLOCK_SIZE + tl.arange(0, 1)
+        store_heads(k, keys, to, key_scales, scale_to, is_head, is_channel)
+        store_heads(v, values, to, value_scales, scale_to, is_head, is_channel)
+        tl.debug_barrier()
     if PAIRED:
         values = values.to(tl.pointer_type(tl.int16), bitcast=True)  # two channels each
     if not DECODE:
