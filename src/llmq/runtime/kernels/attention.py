@@ -63,8 +63,8 @@ def paged_attention(
 
     query         [tokens, heads, head_dim]
     key_cache     [blocks, block_size, kv_heads, head_dim]; may be a view of a bigger pool, contiguous in head_dim.
-    value_cache   This step's keys and values are in it already, unless ``fresh``. In the query's type, or in 8 bits with
-                  ``scales``
+    value_cache   This step's keys and values are in it already, but for ``fresh`` ones. In the query's type, or in 8
+                  bits with ``scales``
     block_tables  int32 [rows, max blocks of a row]
     query_starts  int32 [rows + 1]; row r's queries are query[query_starts[r]:query_starts[r + 1]]
     kv_lengths    int32 [rows]; tokens of the row in the cache. Its last query is at position kv_length − 1.

@@ -15,6 +15,9 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
                              the longest row and the grid decide on that length, on the device: a CUDA graph has one
                              grid for all lengths up to a bound, and its programs share out what there is
 
+                             where every row has one query, a program also norms and rotates its own, and the one
+                             whose split has the row's last position writes that token into the cache before it reads
+
     many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
                              and leaves the mask out where every query of the tile sees every key
 
@@ -43,9 +46,11 @@ from llmq.runtime.kernels.attention import Fresh
 from llmq.runtime.kernels.kv_write import Scales
 from llmq.runtime.kernels.kv_write_triton import scale_strides, store_heads
 from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.prefetch_triton import prefetch
 from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
 from llmq.runtime.kernels.rope_triton import load_rotation, load_turned
 
+AHEAD = 0
 SHORTEST_SPLIT = 128  # positions; joining more splits takes longer than reading so few side by side saves
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
@@ -184,11 +189,12 @@ def paged_attention_triton(
             *query.stride()[:2], *key_cache.stride()[:3], *scale_strides(scales), block_tables.stride(0), out.stride(0),
             heads, rows, few_queries, splits, shared, span, split or 0, window or 0,
             LOG2_E * (softcap or scale), cap_scale,
-            HALF=0 if fresh is None else fresh.rotation[0].shape[-1], GROUP=group, HEAD_DIM=head_dim,
-            DIM_PADDED=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size, PAIRED=scales is not None and in_pairs(head_dim, is_decode),
+            HALF=0 if fresh is None else fresh.rotation[0].shape[-1],
+            GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_SIZE=block_size, PAIRED=scales is not None and in_pairs(head_dim, is_decode),
             WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
             BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
-            **pdl(query.device),
+            **pdl(query.device), AHEAD=AHEAD if is_decode else 0,
         )  # fmt: skip
 
     if fresh is not None and (few_queries, max_query_length) != (1, 1):
@@ -239,7 +245,7 @@ def attention_kernel(
     span, split, window, scale, cap_scale,
     HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PAIRED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr = 0,
 ):  # fmt: skip
     """One tile of queries of one KV head, over one split of the row's positions (DECODE) or all of them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
@@ -264,6 +270,20 @@ def attention_kernel(
     kv_length = tl.load(kv_lengths + row)
     if DECODE:
         split = split_length(longest, shared, span, split)
+        if AHEAD > 0:
+            first = first_seen(kv_length, queries, window, WINDOWED)
+            ahead = tl.maximum(first, (first // split + tl.program_id(0)) * split) + tl.arange(0, AHEAD)
+            page = tl.load(
+                block_tables + row.to(tl.int64) * table_stride + ahead // BLOCK_SIZE, mask=ahead < kv_length, other=0
+            )
+            place = (
+                page.to(tl.int64) * cache_block_stride
+                + ahead % BLOCK_SIZE * cache_token_stride
+                + kv_head * cache_head_stride
+            )
+            size = tl.where(ahead < kv_length, HEAD_DIM * key_cache.dtype.element_ty.primitive_bitwidth // 8, 0)
+            prefetch(key_cache + place, size)
+            prefetch(value_cache + place, size)
     wait(PDL)
     if DECODE:
         if (queries == 0) | (queries > few_queries):

@@ -38,8 +38,9 @@ def rope_and_write_triton(
     query_blocks = triton.cdiv(heads, block)
     if tokens:
         rope_and_write_kernel[tokens, query_blocks + triton.cdiv(kv_heads, block)](
-            query, key, value, cos, sin, *(norms or (None, None)), out, key_cache, value_cache, *(scales or (None, None)),
-            slots, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3],
+            query, key, value, cos, sin, *(norms or (None, None)), out, key_cache, value_cache,
+            *(scales or (None, None)), slots,
+            *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3],
             *scale_strides(scales), heads, kv_heads, query_blocks, eps,
             HALF=cos.shape[-1], HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim),
             BLOCK_SIZE=key_cache.shape[1], BLOCK=block, num_warps=2, **pdl(query.device),
@@ -100,8 +101,8 @@ def rope_and_write_kernel(
         head = block * BLOCK + tl.arange(0, BLOCK)
         source = query + token * query_token_stride + head * query_head_stride
         q = load_turned(source, head < heads, dim, partner, c, s, query_norm, eps, HEAD_DIM)
-        to = out + (token * heads + head)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(to, q, mask=(head < heads)[:, None] & is_channel[None, :])
+        at_out = (token * heads + head)[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(out + at_out, q, mask=(head < heads)[:, None] & is_channel[None, :])
     else:
         head = (block - query_blocks) * BLOCK + tl.arange(0, BLOCK)
         is_head = head < kv_heads
