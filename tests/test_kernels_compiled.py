@@ -121,7 +121,7 @@ def attention(
         BLOCK_SIZE=block_size, PAIRED=cache != "bf16" and attention_triton.in_pairs(head_dim, decode),
         WINDOWED=windowed, CAPPED=capped,
         DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
-        PDL=capability >= 90, AHEAD=0, **(scales if cache == "bf16" else {}),
+        PDL=capability >= 90, **(scales if cache == "bf16" else {}),
     )  # fmt: skip
 
 

@@ -46,11 +46,9 @@ from llmq.runtime.kernels.attention import Fresh
 from llmq.runtime.kernels.kv_write import Scales
 from llmq.runtime.kernels.kv_write_triton import scale_strides, store_heads
 from llmq.runtime.kernels.pdl_triton import pdl, wait
-from llmq.runtime.kernels.prefetch_triton import prefetch
 from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
-from llmq.runtime.kernels.rope_triton import load_rotation, load_turned
+from llmq.runtime.kernels.rope_triton import load_rotation, turned
 
-AHEAD = 0
 SHORTEST_SPLIT = 128  # positions; joining more splits takes longer than reading so few side by side saves
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
@@ -94,7 +92,7 @@ class Launch(NamedTuple):
 
 def decode_launch(group: int, head_dim: int, element_size: int, cache: torch.dtype) -> Launch:
     """For the grid of rows with few queries; ``element_size``: bytes of an element of the query."""
-    block_m = max(16, triton.next_power_of_2(group))
+    block_m = max(16, triton.next_power_of_2(group + 2))  # with a row for its key, and one for its value
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
     if head_dim > 128:
@@ -194,7 +192,7 @@ def paged_attention_triton(
             BLOCK_SIZE=block_size, PAIRED=scales is not None and in_pairs(head_dim, is_decode),
             WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
             BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
-            **pdl(query.device), AHEAD=AHEAD if is_decode else 0,
+            **pdl(query.device),
         )  # fmt: skip
 
     if fresh is not None and (few_queries, max_query_length) != (1, 1):
@@ -245,7 +243,7 @@ def attention_kernel(
     span, split, window, scale, cap_scale,
     HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PAIRED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr = 0,
+    TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one KV head, over one split of the row's positions (DECODE) or all of them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
@@ -270,21 +268,8 @@ def attention_kernel(
     kv_length = tl.load(kv_lengths + row)
     if DECODE:
         split = split_length(longest, shared, span, split)
-        if AHEAD > 0:
-            first = first_seen(kv_length, queries, window, WINDOWED)
-            ahead = tl.maximum(first, (first // split + tl.program_id(0)) * split) + tl.arange(0, AHEAD)
-            page = tl.load(
-                block_tables + row.to(tl.int64) * table_stride + ahead // BLOCK_SIZE, mask=ahead < kv_length, other=0
-            )
-            place = (
-                page.to(tl.int64) * cache_block_stride
-                + ahead % BLOCK_SIZE * cache_token_stride
-                + kv_head * cache_head_stride
-            )
-            size = tl.where(ahead < kv_length, HEAD_DIM * key_cache.dtype.element_ty.primitive_bitwidth // 8, 0)
-            prefetch(key_cache + place, size)
-            prefetch(value_cache + place, size)
-    wait(PDL)
+    if key is None:
+        wait(PDL)
     if DECODE:
         if (queries == 0) | (queries > few_queries):
             return
@@ -306,10 +291,7 @@ def attention_kernel(
     if key is None:
         q = tl.load(at_query[:, None] + dim[None, :], mask=stored, other=0.0)
     else:
-        at_key = key + first_token * key_token_stride + kv_head * key_head_stride
-        at_value = value + first_token * value_token_stride + kv_head * value_head_stride
-        partner, c, s = load_rotation(cos, sin, first_token, dim, HALF)
-        q = load_turned(at_query, is_query, dim, partner, c, s, query_norm, eps, HEAD_DIM)
+        q = tl.zeros([BLOCK_M, DIM_PADDED], dtype=query.dtype.element_ty)
 
     if key_scales is not None:
         if q.dtype == tl.bfloat16:
@@ -349,16 +331,20 @@ def attention_kernel(
     keys = key_cache + kv_head * cache_head_stride
     values = value_cache + kv_head * cache_head_stride
     if key is not None:
-        # The program that reads the row's last position writes it; its warps read what another one of them wrote.
-        is_head = last + tl.arange(0, 1) == kv_length
-        k = load_turned(at_key + tl.arange(0, 1), is_head, dim, partner, c, s, key_norm, eps, HEAD_DIM)
-        v = tl.load(at_value + dim[None, :], mask=is_head[:, None] & is_channel[None, :], other=0.0)
+        is_last = (first < last) & (last == kv_length)
+        last -= is_last.to(tl.int32)
         slot = tl.load(slots + first_token).to(tl.int64)
-        to = (slot // BLOCK_SIZE) * cache_block_stride + slot % BLOCK_SIZE * cache_token_stride + dim[None, :]
-        scale_to = (slot // BLOCK_SIZE) * scale_block_stride + slot % BLOCK_SIZE + tl.arange(0, 1)
-        store_heads(k, keys, to, key_scales, scale_to, is_head, is_channel)
-        store_heads(v, values, to, value_scales, scale_to, is_head, is_channel)
-        tl.debug_barrier()
+        at_key = key + first_token * key_token_stride + kv_head * key_head_stride
+        at_value = value + first_token * value_token_stride + kv_head * value_head_stride
+        brought = (
+            tl.where(m < GROUP, at_query, tl.where(m == GROUP, at_key, at_value)),
+            cos + first_token * HALF, sin + first_token * HALF, eps, is_last,
+            tl.where(m == GROUP, keys, values)
+            + (slot // BLOCK_SIZE * cache_block_stride + slot % BLOCK_SIZE * cache_token_stride),
+            slot // BLOCK_SIZE * scale_block_stride + slot % BLOCK_SIZE,
+        )  # fmt: skip
+    else:
+        brought = ()
     if PAIRED:
         values = values.to(tl.pointer_type(tl.int16), bitcast=True)  # two channels each
     if not DECODE:
@@ -369,20 +355,21 @@ def attention_kernel(
             acc, acc_odd, best, total = attend(
                 acc, acc_odd, best, total, q, first, tl.minimum(first_full, last), keys, values, key_scales,
                 value_scales, table, position, window, scale, cap_scale, cache_block_stride, cache_token_stride,
-                scale_block_stride,
-                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, True,
+                scale_block_stride, (), None, None,
+                0, GROUP, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, True, PDL,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
         acc, acc_odd, best, total = attend(
             acc, acc_odd, best, total, q, first_full, last_full, keys, values, key_scales, value_scales, table,
-            position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
-            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, False,
+            position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride, (), None, None,
+            0, GROUP, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, False, PDL,
         )  # fmt: skip
         first = last_full
     acc, acc_odd, best, total = attend(
         acc, acc_odd, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
-        scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
-        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, True,
+        scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride, brought, query_norm,
+        key_norm,
+        HALF, GROUP, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, True, PDL,
     )  # fmt: skip
 
     if PAIRED:
@@ -408,9 +395,11 @@ def attention_kernel(
 @triton.jit
 def attend(
     acc, acc_odd, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
-    scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAIRED: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride, brought,
+    query_norm, key_norm,
+    HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PAIRED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [first, last), tile by tile, into the running softmax (acc, best, total) of the queries q.
 
@@ -418,13 +407,19 @@ def attend(
     best   the greatest score yet; scores are in units of log 2, so that the exponential is one instruction
     total  the sum of the weights
     scale  takes a product of query and key, or, if CAPPED, its tanh to those units
+    brought
+           if HALF, what ``enter`` reads the query from: the kernel before is waited for in the first turn of the loop,
+           when the first tiles of keys and values are on their way
     """
     step = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PADDED)[None, :]
     VALUE_DIM: tl.constexpr = HEAD_DIM // 2 if PAIRED else HEAD_DIM
     value_dim = tl.arange(0, DIM_PADDED // 2 if PAIRED else DIM_PADDED)[None, :]
     pages = load_pages(table, first, last, BLOCK_SIZE, TILE)
-    for start in range(first, last, TILE):
+    stop = last
+    if HALF > 0:
+        stop = tl.maximum(last, first + 1)
+    for start in range(first, stop, TILE):
         key_position = start + step
         inside = (key_position < last)[:, None]
         # The page's place takes 64 bits, what is within it 32: in half the registers, and the same for all tiles.
@@ -461,14 +456,21 @@ def attend(
             else:
                 k = tl.load(keys + place + at, mask=dim < HEAD_DIM, other=0.0)
                 v = tl.load(values + value_place + value_at, mask=value_dim < VALUE_DIM, other=0.0)
+        if HALF > 0:
+            if start == first:
+                wait(PDL)
+                q, acc, acc_odd, best, total = enter(
+                    q, acc, acc_odd, best, total, brought, query_norm, key_norm, key_scales, value_scales, scale,
+                    cap_scale, HALF, GROUP, HEAD_DIM, DIM_PADDED, PAIRED, CAPPED,
+                )  # fmt: skip
         scores = tl.dot(q, tl.trans(widened(k, q.dtype, PAIRED)), input_precision="ieee")
         if key_scales is not None:
             if keys.dtype.element_ty == tl.int8:
                 scores *= key_scale
         if CAPPED:
-            scores = 1 - 2 / (1 + tl.exp2(scores * cap_scale))  # tanh(x) = 1 − 2 / (1 + e^2x)
+            scores = capped(scores, cap_scale)
         if MASKED:
-            seen = key_position[None, :] <= position[:, None]
+            seen = key_position[None, :] <= tl.minimum(position, last - 1)[:, None]
             if WINDOWED:
                 seen &= key_position[None, :] > position[:, None] - window
             scores = tl.where(seen, scores, float("-inf"))
@@ -490,6 +492,69 @@ def attend(
             acc = tl.dot(weights, v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
         best = new_best
     return acc, acc_odd, best, total
+
+
+@triton.jit
+def enter(
+    q, acc, acc_odd, best, total, brought, query_norm, key_norm, key_scales, value_scales, scale, cap_scale,
+    HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotate the one query of a row. In the program that has the row's last position, do so with its key, and
+    write it and the value into the cache; as they are kept there they are the first that the softmax takes in.
+
+    row of the tile   | GROUP heads of the query | key | value | zero … |
+    """
+    at_row, cos, sin, eps, is_last, to_row, scale_at = brought
+    BLOCK_M: tl.constexpr = q.shape[0]
+    m, dim = tl.arange(0, BLOCK_M), tl.arange(0, DIM_PADDED)
+    is_channel = dim < HEAD_DIM
+    inside = (m < GROUP + 2)[:, None] & is_channel[None, :]
+    partner, c, s = load_rotation(cos, sin, 0, dim, HALF)
+    x = tl.load(at_row[:, None] + dim[None, :], mask=inside, other=0.0)
+    other = tl.load(at_row[:, None] + partner[None, :], mask=inside, other=0.0)
+    weight = None
+    other_weight = None
+    if query_norm is not None:
+        of_key = (m == GROUP)[:, None]
+        of_query = tl.load(query_norm + dim, mask=is_channel, other=0.0)[None, :]
+        weight = tl.where(of_key, tl.load(key_norm + dim, mask=is_channel, other=0.0)[None, :], of_query)
+        of_query = tl.load(query_norm + partner, mask=is_channel, other=0.0)[None, :]
+        other_weight = tl.where(of_key, tl.load(key_norm + partner, mask=is_channel, other=0.0)[None, :], of_query)
+    tile = turned(x, other, c[None, :], s[None, :], weight, other_weight, eps, HEAD_DIM)
+    tile = tl.where((m == GROUP + 1)[:, None], x, tile)
+    scales = key_scales
+    if key_scales is not None:
+        scales = tl.where(m == GROUP, key_scales, value_scales)
+    is_head = (m >= GROUP) & (m < GROUP + 2) & is_last
+    kept, own_scales = store_heads(tile, to_row, dim, scales, scale_at + 0 * m, is_head, is_channel)
+    tile = tl.where((m < GROUP)[:, None], tile.to(q.dtype), kept.to(q.dtype))
+
+    column = tl.arange(0, BLOCK_M)[None, :]
+    score = tl.sum(tl.where(column == GROUP, tl.dot(tile, tl.trans(tile), input_precision="ieee"), 0.0), 1)
+    weights = tl.where((column == GROUP + 1) & is_last, 1.0, tl.zeros([BLOCK_M, BLOCK_M], tl.float32))
+    if key_scales is not None:
+        if to_row.dtype.element_ty == tl.int8:
+            score *= tl.sum(tl.where(m == GROUP, own_scales, 0.0), 0)
+            weights *= VALUE_SCALE * tl.sum(tl.where(m == GROUP + 1, own_scales, 0.0), 0)
+    if CAPPED:
+        score = capped(score, cap_scale)
+    best = tl.where(is_last, score * scale, best)
+    total = tl.where(is_last, 1.0, total)
+    weights = weights.to(q.dtype)
+    if PAIRED:
+        even, odd = tl.split(tl.reshape(tile, [BLOCK_M, DIM_PADDED // 2, 2]))
+        acc = tl.dot(weights, even, acc, input_precision="ieee")
+        acc_odd = tl.dot(weights, odd, acc_odd, input_precision="ieee")
+    else:
+        acc = tl.dot(weights, tile, acc, input_precision="ieee")
+    return tile, acc, acc_odd, best, total
+
+
+@triton.jit
+def capped(scores, cap_scale):
+    """tanh(x) = 1 − 2 / (1 + e^2x) of the scores, ``cap_scale`` of which are 2x in units of log 2."""
+    return 1 - 2 / (1 + tl.exp2(scores * cap_scale))
 
 
 @triton.jit

@@ -39,19 +39,23 @@ def write_kv_triton(
 
 
 @triton.jit
-def store_heads(heads, cache, to, scales, at, is_head, is_channel):
-    """Store ``heads`` [n, channels] of one token in ``cache``, at ``to``, rounded if it has ``scales``; where those are
-    the heads' own, they are stored too, at ``at`` [n]."""
+def store_heads(heads, to, dim, scales, at, is_head, is_channel):
+    """Store ``heads`` [n, channels ``dim``] of one token in a cache, at the places ``to`` [n], rounded if it has
+    ``scales``; where those are the heads' own, they are stored too, at ``at`` [n] → the numbers as they are kept, and
+    their scales [n]."""
+    scale = at.to(tl.float32)
     if scales is not None:
         heads = heads.to(tl.float32)
-        if cache.dtype.element_ty == tl.int8:
+        if to.dtype.element_ty == tl.int8:
             most = tl.maximum(tl.max(tl.abs(heads), 1), TINY)
-            tl.store(scales + at, tl.div_rn(most, 127.0), mask=is_head)
-            inverse = tl.div_rn(127.0, most)[:, None]
+            scale = tl.div_rn(most, 127.0)
+            tl.store(scales + at, scale, mask=is_head)
+            inverse = tl.div_rn(127.0, most)
         else:
-            inverse = tl.div_rn(1.0, tl.load(scales))
-        heads = rounded(heads * inverse, cache)
-    tl.store(cache + to, heads, mask=is_head[:, None] & is_channel[None, :])
+            inverse = tl.div_rn(1.0, tl.load(scales + 0 * at))
+        heads = rounded(heads * inverse[:, None], to)
+    tl.store(to[:, None] + dim[None, :], heads, mask=is_head[:, None] & is_channel[None, :])
+    return heads, scale
 
 
 @triton.jit
@@ -71,11 +75,11 @@ def write_kv_kernel(
     inside = is_head[:, None] & is_channel[None, :]
     # A pool may hold more than 2^31 elements: the block's offset is 64 bits wide, the rest is small.
     to = (slot // BLOCK_SIZE) * cache_block_stride + (slot % BLOCK_SIZE) * cache_token_stride
-    to += head[:, None] * cache_head_stride + dim[None, :]
+    to += head * cache_head_stride
     at = (slot // BLOCK_SIZE) * scale_block_stride + slot % BLOCK_SIZE + head * scale_head_stride
     at_key = token * key_token_stride + head[:, None] * key_head_stride + dim[None, :]
     at_value = token * value_token_stride + head[:, None] * value_head_stride + dim[None, :]
     k = tl.load(key + at_key, mask=inside, other=0.0)
-    store_heads(k, key_cache, to, key_scales, at, is_head, is_channel)
+    store_heads(k, key_cache + to, dim, key_scales, at, is_head, is_channel)
     v = tl.load(value + at_value, mask=inside, other=0.0)
-    store_heads(v, value_cache, to, value_scales, at, is_head, is_channel)
+    store_heads(v, value_cache + to, dim, value_scales, at, is_head, is_channel)

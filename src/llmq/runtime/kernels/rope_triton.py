@@ -59,11 +59,21 @@ def load_rotation(cos, sin, token, dim, HALF: tl.constexpr):
 
 
 @triton.jit
-def normed(x, inverse, norm, channel, is_channel):
-    """``x`` · ``inverse`` · the norm's weight, rounded where the plain computation rounds."""
-    weight = tl.load(norm + channel, mask=is_channel, other=0.0)
+def normed(x, inverse, weight):
+    """``x`` · ``inverse`` · ``weight``, rounded where the plain computation rounds."""
     normal = (x.to(tl.float32) * inverse).to(weight.dtype).to(tl.float32)
-    return (normal * weight.to(tl.float32)[None, :]).to(x.dtype)
+    return (normal * weight.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def turned(x, other, c, s, weight, other_weight, eps, HEAD_DIM: tl.constexpr):
+    """Heads ``x`` [n, channels], normed if there is a ``weight``, and rotated; ``other`` are the channels that they
+    turn with, ``c`` and ``s`` those of ``load_rotation``."""
+    if weight is not None:
+        squares = x.to(tl.float32) * x.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(squares, 1) / HEAD_DIM + eps)[:, None]
+        x, other = normed(x, inverse, weight), normed(other, inverse, other_weight)
+    return (x.to(tl.float32) * c + other.to(tl.float32) * s).to(x.dtype)
 
 
 @triton.jit
@@ -74,11 +84,12 @@ def load_turned(source, is_head, dim, partner, c, s, norm, eps, HEAD_DIM: tl.con
     inside = is_head[:, None] & is_channel[None, :]
     x = tl.load(source[:, None] + dim[None, :], mask=inside, other=0.0)
     other = tl.load(source[:, None] + partner[None, :], mask=inside, other=0.0)
+    weight = None
+    other_weight = None
     if norm is not None:
-        squares = x.to(tl.float32) * x.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(squares, 1) / HEAD_DIM + eps)[:, None]
-        x, other = normed(x, inverse, norm, dim, is_channel), normed(other, inverse, norm, partner, is_channel)
-    return (x.to(tl.float32) * c[None, :] + other.to(tl.float32) * s[None, :]).to(x.dtype)
+        weight = tl.load(norm + dim, mask=is_channel, other=0.0)[None, :]
+        other_weight = tl.load(norm + partner, mask=is_channel, other=0.0)[None, :]
+    return turned(x, other, c[None, :], s[None, :], weight, other_weight, eps, HEAD_DIM)
 
 
 @triton.jit
@@ -109,11 +120,11 @@ def rope_and_write_kernel(
         slot = tl.load(slots + token).to(tl.int64)
         # A pool may hold more than 2^31 elements: the block's offset is 64 bits wide, the rest is small.
         to = (slot // BLOCK_SIZE) * cache_block_stride + (slot % BLOCK_SIZE) * cache_token_stride
-        to += head[:, None] * cache_head_stride + dim[None, :]
+        to += head * cache_head_stride
         at = (slot // BLOCK_SIZE) * scale_block_stride + slot % BLOCK_SIZE + head * scale_head_stride
         source = key + token * key_token_stride + head * key_head_stride
         k = load_turned(source, is_head, dim, partner, c, s, key_norm, eps, HEAD_DIM)
-        store_heads(k, key_cache, to, key_scales, at, is_head, is_channel)
+        store_heads(k, key_cache + to, dim, key_scales, at, is_head, is_channel)
         source = value + token * value_token_stride + head * value_head_stride
         v = tl.load(source[:, None] + dim[None, :], mask=is_head[:, None] & is_channel[None, :], other=0.0)
-        store_heads(v, value_cache, to, value_scales, at, is_head, is_channel)
+        store_heads(v, value_cache + to, dim, value_scales, at, is_head, is_channel)
