@@ -49,6 +49,7 @@ from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
 from llmq.runtime.kernels.rope_triton import load_rotation, turned
 
+STEP = 32
 SHORTEST_SPLIT = 128  # positions; joining more splits takes longer than reading so few side by side saves
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
@@ -191,8 +192,8 @@ def paged_attention_triton(
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_SIZE=block_size, PAIRED=scales is not None and in_pairs(head_dim, is_decode),
             WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
-            BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
-            **pdl(query.device),
+            BLOCK_M=launch.block_m, TILE=launch.tile, STEP=max(decode.tile, STEP),
+            num_warps=launch.warps, num_stages=launch.stages, **pdl(query.device),
         )  # fmt: skip
 
     if fresh is not None and (few_queries, max_query_length) != (1, 1):
@@ -206,20 +207,20 @@ def paged_attention_triton(
             means, logsums, out, query_starts, kv_lengths, longest, out.stride(0), few_queries, splits, shared, span,
             split or 0, window or 0,
             HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), WINDOWED=window is not None,
-            CHUNK=8 if splits <= 8 else 32, num_warps=2 if splits <= 8 else 4, **pdl(query.device),
+            STEP=max(decode.tile, STEP), CHUNK=8 if splits <= 8 else 32, num_warps=2 if splits <= 8 else 4,
+            **pdl(query.device),
         )  # fmt: skip
     return out
 
 
 @triton.jit
-def split_length(longest, shared, span, split):
-    """Positions in a split: ``split`` if it is given, or what ``shared`` programs take of the longest row, or of the
-    ``span`` that a window lets it see."""
+def split_length(longest, shared, span, split, STEP: tl.constexpr):
+    """Positions in a split, a multiple of STEP: ``split`` if it is given, or what ``shared`` programs take of the
+    longest row, or of the ``span`` that a window lets it see."""
     if split == 0:
         if longest is not None:
             span = tl.minimum(span, tl.load(longest))
-        split = tl.cdiv(tl.cdiv(span, shared), 64) * 64  # a multiple of every tile
-        split = tl.maximum(split, 64)
+        split = tl.maximum(tl.cdiv(tl.cdiv(span, shared), STEP), 1) * STEP
     return split
 
 
@@ -243,7 +244,7 @@ def attention_kernel(
     span, split, window, scale, cap_scale,
     HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PAIRED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one KV head, over one split of the row's positions (DECODE) or all of them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
@@ -267,7 +268,7 @@ def attention_kernel(
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
     if DECODE:
-        split = split_length(longest, shared, span, split)
+        split = split_length(longest, shared, span, split, STEP)
     if key is None:
         wait(PDL)
     if DECODE:
@@ -344,7 +345,7 @@ def attention_kernel(
             slot // BLOCK_SIZE * scale_block_stride + slot % BLOCK_SIZE,
         )  # fmt: skip
     else:
-        brought = ()
+        brought = ()  # type: ignore[assignment]
     if PAIRED:
         values = values.to(tl.pointer_type(tl.int16), bitcast=True)  # two channels each
     if not DECODE:
@@ -361,7 +362,8 @@ def attention_kernel(
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
         acc, acc_odd, best, total = attend(
             acc, acc_odd, best, total, q, first_full, last_full, keys, values, key_scales, value_scales, table,
-            position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride, (), None, None,
+            position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride, (), None,
+            None,
             0, GROUP, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, False, PDL,
         )  # fmt: skip
         first = last_full
@@ -516,11 +518,9 @@ def enter(
     weight = None
     other_weight = None
     if query_norm is not None:
-        of_key = (m == GROUP)[:, None]
-        of_query = tl.load(query_norm + dim, mask=is_channel, other=0.0)[None, :]
-        weight = tl.where(of_key, tl.load(key_norm + dim, mask=is_channel, other=0.0)[None, :], of_query)
-        of_query = tl.load(query_norm + partner, mask=is_channel, other=0.0)[None, :]
-        other_weight = tl.where(of_key, tl.load(key_norm + partner, mask=is_channel, other=0.0)[None, :], of_query)
+        norm = tl.where(m == GROUP, key_norm, query_norm)[:, None]
+        weight = tl.load(norm + dim[None, :], mask=inside, other=0.0)
+        other_weight = tl.load(norm + partner[None, :], mask=inside, other=0.0)
     tile = turned(x, other, c[None, :], s[None, :], weight, other_weight, eps, HEAD_DIM)
     tile = tl.where((m == GROUP + 1)[:, None], x, tile)
     scales = key_scales
@@ -548,7 +548,7 @@ def enter(
         acc_odd = tl.dot(weights, odd, acc_odd, input_precision="ieee")
     else:
         acc = tl.dot(weights, tile, acc, input_precision="ieee")
-    return tile, acc, acc_odd, best, total
+    return tl.where((m < GROUP)[:, None], tile, 0.0), acc, acc_odd, best, total
 
 
 @triton.jit
@@ -603,7 +603,8 @@ def load_pages(table, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
 def merge_kernel(
     means, logsums, out, query_starts, kv_lengths, longest, out_token_stride, few_queries, splits, shared, span, split,
     window,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Mean of the splits' means, weighted by 2^logsum, CHUNK of them at a time, always in the same order."""
     row = tl.program_id(0) // few_queries
@@ -612,7 +613,7 @@ def merge_kernel(
     query_start = tl.load(query_starts + row)
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
-    split = split_length(longest, shared, span, split)
+    split = split_length(longest, shared, span, split, STEP)
     row_splits = tl.cdiv(kv_length, split) - first_seen(kv_length, queries, window, WINDOWED) // split
     wait(PDL)
     if (queries > few_queries) | (query_index >= queries) | (row_splits <= 1):
