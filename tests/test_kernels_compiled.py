@@ -120,7 +120,7 @@ def attention(
         **absent, HALF=head_dim // 2, GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=block_size, PAIRED=cache != "bf16" and attention_triton.in_pairs(head_dim, decode),
         WINDOWED=windowed, CAPPED=capped,
-        DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile, STEP=64,
+        DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
         PDL=capability >= 90, **(scales if cache == "bf16" else {}),
     )  # fmt: skip
 
@@ -362,7 +362,7 @@ def test_joining_splits_stays_out_of_memory(chunk: int, tmp_path: Path) -> None:
     pointers |= dict.fromkeys(("query_starts", "kv_lengths", "longest"), "*i32")
     compiled = compile_for(
         90, attention_triton.merge_kernel, pointers, 4, 3,
-        HEAD_DIM=128, DIM_PADDED=128, WINDOWED=True, STEP=64, CHUNK=chunk, PDL=True,
+        HEAD_DIM=128, DIM_PADDED=128, WINDOWED=True, TILE=64, CHUNK=chunk, PDL=True,
     )  # fmt: skip
     assert spilled_bytes(compiled, tmp_path) == 0
 

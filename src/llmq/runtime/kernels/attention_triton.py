@@ -49,8 +49,7 @@ from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
 from llmq.runtime.kernels.rope_triton import load_rotation, turned
 
-STEP = 32
-SHORTEST_SPLIT = 128  # positions; joining more splits takes longer than reading so few side by side saves
+SHORTEST_SPLIT = 64  # positions; joining more splits takes longer than reading so few side by side saves
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
@@ -192,8 +191,8 @@ def paged_attention_triton(
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_SIZE=block_size, PAIRED=scales is not None and in_pairs(head_dim, is_decode),
             WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
-            BLOCK_M=launch.block_m, TILE=launch.tile, STEP=max(decode.tile, STEP),
-            num_warps=launch.warps, num_stages=launch.stages, **pdl(query.device),
+            BLOCK_M=launch.block_m, TILE=launch.tile, num_warps=launch.warps, num_stages=launch.stages,
+            **pdl(query.device),
         )  # fmt: skip
 
     if fresh is not None and (few_queries, max_query_length) != (1, 1):
@@ -207,20 +206,19 @@ def paged_attention_triton(
             means, logsums, out, query_starts, kv_lengths, longest, out.stride(0), few_queries, splits, shared, span,
             split or 0, window or 0,
             HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), WINDOWED=window is not None,
-            STEP=max(decode.tile, STEP), CHUNK=8 if splits <= 8 else 32, num_warps=2 if splits <= 8 else 4,
-            **pdl(query.device),
+            TILE=decode.tile, CHUNK=8 if splits <= 8 else 32, num_warps=2 if splits <= 8 else 4, **pdl(query.device),
         )  # fmt: skip
     return out
 
 
 @triton.jit
-def split_length(longest, shared, span, split, STEP: tl.constexpr):
-    """Positions in a split, a multiple of STEP: ``split`` if it is given, or what ``shared`` programs take of the
+def split_length(longest, shared, span, split, TILE: tl.constexpr):
+    """Positions in a split, a multiple of TILE: ``split`` if it is given, or what ``shared`` programs take of the
     longest row, or of the ``span`` that a window lets it see."""
     if split == 0:
         if longest is not None:
             span = tl.minimum(span, tl.load(longest))
-        split = tl.maximum(tl.cdiv(tl.cdiv(span, shared), STEP), 1) * STEP
+        split = tl.maximum(tl.cdiv(tl.cdiv(span, shared), TILE), 1) * TILE
     return split
 
 
@@ -244,7 +242,7 @@ def attention_kernel(
     span, split, window, scale, cap_scale,
     HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PAIRED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one KV head, over one split of the row's positions (DECODE) or all of them."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP  # queries in a tile
@@ -268,7 +266,7 @@ def attention_kernel(
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
     if DECODE:
-        split = split_length(longest, shared, span, split, STEP)
+        split = split_length(longest, shared, span, split, TILE)
     if key is None:
         wait(PDL)
     if DECODE:
@@ -603,7 +601,7 @@ def load_pages(table, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
 def merge_kernel(
     means, logsums, out, query_starts, kv_lengths, longest, out_token_stride, few_queries, splits, shared, span, split,
     window,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Mean of the splits' means, weighted by 2^logsum, CHUNK of them at a time, always in the same order."""
@@ -613,7 +611,7 @@ def merge_kernel(
     query_start = tl.load(query_starts + row)
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
-    split = split_length(longest, shared, span, split, STEP)
+    split = split_length(longest, shared, span, split, TILE)
     row_splits = tl.cdiv(kv_length, split) - first_seen(kv_length, queries, window, WINDOWED) // split
     wait(PDL)
     if (queries > few_queries) | (query_index >= queries) | (row_splits <= 1):
