@@ -15,8 +15,9 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
                              the longest row and the grid decide on that length, on the device: a CUDA graph has one
                              grid for all lengths up to a bound, and its programs share out what there is
 
-                             where every row has one query, a program also norms and rotates its own, and the one
-                             whose split has the row's last position writes that token into the cache before it reads
+                             where all rows have one query, a program norms and rotates it, too, with keys and values
+                             of earlier tokens on their way already; the one whose split has the row's last position
+                             also writes that token, and begins with it: no program reads what another one writes
 
     many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
                              and leaves the mask out where every query of the tile sees every key
