@@ -117,8 +117,9 @@ def attention(
     absent = {} if fresh else dict.fromkeys((*brought, "cos", "sin", "slots"))
     return compile_for(
         capability, attention_triton.attention_kernel, pointers | brought | numbers, launch.warps, launch.stages,
-        **absent, HALF=head_dim // 2, GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim),
-        BLOCK_SIZE=block_size, PAIRED=cache != "bf16" and attention_triton.in_pairs(head_dim, decode),
+        **absent, HALF=head_dim // 2 if fresh else 0, GROUP=group, HEAD_DIM=head_dim,
+        DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
+        PAIRED=cache != "bf16" and attention_triton.in_pairs(head_dim, decode),
         WINDOWED=windowed, CAPPED=capped,
         DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
         PDL=capability >= 90, **(scales if cache == "bf16" else {}),
