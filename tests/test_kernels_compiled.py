@@ -105,7 +105,7 @@ def attention(
 ) -> Any:
     launch = attention_triton.prefill_launch(group, head_dim, 2)
     if decode:
-        launch = attention_triton.decode_launch(group, head_dim, 2, CACHES[cache])
+        launch = attention_triton.decode_launch(group, head_dim, 2, CACHES[cache], fresh)
     pointers = {"query": "*bf16", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": "*bf16"}
     scales = dict.fromkeys(("key_scales", "value_scales"))
     pointers |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(
@@ -198,7 +198,7 @@ def test_attention_over_8_bits_on_hopper(decode: bool, cache: str, most: float, 
     compiled = attention(90, 128, 64, 4, decode, False, cache=cache)
     assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
-    launch = attention_triton.decode_launch(4, 128, 2, CACHES[cache])
+    launch = attention_triton.decode_launch(4, 128, 2, CACHES[cache], False)
     if decode:
         # Reading 8 bits at full bandwidth leaves time for 7.8 of them, if nothing ever waits.
         assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * 2 * launch.tile * 128

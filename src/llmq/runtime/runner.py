@@ -23,7 +23,6 @@ from llmq.runtime.device import ToHost, on_device
 from llmq.runtime.graphs import MAX_TOKENS, StepGraphs, padded_rows
 from llmq.runtime.kernels.attention import Fresh, paged_attention
 from llmq.runtime.kernels.gumbel import draw_gumbel
-from llmq.runtime.kernels.rope import rope_and_write
 from llmq.runtime.kv_cache import KVCache
 from llmq.runtime.linear import make_batch_invariant
 from llmq.runtime.rotary import Rotation
@@ -172,14 +171,6 @@ class Runner:
         def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
             keys, values, scales = self.cache.layer(attention.layer)
             group = self.cache.group_of(attention.layer)
-            slots, norms, eps = batch.slots[group], attention.norms, attention.eps
-            fresh = None
-            if batch.shape.max_query_length == 1 and not self._deterministic:
-                fresh = Fresh(key, value, rotation, slots, norms, eps)
-            else:
-                query = rope_and_write(
-                    query, key, value, rotation, keys, values, slots, norms=norms, eps=eps, scales=scales
-                )
             return paged_attention(
                 query,
                 keys,
@@ -196,7 +187,7 @@ class Runner:
                 softcap=attention.softcap,
                 batch_invariant=self._deterministic,
                 scales=scales,
-                fresh=fresh,
+                fresh=Fresh(key, value, rotation, batch.slots[group], attention.norms, attention.eps),
             )
 
         return self.decoder(batch.ints.index_select(0, batch.sources), batch.positions, attend)  # type: ignore[no-any-return]

@@ -83,8 +83,8 @@ def paged_attention(
                 a token's result does not depend on how many tokens of its row, or of others, are in the step: one
                 program takes all positions of a row, in tiles of one shape
     scales        of keys and of values in 8 bits; see ``write_kv``. The products of a bf16 query are then of fp16
-    fresh         of rows with one query each: keys and values that are yet to be written, which ``rope_and_write`` does
-                  with the query, here in the same pass; slots are those of each row's last position
+    fresh         what ``rope_and_write`` is to do first, if it has not been called: on a GPU, a pass less where few
+                  rows have one query each. The slots are then of their last positions
     """
     inputs = (query, key_cache, value_cache, block_tables, query_starts, kv_lengths)
     if not runs_triton(query):

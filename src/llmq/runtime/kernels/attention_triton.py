@@ -15,9 +15,9 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
                              the longest row and the grid decide on that length, on the device: a CUDA graph has one
                              grid for all lengths up to a bound, and its programs share out what there is
 
-                             where all rows have one query, a program norms and rotates it, too, with keys and values
-                             of earlier tokens on their way already; the one whose split has the row's last position
-                             also writes that token, and begins with it: no program reads what another one writes
+                             of few rows with one query each, a program norms and rotates it, too, with keys and
+                             values of earlier tokens on their way already; the one whose split has the row's last
+                             position also writes that token, and begins with it: none reads what another one writes
 
     many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
                              and leaves the mask out where every query of the tile sees every key
@@ -48,10 +48,11 @@ from llmq.runtime.kernels.kv_write import Scales
 from llmq.runtime.kernels.kv_write_triton import scale_strides, store_heads
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
-from llmq.runtime.kernels.rope_triton import load_rotation, turned
+from llmq.runtime.kernels.rope_triton import load_rotation, rope_and_write_triton, turned
 
-SHORTEST_SPLIT = 64  # positions; joining more splits takes longer than reading so few side by side saves
+SHORTEST_SPLIT = 96  # positions; joining more splits takes longer than reading so few side by side saves
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
+HALF_MULTIPROCESSOR = 96 * 1024  # bytes of shared memory
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
 VALUE_SCALE = tl.constexpr(1024.0)
@@ -91,13 +92,19 @@ class Launch(NamedTuple):
     stages: int
 
 
-def decode_launch(group: int, head_dim: int, element_size: int, cache: torch.dtype) -> Launch:
-    """For the grid of rows with few queries; ``element_size``: bytes of an element of the query."""
+def decode_launch(group: int, head_dim: int, element_size: int, cache: torch.dtype, few: bool) -> Launch:
+    """For the grid of rows with few queries; ``element_size``: bytes of an element of the query. ``few``: all programs
+    run at once."""
     block_m = max(16, triton.next_power_of_2(group + 2))  # with a row for its key, and one for its value
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
     if head_dim > 128:
         return Launch(block_m, 64, 4, 2)
+    if few:
+        # No more than two fit on a multiprocessor: where the kernel before leaves room for a third, it has to do three
+        # programs' work, and others do one's.
+        stage = 2 * 64 * max(64, triton.next_power_of_2(head_dim)) * cache.itemsize
+        return Launch(block_m, 64, 4, min(6, HALF_MULTIPROCESSOR // stage))
     # A bigger tile of queries does not fit into the registers of two warps.
     if head_dim > 64 and block_m <= 32:
         if cache == torch.int8:
@@ -155,7 +162,8 @@ def paged_attention_triton(
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
         raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
     group = heads // kv_heads
-    decode = decode_launch(group, head_dim, query.element_size(), key_cache.dtype)
+    few = rows * kv_heads <= PROGRAMS
+    decode = decode_launch(group, head_dim, query.element_size(), key_cache.dtype, few)
     prefill = prefill_launch(group, head_dim, query.element_size())
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
 
@@ -174,12 +182,17 @@ def paged_attention_triton(
 
     of_fresh: tuple[Tensor | int | float | None, ...] = (*(None,) * 7, *(0,) * 4, 0.0)
     if fresh is not None:
-        key, value = fresh.key, fresh.value
-        if key.stride(2) != 1 or value.stride(2) != 1:
-            raise ValueError("keys and values must be contiguous in head_dim")
-        cos, sin = (angles.contiguous() for angles in fresh.rotation)
-        of_fresh = (key, value, cos, sin, *(fresh.norms or (None, None)), fresh.slots,
-                    *key.stride()[:2], *value.stride()[:2], fresh.eps)  # fmt: skip
+        key, value, (cos, sin), slots, norms, eps = fresh
+        if few and max_query_length == 1 and not batch_invariant:
+            if key.stride(2) != 1 or value.stride(2) != 1:
+                raise ValueError("keys and values must be contiguous in head_dim")
+            of_fresh = (key, value, cos.contiguous(), sin.contiguous(), *(norms or (None, None)), slots,
+                        *key.stride()[:2], *value.stride()[:2], eps)  # fmt: skip
+        else:
+            query = rope_and_write_triton(
+                query, key, value, (cos, sin), key_cache, value_cache, slots, norms=norms, eps=eps, scales=scales
+            )
+            fresh = None
 
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
@@ -196,8 +209,6 @@ def paged_attention_triton(
             **pdl(query.device),
         )  # fmt: skip
 
-    if fresh is not None and (few_queries, max_query_length) != (1, 1):
-        raise ValueError("only rows of one query each write their own keys and values")
     if few_queries:
         attend_rows(decode, splits, rows, True)
     if max_query_length > few_queries:
