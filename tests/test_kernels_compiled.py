@@ -204,14 +204,13 @@ def test_attention_over_8_bits_on_hopper(decode: bool, cache: str, most: float, 
         assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * 2 * launch.tile * 128
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize(("head_dim", "group"), [(64, 4), (128, 2), (128, 4), (256, 2)])
-def test_attention_that_writes_its_tokens_on_hopper(head_dim: int, group: int, cache: str, tmp_path: Path) -> None:
-    compiled = attention(90, head_dim, 64, group, True, False, cache=cache, fresh=True)
+@pytest.mark.parametrize(("head_dim", "group"), [(80, 7), (128, 2), (128, 4), (128, 16)])
+def test_attention_that_writes_its_tokens_on_hopper(head_dim: int, group: int, tmp_path: Path) -> None:
+    compiled = attention(90, head_dim, 64, group, True, False, fresh=True)
     ptx = compiled.asm["ptx"]
     # The first tiles are asked for before the kernel that computes the query has ended.
     assert ptx.index("cp.async.cg") < ptx.index("griddepcontrol.wait")
-    assert spilled_bytes(compiled, tmp_path) <= (32 if (head_dim, cache) == (256, "i8") else 0)
+    assert spilled_bytes(compiled, tmp_path) == 0
 
 
 @pytest.mark.parametrize("decode", [True, False])

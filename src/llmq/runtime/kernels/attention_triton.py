@@ -45,14 +45,13 @@ from torch import Tensor
 
 from llmq.runtime.kernels.attention import Fresh
 from llmq.runtime.kernels.kv_write import Scales
-from llmq.runtime.kernels.kv_write_triton import scale_strides, store_heads
+from llmq.runtime.kernels.kv_write_triton import scale_strides
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
 from llmq.runtime.kernels.rope_triton import load_rotation, rope_and_write_triton, turned
 
 SHORTEST_SPLIT = 96  # positions; joining more splits takes longer than reading so few side by side saves
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
-HALF_MULTIPROCESSOR = 96 * 1024  # bytes of shared memory
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
 VALUE_SCALE = tl.constexpr(1024.0)
@@ -92,19 +91,24 @@ class Launch(NamedTuple):
     stages: int
 
 
-def decode_launch(group: int, head_dim: int, element_size: int, cache: torch.dtype, few: bool) -> Launch:
-    """For the grid of rows with few queries; ``element_size``: bytes of an element of the query. ``few``: all programs
-    run at once."""
+def writes_tokens(tiles: int, head_dim: int, cache: torch.dtype) -> bool:
+    """Whether the programs of a decode grid, of ``tiles`` (rows × KV heads), take over what ``rope_and_write`` does: it
+    is faster where all of them run at once. Measured over 16 bits and heads of 128."""
+    return tiles <= PROGRAMS and 64 < head_dim <= 128 and cache.itemsize == 2
+
+
+def decode_launch(group: int, head_dim: int, element_size: int, cache: torch.dtype, writes: bool) -> Launch:
+    """For the grid of rows with few queries; ``element_size``: bytes of an element of the query. ``writes``: as
+    ``writes_tokens`` says."""
     block_m = max(16, triton.next_power_of_2(group + 2))  # with a row for its key, and one for its value
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
     if head_dim > 128:
         return Launch(block_m, 64, 4, 2)
-    if few:
+    if writes:
         # No more than two fit on a multiprocessor: where the kernel before leaves room for a third, it has to do three
         # programs' work, and others do one's.
-        stage = 2 * 64 * max(64, triton.next_power_of_2(head_dim)) * cache.itemsize
-        return Launch(block_m, 64, 4, min(6, HALF_MULTIPROCESSOR // stage))
+        return Launch(block_m, 64, 4, 3)
     # A bigger tile of queries does not fit into the registers of two warps.
     if head_dim > 64 and block_m <= 32:
         if cache == torch.int8:
@@ -162,8 +166,8 @@ def paged_attention_triton(
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
         raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
     group = heads // kv_heads
-    few = rows * kv_heads <= PROGRAMS
-    decode = decode_launch(group, head_dim, query.element_size(), key_cache.dtype, few)
+    writes = writes_tokens(rows * kv_heads, head_dim, key_cache.dtype)
+    decode = decode_launch(group, head_dim, query.element_size(), key_cache.dtype, writes)
     prefill = prefill_launch(group, head_dim, query.element_size())
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
 
@@ -183,7 +187,7 @@ def paged_attention_triton(
     of_fresh: tuple[Tensor | int | float | None, ...] = (*(None,) * 7, *(0,) * 4, 0.0)
     if fresh is not None:
         key, value, (cos, sin), slots, norms, eps = fresh
-        if few and max_query_length == 1 and not batch_invariant:
+        if writes and max_query_length == 1 and not batch_invariant:
             if key.stride(2) != 1 or value.stride(2) != 1:
                 raise ValueError("keys and values must be contiguous in head_dim")
             of_fresh = (key, value, cos.contiguous(), sin.contiguous(), *(norms or (None, None)), slots,
@@ -352,7 +356,6 @@ def attention_kernel(
             cos + first_token * HALF, sin + first_token * HALF, eps, is_last,
             tl.where(m == GROUP, keys, values)
             + (slot // BLOCK_SIZE * cache_block_stride + slot % BLOCK_SIZE * cache_token_stride),
-            slot // BLOCK_SIZE * scale_block_stride + slot % BLOCK_SIZE,
         )  # fmt: skip
     else:
         brought = ()  # type: ignore[assignment]
@@ -471,9 +474,9 @@ def attend(
         if HALF > 0:
             if start == first:
                 wait(PDL)
-                q, acc, acc_odd, best, total = enter(
-                    q, acc, acc_odd, best, total, brought, query_norm, key_norm, key_scales, value_scales, scale,
-                    cap_scale, HALF, GROUP, HEAD_DIM, DIM_PADDED, PAIRED, CAPPED,
+                q, acc, best, total = enter(
+                    q, acc, best, total, brought, query_norm, key_norm, scale, cap_scale,
+                    HALF, GROUP, HEAD_DIM, DIM_PADDED, CAPPED,
                 )  # fmt: skip
         scores = tl.dot(q, tl.trans(widened(k, q.dtype, PAIRED)), input_precision="ieee")
         if key_scales is not None:
@@ -508,16 +511,15 @@ def attend(
 
 @triton.jit
 def enter(
-    q, acc, acc_odd, best, total, brought, query_norm, key_norm, key_scales, value_scales, scale, cap_scale,
-    HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAIRED: tl.constexpr,
-    CAPPED: tl.constexpr,
+    q, acc, best, total, brought, query_norm, key_norm, scale, cap_scale,
+    HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotate the one query of a row. In the program that has the row's last position, do so with its key, and
-    write it and the value into the cache; as they are kept there they are the first that the softmax takes in.
+    write it and the value into the cache; they are the first that the softmax takes in.
 
     row of the tile   | GROUP heads of the query | key | value | zero … |
     """
-    at_row, cos, sin, eps, is_last, to_row, scale_at = brought
+    at_row, cos, sin, eps, is_last, to_row = brought
     BLOCK_M: tl.constexpr = q.shape[0]
     m, dim = tl.arange(0, BLOCK_M), tl.arange(0, DIM_PADDED)
     is_channel = dim < HEAD_DIM
@@ -533,32 +535,18 @@ def enter(
         other_weight = tl.load(norm + partner[None, :], mask=inside, other=0.0)
     tile = turned(x, other, c[None, :], s[None, :], weight, other_weight, eps, HEAD_DIM)
     tile = tl.where((m == GROUP + 1)[:, None], x, tile)
-    scales = key_scales
-    if key_scales is not None:
-        scales = tl.where(m == GROUP, key_scales, value_scales)
-    is_head = (m >= GROUP) & (m < GROUP + 2) & is_last
-    kept, own_scales = store_heads(tile, to_row, dim, scales, scale_at + 0 * m, is_head, is_channel)
-    tile = tl.where((m < GROUP)[:, None], tile.to(q.dtype), kept.to(q.dtype))
+    is_new = (m >= GROUP) & (m < GROUP + 2) & is_last
+    tl.store(to_row[:, None] + dim[None, :], tile, mask=is_new[:, None] & is_channel[None, :])
 
     column = tl.arange(0, BLOCK_M)[None, :]
     score = tl.sum(tl.where(column == GROUP, tl.dot(tile, tl.trans(tile), input_precision="ieee"), 0.0), 1)
-    weights = tl.where((column == GROUP + 1) & is_last, 1.0, tl.zeros([BLOCK_M, BLOCK_M], tl.float32))
-    if key_scales is not None:
-        if to_row.dtype.element_ty == tl.int8:
-            score *= tl.sum(tl.where(m == GROUP, own_scales, 0.0), 0)
-            weights *= VALUE_SCALE * tl.sum(tl.where(m == GROUP + 1, own_scales, 0.0), 0)
     if CAPPED:
         score = capped(score, cap_scale)
     best = tl.where(is_last, score * scale, best)
     total = tl.where(is_last, 1.0, total)
-    weights = weights.to(q.dtype)
-    if PAIRED:
-        even, odd = tl.split(tl.reshape(tile, [BLOCK_M, DIM_PADDED // 2, 2]))
-        acc = tl.dot(weights, even, acc, input_precision="ieee")
-        acc_odd = tl.dot(weights, odd, acc_odd, input_precision="ieee")
-    else:
-        acc = tl.dot(weights, tile, acc, input_precision="ieee")
-    return tl.where((m < GROUP)[:, None], tile, 0.0), acc, acc_odd, best, total
+    weights = tl.where((column == GROUP + 1) & is_last, 1.0, tl.zeros([BLOCK_M, BLOCK_M], q.dtype))
+    acc = tl.dot(weights.to(q.dtype), tile, acc, input_precision="ieee")
+    return tl.where((m < GROUP)[:, None], tile, 0.0), acc, best, total
 
 
 @triton.jit

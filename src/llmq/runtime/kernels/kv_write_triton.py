@@ -41,21 +41,17 @@ def write_kv_triton(
 @triton.jit
 def store_heads(heads, to, dim, scales, at, is_head, is_channel):
     """Store ``heads`` [n, channels ``dim``] of one token in a cache, at the places ``to`` [n], rounded if it has
-    ``scales``; where those are the heads' own, they are stored too, at ``at`` [n] → the numbers as they are kept, and
-    their scales [n]."""
-    scale = at.to(tl.float32)
+    ``scales``; where those are the heads' own, they are stored too, at ``at`` [n]."""
     if scales is not None:
         heads = heads.to(tl.float32)
         if to.dtype.element_ty == tl.int8:
             most = tl.maximum(tl.max(tl.abs(heads), 1), TINY)
-            scale = tl.div_rn(most, 127.0)
-            tl.store(scales + at, scale, mask=is_head)
-            inverse = tl.div_rn(127.0, most)
+            tl.store(scales + at, tl.div_rn(most, 127.0), mask=is_head)
+            inverse = tl.div_rn(127.0, most)[:, None]
         else:
-            inverse = tl.div_rn(1.0, tl.load(scales + 0 * at))
-        heads = rounded(heads * inverse[:, None], to)
+            inverse = tl.div_rn(1.0, tl.load(scales))
+        heads = rounded(heads * inverse, to)
     tl.store(to[:, None] + dim[None, :], heads, mask=is_head[:, None] & is_channel[None, :])
-    return heads, scale
 
 
 @triton.jit
