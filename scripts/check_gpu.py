@@ -40,7 +40,7 @@ from tiny_models import VARIANTS, save_variant
 from llmq.bench.kernels import median_seconds, seconds_each
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.angles import cos_and_sin
-from llmq.runtime.kernels.attention import paged_attention
+from llmq.runtime.kernels.attention import Fresh, paged_attention
 from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.embedding import embedding, embedding_reference
 from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
@@ -111,6 +111,7 @@ class Paged:
     scales: Scales | None = None
     numbers: tuple[Tensor, Tensor] | None = None
     """What a cache of 8 bits stands for."""
+    fresh: Fresh | None = None
 
     @staticmethod
     def draw(
@@ -168,7 +169,7 @@ class Paged:
             max_kv_length=4 * most if loose else most, scale=scale, softcap=softcap, split=split,
             longest=self.kv_lengths.max()[None] if loose else None,
             order=self.kv_lengths.argsort(descending=True).int() if loose else None,
-            batch_invariant=batch_invariant, scales=self.scales,
+            batch_invariant=batch_invariant, scales=self.scales, fresh=self.fresh,
         )  # fmt: skip
 
     def exact(self, window: int | None, scale: float | None = None, softcap: float | None = None) -> Tensor:
@@ -280,6 +281,58 @@ class RoundedWriteCase:
             kept.append((codes.view(torch.uint8).cpu(), scales[0].cpu(), scales[1].cpu()))
         wrong = sum(int((ours != right).sum()) for own in kept[:2] for ours, right in zip(own, kept[2], strict=True))
         return Outcome(float(wrong), 0.0, True)
+
+
+@dataclass
+class FreshCase:
+    """Rows of one query that write their own tokens: what ``rope_and_write`` and attention over its cache give."""
+
+    lengths: Sequence[int]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    rotated: int
+    normed: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    number: str | None = None
+
+    def check(self) -> Outcome:
+        paged = Paged.draw(
+            [(1, kv) for kv in self.lengths], self.heads, self.kv_heads, self.head_dim, self.block_size, self.dtype,
+            number=self.number,
+        )  # fmt: skip
+        rows, kv_heads = len(self.lengths), self.kv_heads
+        fused = torch.randn(rows, self.heads + 2 * kv_heads, self.head_dim, device="cuda").to(self.dtype)
+        query, key, value = fused.tensor_split([self.heads, self.heads + kv_heads], dim=1)
+        angles = torch.randn(rows, 1, self.rotated // 2, device="cuda")
+        query_norm, key_norm = torch.randn(2, self.head_dim, device="cuda").to(self.dtype)
+        norms = (query_norm, key_norm) if self.normed else None
+        last = paged.kv_lengths.long() - 1
+        blocks = paged.block_tables[torch.arange(rows, device="cuda"), last // self.block_size]
+        slots = blocks * self.block_size + last % self.block_size
+        fresh = Fresh(key, value, (angles.cos(), angles.sin()), slots, norms, 1e-5)
+
+        def run(together: bool) -> tuple[Tensor, Tensor]:
+            own = replace(paged, key_cache=paged.key_cache.clone(), value_cache=paged.value_cache.clone())
+            if paged.scales is not None:
+                own.scales = (paged.scales[0].clone(), paged.scales[1].clone())
+            own.query, own.fresh = query, fresh
+            if not together:
+                own.fresh = None
+                own.query = rope_and_write(
+                    query, *fresh[:3], own.key_cache, own.value_cache, slots, norms=norms, eps=1e-5, scales=own.scales
+                )
+            out = own.run(self.window, softcap=self.softcap, loose=True)
+            kept = (own.key_cache, own.value_cache, *(own.scales or ()))
+            return out, torch.cat([each.flatten().double().nan_to_num(0.0) for each in kept])
+
+        (first, wrote), (second, again), (apart, written) = run(True), run(True), run(False)
+        error = max(relative_error(first, apart.double()), relative_error(wrote, written))
+        tolerance = TOLERANCE[self.dtype if self.number is None else BF16]  # a code may be a step off
+        return Outcome(error, tolerance, first.equal(second) and wrote.equal(again))
 
 
 @dataclass
@@ -805,6 +858,13 @@ def all_cases() -> list[Case]:
         cases.append(SmallCase(67, 3072, 24, 8, 128, dtype, False, rotated=96))
         cases.append(SmallCase(67, 3000, 9, 3, 80, dtype, True, rotated=20, wide=True))
         cases.append(SmallCase(5, 2304, 8, 4, 256, dtype, True, wide=True))
+        for lengths in ((1088,), (1, 64, 65, 1000, 3000), (700, *range(1, 128))):
+            for kept in (None, INT, E4M3):
+                cases.append(FreshCase(lengths, 32, 8, 128, 64, dtype, 128, number=kept))
+                cases.append(FreshCase(lengths, 16, 8, 128, 16, dtype, 128, True, number=kept))
+                cases.append(FreshCase(lengths, 9, 3, 80, 64, dtype, 20, True, window=100, number=kept))
+                cases.append(FreshCase(lengths, 8, 4, 256, 64, dtype, 256, softcap=30.0, number=kept))
+                cases.append(FreshCase(lengths, 32, 8, 64, 64, dtype, 64, number=kept))
     # Marlin's batches, then vLLM's Marlin factors, then odd sizes.
     for batch in (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 118, 128, 152, 256, 257, 1024):
         for bits in (4, 8):

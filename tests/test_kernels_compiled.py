@@ -107,21 +107,26 @@ def attention(
     *,
     capped: bool = False,
     cache: str = "bf16",
+    fresh: bool = False,
 ) -> Any:
     launch = attention_triton.prefill_launch(group, head_dim, 2)
     if decode:
-        launch = attention_triton.decode_launch(group, head_dim, 2, CACHES[cache])
+        launch = attention_triton.decode_launch(group, head_dim, 2, CACHES[cache], fresh)
     pointers = {"query": "*bf16", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": "*bf16"}
     scales = dict.fromkeys(("key_scales", "value_scales"))
     pointers |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(
         ("block_tables", "query_starts", "kv_lengths", "longest", "order"), "*i32"
     )
-    pointers |= dict.fromkeys(("means", "logsums"), "*fp32")
+    numbers = dict.fromkeys(("scale", "cap_scale", "eps"), "fp32")
+    pointers |= dict.fromkeys(("means", "logsums", "cos", "sin"), "*fp32") | {"slots": "*i32"}
+    brought = dict.fromkeys(("key", "value", "query_norm", "key_norm"), "*bf16")
+    absent = {} if fresh else dict.fromkeys((*brought, "cos", "sin", "slots"))
     return compile_for(
-        capability, attention_triton.attention_kernel, pointers | {"scale": "fp32", "cap_scale": "fp32"},
-        launch.warps, launch.stages,
-        GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-        PAIRED=cache != "bf16" and attention_triton.in_pairs(head_dim, decode), WINDOWED=windowed, CAPPED=capped,
+        capability, attention_triton.attention_kernel, pointers | brought | numbers, launch.warps, launch.stages,
+        **absent, HALF=head_dim // 2 if fresh else 0, GROUP=group, HEAD_DIM=head_dim,
+        DIM_PADDED=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
+        PAIRED=cache != "bf16" and attention_triton.in_pairs(head_dim, decode),
+        WINDOWED=windowed, CAPPED=capped,
         DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
         PDL=capability >= 90, **(scales if cache == "bf16" else {}),
     )  # fmt: skip
@@ -224,10 +229,19 @@ def test_attention_over_8_bits_on_hopper(decode: bool, cache: str, most: float, 
     compiled = attention(90, 128, 64, 4, decode, False, cache=cache)
     assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
-    launch = attention_triton.decode_launch(4, 128, 2, CACHES[cache])
+    launch = attention_triton.decode_launch(4, 128, 2, CACHES[cache], False)
     if decode:
         # Reading 8 bits at full bandwidth leaves time for 7.8 of them, if nothing ever waits.
         assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * 2 * launch.tile * 128
+
+
+@pytest.mark.parametrize(("head_dim", "group"), [(80, 7), (128, 2), (128, 4), (128, 16)])
+def test_attention_that_writes_its_tokens_on_hopper(head_dim: int, group: int, tmp_path: Path) -> None:
+    compiled = attention(90, head_dim, 64, group, True, False, fresh=True)
+    ptx = compiled.asm["ptx"]
+    # The first tiles are asked for before the kernel that computes the query has ended.
+    assert ptx.index("cp.async.cg") < ptx.index("griddepcontrol.wait")
+    assert spilled_bytes(compiled, tmp_path) == 0
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -413,7 +427,7 @@ def test_joining_splits_stays_out_of_memory(chunk: int, tmp_path: Path) -> None:
     pointers |= dict.fromkeys(("query_starts", "kv_lengths", "longest"), "*i32")
     compiled = compile_for(
         90, attention_triton.merge_kernel, pointers, 4, 3,
-        HEAD_DIM=128, DIM_PADDED=128, WINDOWED=True, CHUNK=chunk, PDL=True,
+        HEAD_DIM=128, DIM_PADDED=128, WINDOWED=True, TILE=64, CHUNK=chunk, PDL=True,
     )  # fmt: skip
     assert spilled_bytes(compiled, tmp_path) == 0
 
@@ -453,14 +467,14 @@ def test_the_small_kernels_move_16_bytes_at_a_time() -> None:
         ("query", "key", "value", "query_norm", "key_norm", "out", "key_cache", "value_cache"), "*bf16"
     )
     pointers |= {"cos": "*fp32", "sin": "*fp32", "slots": "*i64", "eps": "fp32"}
-    constants = {"NORM": True, "HALF": 64, "HALF_PADDED": 64, "REST": 0, "REST_PADDED": 1, "BLOCK_SIZE": 64, "BLOCK": 8}
+    constants = {"HALF": 64, "HEAD_DIM": 128, "DIM_PADDED": 128, "BLOCK_SIZE": 64, "BLOCK": 8}
     scales = dict.fromkeys(("key_scales", "value_scales"))
     compiled = compile_for(90, rope_triton.rope_and_write_kernel, pointers, 2, 3, **constants, **scales, PDL=True)
     assert "st.global.v4" in compiled.asm["ptx"]
     for cache in ("i8", "fp8e4nv"):
         pointers |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(("key_cache", "value_cache"), f"*{cache}")
         compiled = compile_for(90, rope_triton.rope_and_write_kernel, pointers, 2, 3, **constants, PDL=True)
-        assert "st.global.v2" in compiled.asm["ptx"]
+        assert "st.global.v4" in compiled.asm["ptx"]
 
 
 def test_drawing_takes_few_registers_and_stays_out_of_memory(tmp_path: Path) -> None:

@@ -21,9 +21,8 @@ from llmq.runtime.block_tables import BlockTables
 from llmq.runtime.decoder import Attention, Decoder
 from llmq.runtime.device import ToHost, on_device
 from llmq.runtime.graphs import MAX_TOKENS, StepGraphs, padded_rows
-from llmq.runtime.kernels.attention import paged_attention
+from llmq.runtime.kernels.attention import Fresh, paged_attention
 from llmq.runtime.kernels.gumbel import draw_gumbel
-from llmq.runtime.kernels.rope import rope_and_write
 from llmq.runtime.kv_cache import KVCache
 from llmq.runtime.linear import make_batch_invariant
 from llmq.runtime.rotary import Rotation
@@ -172,18 +171,6 @@ class Runner:
         def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
             keys, values, scales = self.cache.layer(attention.layer)
             group = self.cache.group_of(attention.layer)
-            query = rope_and_write(
-                query,
-                key,
-                value,
-                rotation,
-                keys,
-                values,
-                batch.slots[group],
-                norms=attention.norms,
-                eps=attention.eps,
-                scales=scales,
-            )
             return paged_attention(
                 query,
                 keys,
@@ -200,6 +187,7 @@ class Runner:
                 softcap=attention.softcap,
                 batch_invariant=self._deterministic,
                 scales=scales,
+                fresh=Fresh(key, value, rotation, batch.slots[group], attention.norms, attention.eps),
             )
 
         return self.decoder(batch.ints.index_select(0, batch.sources), batch.positions, attend)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ row r, its positions   | in the cache before this step | of this step |
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +22,21 @@ from torch.nn import functional as F
 
 from llmq.runtime.kernels import runs_triton
 from llmq.runtime.kernels.kv_write import Scales, read_pages
+from llmq.runtime.kernels.rope import rope_and_write_reference
 
 PADDED = 255
 """Keys up to which the reference pads: it takes less time than one more product."""
+
+
+class Fresh(NamedTuple):
+    """What a step's tokens bring, as it is projected; see ``rope_and_write``."""
+
+    key: Tensor
+    value: Tensor
+    rotation: tuple[Tensor, Tensor]
+    slots: Tensor
+    norms: tuple[Tensor, Tensor] | None = None
+    eps: float = 0.0
 
 
 def paged_attention(
@@ -44,12 +57,14 @@ def paged_attention(
     split: int | None = None,
     batch_invariant: bool = False,
     scales: Scales | None = None,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     """Causal attention of each row's queries over the row's pages → [tokens, heads, head_dim].
 
     query         [tokens, heads, head_dim]
     key_cache     [blocks, block_size, kv_heads, head_dim]; may be a view of a bigger pool, contiguous in head_dim.
-    value_cache   This step's keys and values are in it already. In the query's type, or in 8 bits with ``scales``
+    value_cache   This step's keys and values are in it already, but for ``fresh`` ones. In the query's type, or in 8
+                  bits with ``scales``
     block_tables  int32 [rows, max blocks of a row]
     query_starts  int32 [rows + 1]; row r's queries are query[query_starts[r]:query_starts[r + 1]]
     kv_lengths    int32 [rows]; tokens of the row in the cache. Its last query is at position kv_length − 1.
@@ -68,6 +83,8 @@ def paged_attention(
                 a token's result does not depend on how many tokens of its row, or of others, are in the step: one
                 program takes all positions of a row, in tiles of one shape
     scales        of keys and of values in 8 bits; see ``write_kv``. The products of a bf16 query are then of fp16
+    fresh         what ``rope_and_write`` is to do first, if it has not been called: on a GPU, a pass less where few
+                  rows have one query each. The slots are then of their last positions
     """
     inputs = (query, key_cache, value_cache, block_tables, query_starts, kv_lengths)
     if not runs_triton(query):
@@ -79,6 +96,7 @@ def paged_attention(
             scale=scale,
             softcap=softcap,
             scales=scales,
+            fresh=fresh,
         )
     from llmq.runtime.kernels.attention_triton import paged_attention_triton
 
@@ -94,6 +112,7 @@ def paged_attention(
         split=split,
         batch_invariant=batch_invariant,
         scales=scales,
+        fresh=fresh,
     )
 
 
@@ -111,12 +130,18 @@ def paged_attention_reference(
     scale: float | None = None,
     softcap: float | None = None,
     scales: Scales | None = None,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     """``paged_attention`` in plain PyTorch.
 
     Rows with as many queries, and contexts up to PADDED or within a factor of two, are computed together, their pages
     gathered and padded to the longest: all decode rows in a few products, and little padding.
     """
+    if fresh is not None:
+        key, value, rotation, slots, norms, eps = fresh
+        query = rope_and_write_reference(
+            query, key, value, rotation, key_cache, value_cache, slots, norms=norms, eps=eps, scales=scales
+        )
     starts, lengths = query_starts.tolist(), kv_lengths.tolist()
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row, length in enumerate(lengths):

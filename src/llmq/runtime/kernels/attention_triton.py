@@ -15,6 +15,10 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
                              the longest row and the grid decide on that length, on the device: a CUDA graph has one
                              grid for all lengths up to a bound, and its programs share out what there is
 
+                             of few rows with one query each, a program norms and rotates it, too, with keys and
+                             values of earlier tokens on their way already; the one whose split has the row's last
+                             position also writes that token, and begins with it: none reads what another one writes
+
     many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
                              and leaves the mask out where every query of the tile sees every key
 
@@ -39,12 +43,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels.attention import Fresh
 from llmq.runtime.kernels.kv_write import Scales
 from llmq.runtime.kernels.kv_write_triton import scale_strides
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows_triton import INTERPRETED
+from llmq.runtime.kernels.rope_triton import load_rotation, rope_and_write_triton, turned
 
-SHORTEST_SPLIT = 128  # positions; joining more splits takes longer than reading so few side by side saves
+SHORTEST_SPLIT = 96  # positions; joining more splits takes longer than reading so few side by side saves
 LONGEST_SPLIT = 2048  # so that one long row among short ones does not keep the rest waiting
 PROGRAMS = 256  # with two on a multiprocessor an H200 is busy, and none waits for a second turn
 LOG2_E = math.log2(math.e)
@@ -85,13 +91,24 @@ class Launch(NamedTuple):
     stages: int
 
 
-def decode_launch(group: int, head_dim: int, element_size: int, cache: torch.dtype) -> Launch:
-    """For the grid of rows with few queries; ``element_size``: bytes of an element of the query."""
-    block_m = max(16, triton.next_power_of_2(group))
+def writes_tokens(tiles: int, head_dim: int, cache: torch.dtype) -> bool:
+    """Whether the programs of a decode grid, of ``tiles`` (rows × KV heads), take over what ``rope_and_write`` does: it
+    is faster where all of them run at once. Measured over 16 bits and heads of 128."""
+    return tiles <= PROGRAMS and 64 < head_dim <= 128 and cache.itemsize == 2
+
+
+def decode_launch(group: int, head_dim: int, element_size: int, cache: torch.dtype, writes: bool) -> Launch:
+    """For the grid of rows with few queries; ``element_size``: bytes of an element of the query. ``writes``: as
+    ``writes_tokens`` says."""
+    block_m = max(16, triton.next_power_of_2(group + 2))  # with a row for its key, and one for its value
     if element_size == 4:
         return Launch(block_m, 16, 4, 1)
     if head_dim > 128:
         return Launch(block_m, 64, 4, 2)
+    if writes:
+        # No more than two fit on a multiprocessor: where the kernel before leaves room for a third, it has to do three
+        # programs' work, and others do one's.
+        return Launch(block_m, 64, 4, 3)
     # A bigger tile of queries does not fit into the registers of two warps.
     if head_dim > 64 and block_m <= 32:
         if cache == torch.int8:
@@ -140,6 +157,7 @@ def paged_attention_triton(
     split: int | None = None,
     batch_invariant: bool = False,
     scales: Scales | None = None,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     """``paged_attention`` through Triton."""
     tokens, heads, head_dim = query.shape
@@ -148,7 +166,8 @@ def paged_attention_triton(
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1 or query.stride(2) != 1:
         raise ValueError("the caches must have the same strides; all must be contiguous in head_dim")
     group = heads // kv_heads
-    decode = decode_launch(group, head_dim, query.element_size(), key_cache.dtype)
+    writes = writes_tokens(rows * kv_heads, head_dim, key_cache.dtype)
+    decode = decode_launch(group, head_dim, query.element_size(), key_cache.dtype, writes)
     prefill = prefill_launch(group, head_dim, query.element_size())
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
 
@@ -165,13 +184,28 @@ def paged_attention_triton(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     cap_scale = 0.0 if softcap is None else 2 * LOG2_E * scale / softcap
 
+    of_fresh: tuple[Tensor | int | float | None, ...] = (*(None,) * 7, *(0,) * 4, 0.0)
+    if fresh is not None:
+        key, value, (cos, sin), slots, norms, eps = fresh
+        if writes and max_query_length == 1 and not batch_invariant:
+            if key.stride(2) != 1 or value.stride(2) != 1:
+                raise ValueError("keys and values must be contiguous in head_dim")
+            of_fresh = (key, value, cos.contiguous(), sin.contiguous(), *(norms or (None, None)), slots,
+                        *key.stride()[:2], *value.stride()[:2], eps)  # fmt: skip
+        else:
+            query = rope_and_write_triton(
+                query, key, value, (cos, sin), key_cache, value_cache, slots, norms=norms, eps=eps, scales=scales
+            )
+            fresh = None
+
     def attend_rows(launch: Launch, tiles: int, grid_rows: int, is_decode: bool) -> None:
         attention_kernel[tiles, kv_heads, grid_rows](
-            query, key_cache, value_cache, *(scales or (None, None)), block_tables, query_starts, kv_lengths, longest,
-            order, out, means, logsums,
+            query, *of_fresh, key_cache, value_cache, *(scales or (None, None)), block_tables, query_starts,
+            kv_lengths, longest, order, out, means, logsums,
             *query.stride()[:2], *key_cache.stride()[:3], *scale_strides(scales), block_tables.stride(0), out.stride(0),
             heads, rows, few_queries, splits, shared, span, split or 0, window or 0,
             LOG2_E * (softcap or scale), cap_scale,
+            HALF=0 if fresh is None else fresh.rotation[0].shape[-1],
             GROUP=group, HEAD_DIM=head_dim, DIM_PADDED=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_SIZE=block_size, PAIRED=scales is not None and in_pairs(head_dim, is_decode),
             WINDOWED=window is not None, CAPPED=softcap is not None, DECODE=is_decode,
@@ -188,20 +222,19 @@ def paged_attention_triton(
             means, logsums, out, query_starts, kv_lengths, longest, out.stride(0), few_queries, splits, shared, span,
             split or 0, window or 0,
             HEAD_DIM=head_dim, DIM_PADDED=triton.next_power_of_2(head_dim), WINDOWED=window is not None,
-            CHUNK=8 if splits <= 8 else 32, num_warps=2 if splits <= 8 else 4, **pdl(query.device),
+            TILE=decode.tile, CHUNK=8 if splits <= 8 else 32, num_warps=2 if splits <= 8 else 4, **pdl(query.device),
         )  # fmt: skip
     return out
 
 
 @triton.jit
-def split_length(longest, shared, span, split):
-    """Positions in a split: ``split`` if it is given, or what ``shared`` programs take of the longest row, or of the
-    ``span`` that a window lets it see."""
+def split_length(longest, shared, span, split, TILE: tl.constexpr):
+    """Positions in a split, a multiple of TILE: ``split`` if it is given, or what ``shared`` programs take of the
+    longest row, or of the ``span`` that a window lets it see."""
     if split == 0:
         if longest is not None:
             span = tl.minimum(span, tl.load(longest))
-        split = tl.cdiv(tl.cdiv(span, shared), 64) * 64  # a multiple of every tile
-        split = tl.maximum(split, 64)
+        split = tl.maximum(tl.cdiv(tl.cdiv(span, shared), TILE), 1) * TILE
     return split
 
 
@@ -217,12 +250,13 @@ def first_seen(kv_length, queries, window, WINDOWED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "few_queries", "splits", "shared", "span", "split", "window"])
 def attention_kernel(
-    query, key_cache, value_cache, key_scales, value_scales, block_tables, query_starts, kv_lengths, longest, order,
-    out, means, logsums,
+    query, key, value, cos, sin, query_norm, key_norm, slots, key_token_stride, key_head_stride, value_token_stride,
+    value_head_stride, eps, key_cache, value_cache, key_scales, value_scales, block_tables, query_starts, kv_lengths,
+    longest, order, out, means, logsums,
     query_token_stride, query_head_stride, cache_block_stride, cache_token_stride, cache_head_stride,
     scale_block_stride, scale_head_stride, table_stride, out_token_stride, heads, rows, few_queries, splits, shared,
     span, split, window, scale, cap_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PAIRED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, DECODE: tl.constexpr, BLOCK_M: tl.constexpr,
     TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -248,8 +282,9 @@ def attention_kernel(
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
     if DECODE:
-        split = split_length(longest, shared, span, split)
-    wait(PDL)
+        split = split_length(longest, shared, span, split, TILE)
+    if key is None:
+        wait(PDL)
     if DECODE:
         if (queries == 0) | (queries > few_queries):
             return
@@ -264,9 +299,14 @@ def attention_kernel(
     is_query = (query_index < queries) & (m < BLOCK_Q * GROUP)
     position = kv_length - queries + query_index
     first_token = (query_start + first_query).to(tl.int64)
-    stored = is_query[:, None] & (dim < HEAD_DIM)[None, :]
-    at_query = m // GROUP * query_token_stride + head * query_head_stride
-    q = tl.load(query + first_token * query_token_stride + at_query[:, None] + dim[None, :], mask=stored, other=0.0)
+    is_channel = dim < HEAD_DIM
+    stored = is_query[:, None] & is_channel[None, :]
+    at_query = query + first_token * query_token_stride + m // GROUP * query_token_stride
+    at_query += head * query_head_stride
+    if key is None:
+        q = tl.load(at_query[:, None] + dim[None, :], mask=stored, other=0.0)
+    else:
+        q = tl.zeros([BLOCK_M, DIM_PADDED], dtype=query.dtype.element_ty)
 
     if key_scales is not None:
         if q.dtype == tl.bfloat16:
@@ -305,6 +345,20 @@ def attention_kernel(
     table = block_tables + row.to(tl.int64) * table_stride
     keys = key_cache + kv_head * cache_head_stride
     values = value_cache + kv_head * cache_head_stride
+    if key is not None:
+        is_last = (first < last) & (last == kv_length)
+        last -= is_last.to(tl.int32)
+        slot = tl.load(slots + first_token).to(tl.int64)
+        at_key = key + first_token * key_token_stride + kv_head * key_head_stride
+        at_value = value + first_token * value_token_stride + kv_head * value_head_stride
+        brought = (
+            tl.where(m < GROUP, at_query, tl.where(m == GROUP, at_key, at_value)),
+            cos + first_token * HALF, sin + first_token * HALF, eps, is_last,
+            tl.where(m == GROUP, keys, values)
+            + (slot // BLOCK_SIZE * cache_block_stride + slot % BLOCK_SIZE * cache_token_stride),
+        )  # fmt: skip
+    else:
+        brought = ()  # type: ignore[assignment]
     if PAIRED:
         values = values.to(tl.pointer_type(tl.int16), bitcast=True)  # two channels each
     if not DECODE:
@@ -315,20 +369,22 @@ def attention_kernel(
             acc, acc_odd, best, total = attend(
                 acc, acc_odd, best, total, q, first, tl.minimum(first_full, last), keys, values, key_scales,
                 value_scales, table, position, window, scale, cap_scale, cache_block_stride, cache_token_stride,
-                scale_block_stride,
-                HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, True,
+                scale_block_stride, (), None, None,
+                0, GROUP, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, True, PDL,
             )  # fmt: skip
         last_full = tl.maximum((kv_length - queries + first_query + 1) // TILE * TILE, first_full)
         acc, acc_odd, best, total = attend(
             acc, acc_odd, best, total, q, first_full, last_full, keys, values, key_scales, value_scales, table,
-            position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
-            HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, False,
+            position, window, scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride, (), None,
+            None,
+            0, GROUP, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, False, PDL,
         )  # fmt: skip
         first = last_full
     acc, acc_odd, best, total = attend(
         acc, acc_odd, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
-        scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
-        HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, True,
+        scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride, brought, query_norm,
+        key_norm,
+        HALF, GROUP, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, PAIRED, WINDOWED, CAPPED, TILE, True, PDL,
     )  # fmt: skip
 
     if PAIRED:
@@ -354,9 +410,11 @@ def attention_kernel(
 @triton.jit
 def attend(
     acc, acc_odd, best, total, q, first, last, keys, values, key_scales, value_scales, table, position, window,
-    scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAIRED: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    scale, cap_scale, cache_block_stride, cache_token_stride, scale_block_stride, brought,
+    query_norm, key_norm,
+    HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PAIRED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [first, last), tile by tile, into the running softmax (acc, best, total) of the queries q.
 
@@ -364,13 +422,19 @@ def attend(
     best   the greatest score yet; scores are in units of log 2, so that the exponential is one instruction
     total  the sum of the weights
     scale  takes a product of query and key, or, if CAPPED, its tanh to those units
+    brought
+           if HALF, what ``enter`` reads the query from: the kernel before is waited for in the first turn of the loop,
+           when the first tiles of keys and values are on their way
     """
     step = tl.arange(0, TILE)
     dim = tl.arange(0, DIM_PADDED)[None, :]
     VALUE_DIM: tl.constexpr = HEAD_DIM // 2 if PAIRED else HEAD_DIM
     value_dim = tl.arange(0, DIM_PADDED // 2 if PAIRED else DIM_PADDED)[None, :]
     pages = load_pages(table, first, last, BLOCK_SIZE, TILE)
-    for start in range(first, last, TILE):
+    stop = last
+    if HALF > 0:
+        stop = tl.maximum(last, first + 1)
+    for start in range(first, stop, TILE):
         key_position = start + step
         inside = (key_position < last)[:, None]
         # The page's place takes 64 bits, what is within it 32: in half the registers, and the same for all tiles.
@@ -407,14 +471,21 @@ def attend(
             else:
                 k = tl.load(keys + place + at, mask=dim < HEAD_DIM, other=0.0)
                 v = tl.load(values + value_place + value_at, mask=value_dim < VALUE_DIM, other=0.0)
+        if HALF > 0:
+            if start == first:
+                wait(PDL)
+                q, acc, best, total = enter(
+                    q, acc, best, total, brought, query_norm, key_norm, scale, cap_scale,
+                    HALF, GROUP, HEAD_DIM, DIM_PADDED, CAPPED,
+                )  # fmt: skip
         scores = tl.dot(q, tl.trans(widened(k, q.dtype, PAIRED)), input_precision="ieee")
         if key_scales is not None:
             if keys.dtype.element_ty == tl.int8:
                 scores *= key_scale
         if CAPPED:
-            scores = 1 - 2 / (1 + tl.exp2(scores * cap_scale))  # tanh(x) = 1 − 2 / (1 + e^2x)
+            scores = capped(scores, cap_scale)
         if MASKED:
-            seen = key_position[None, :] <= position[:, None]
+            seen = key_position[None, :] <= tl.minimum(position, last - 1)[:, None]
             if WINDOWED:
                 seen &= key_position[None, :] > position[:, None] - window
             scores = tl.where(seen, scores, float("-inf"))
@@ -436,6 +507,52 @@ def attend(
             acc = tl.dot(weights, v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
         best = new_best
     return acc, acc_odd, best, total
+
+
+@triton.jit
+def enter(
+    q, acc, best, total, brought, query_norm, key_norm, scale, cap_scale,
+    HALF: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotate the one query of a row. In the program that has the row's last position, do so with its key, and
+    write it and the value into the cache; they are the first that the softmax takes in.
+
+    row of the tile   | GROUP heads of the query | key | value | zero … |
+    """
+    at_row, cos, sin, eps, is_last, to_row = brought
+    BLOCK_M: tl.constexpr = q.shape[0]
+    m, dim = tl.arange(0, BLOCK_M), tl.arange(0, DIM_PADDED)
+    is_channel = dim < HEAD_DIM
+    inside = (m < GROUP + 2)[:, None] & is_channel[None, :]
+    partner, c, s = load_rotation(cos, sin, 0, dim, HALF)
+    x = tl.load(at_row[:, None] + dim[None, :], mask=inside, other=0.0)
+    other = tl.load(at_row[:, None] + partner[None, :], mask=inside, other=0.0)
+    weight = None
+    other_weight = None
+    if query_norm is not None:
+        norm = tl.where(m == GROUP, key_norm, query_norm)[:, None]
+        weight = tl.load(norm + dim[None, :], mask=inside, other=0.0)
+        other_weight = tl.load(norm + partner[None, :], mask=inside, other=0.0)
+    tile = turned(x, other, c[None, :], s[None, :], weight, other_weight, eps, HEAD_DIM)
+    tile = tl.where((m == GROUP + 1)[:, None], x, tile)
+    is_new = (m >= GROUP) & (m < GROUP + 2) & is_last
+    tl.store(to_row[:, None] + dim[None, :], tile, mask=is_new[:, None] & is_channel[None, :])
+
+    column = tl.arange(0, BLOCK_M)[None, :]
+    score = tl.sum(tl.where(column == GROUP, tl.dot(tile, tl.trans(tile), input_precision="ieee"), 0.0), 1)
+    if CAPPED:
+        score = capped(score, cap_scale)
+    best = tl.where(is_last, score * scale, best)
+    total = tl.where(is_last, 1.0, total)
+    weights = tl.where((column == GROUP + 1) & is_last, 1.0, tl.zeros([BLOCK_M, BLOCK_M], q.dtype))
+    acc = tl.dot(weights.to(q.dtype), tile, acc, input_precision="ieee")
+    return tl.where((m < GROUP)[:, None], tile, 0.0), acc, best, total
+
+
+@triton.jit
+def capped(scores, cap_scale):
+    """tanh(x) = 1 − 2 / (1 + e^2x) of the scores, ``cap_scale`` of which are 2x in units of log 2."""
+    return 1 - 2 / (1 + tl.exp2(scores * cap_scale))
 
 
 @triton.jit
@@ -484,7 +601,8 @@ def load_pages(table, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
 def merge_kernel(
     means, logsums, out, query_starts, kv_lengths, longest, out_token_stride, few_queries, splits, shared, span, split,
     window,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, WINDOWED: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Mean of the splits' means, weighted by 2^logsum, CHUNK of them at a time, always in the same order."""
     row = tl.program_id(0) // few_queries
@@ -493,7 +611,7 @@ def merge_kernel(
     query_start = tl.load(query_starts + row)
     queries = tl.load(query_starts + row + 1) - query_start
     kv_length = tl.load(kv_lengths + row)
-    split = split_length(longest, shared, span, split)
+    split = split_length(longest, shared, span, split, TILE)
     row_splits = tl.cdiv(kv_length, split) - first_seen(kv_length, queries, window, WINDOWED) // split
     wait(PDL)
     if (queries > few_queries) | (query_index >= queries) | (row_splits <= 1):

@@ -39,16 +39,19 @@ def write_kv_triton(
 
 
 @triton.jit
-def inverse_scale(most, scales, at, inside, cache):
-    """What heads of one token are multiplied by to become codes of ``cache``, ``most`` the greatest number of each; if
-    they have scales of their own, these are stored ``at`` their places."""
-    if cache.dtype.element_ty == tl.int8:
-        most = tl.maximum(most, TINY)
-        tl.store(scales + at, tl.div_rn(most, 127.0), mask=inside)
-        inverse = tl.div_rn(127.0, most)[:, None]
-    else:
-        inverse = tl.div_rn(1.0, tl.load(scales))
-    return inverse
+def store_heads(heads, to, dim, scales, at, is_head, is_channel):
+    """Store ``heads`` [n, channels ``dim``] of one token in a cache, at the places ``to`` [n], rounded if it has
+    ``scales``; where those are the heads' own, they are stored too, at ``at`` [n]."""
+    if scales is not None:
+        heads = heads.to(tl.float32)
+        if to.dtype.element_ty == tl.int8:
+            most = tl.maximum(tl.max(tl.abs(heads), 1), TINY)
+            tl.store(scales + at, tl.div_rn(most, 127.0), mask=is_head)
+            inverse = tl.div_rn(127.0, most)[:, None]
+        else:
+            inverse = tl.div_rn(1.0, tl.load(scales))
+        heads = rounded(heads * inverse, to)
+    tl.store(to[:, None] + dim[None, :], heads, mask=is_head[:, None] & is_channel[None, :])
 
 
 @triton.jit
@@ -63,18 +66,16 @@ def write_kv_kernel(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     head = tl.arange(0, HEADS_PADDED)
-    dim = tl.arange(0, DIM_PADDED)[None, :]
-    inside = (head < KV_HEADS)[:, None] & (dim < HEAD_DIM)
+    dim = tl.arange(0, DIM_PADDED)
+    is_head, is_channel = head < KV_HEADS, dim < HEAD_DIM
+    inside = is_head[:, None] & is_channel[None, :]
     # A pool may hold more than 2^31 elements: the block's offset is 64 bits wide, the rest is small.
     to = (slot // BLOCK_SIZE) * cache_block_stride + (slot % BLOCK_SIZE) * cache_token_stride
-    within = head[:, None] * cache_head_stride + dim
-    k = tl.load(key + token * key_token_stride + head[:, None] * key_head_stride + dim, mask=inside, other=0.0)
-    v = tl.load(value + token * value_token_stride + head[:, None] * value_head_stride + dim, mask=inside, other=0.0)
-    if key_scales is not None:
-        at = (slot // BLOCK_SIZE) * scale_block_stride + slot % BLOCK_SIZE + head * scale_head_stride
-        k, v = k.to(tl.float32), v.to(tl.float32)
-        k *= inverse_scale(tl.max(tl.abs(k), 1), key_scales, at, head < KV_HEADS, key_cache)
-        v *= inverse_scale(tl.max(tl.abs(v), 1), value_scales, at, head < KV_HEADS, value_cache)
-        k, v = rounded(k, key_cache), rounded(v, value_cache)
-    tl.store(key_cache + to + within, k, mask=inside)
-    tl.store(value_cache + to + within, v, mask=inside)
+    to += head * cache_head_stride
+    at = (slot // BLOCK_SIZE) * scale_block_stride + slot % BLOCK_SIZE + head * scale_head_stride
+    at_key = token * key_token_stride + head[:, None] * key_head_stride + dim[None, :]
+    at_value = token * value_token_stride + head[:, None] * value_head_stride + dim[None, :]
+    k = tl.load(key + at_key, mask=inside, other=0.0)
+    store_heads(k, key_cache + to, dim, key_scales, at, is_head, is_channel)
+    v = tl.load(value + at_value, mask=inside, other=0.0)
+    store_heads(v, value_cache + to, dim, value_scales, at, is_head, is_channel)
