@@ -58,8 +58,8 @@ class Entry(NamedTuple):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         elif self.module is wna16_hopper_triton:
             tiles = sorted({now.block_m, 128})
-            for block_m, block_n, stages, programs in itertools.product(tiles, (128, 256), (3, 4, 6), (132, 264)):
-                yield now._replace(block_m=block_m, block_n=block_n, stages=stages, programs=programs)
+            for block_m, block_n, warpgroups, stages in itertools.product(tiles, (128, 256), (1, 2), (2, 3, 4)):
+                yield now._replace(block_m=block_m, block_n=block_n, warpgroups=warpgroups, stages=stages)
         elif self.table in (w8a8_triton.LARGE, w8a8_triton.HUGE):
             for block_m, block_n, warps, stages in itertools.product((128, 256), (128, 256), (4, 8), (3, 4)):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)

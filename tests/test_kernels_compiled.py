@@ -144,14 +144,14 @@ def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, num
 def wna16_hopper(launch: wna16_hopper_triton.Launch, dtype: str) -> Any:
     kernel = wna16_hopper_triton.wna16_hopper_kernel
     constants = {"sums": None, "STEPS_PER_GROUP": 1, "BF16_SCALE": False, "STAGES": launch.stages}
-    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "WARPGROUPS": launch.warpgroups}
     types = dict.fromkeys(("bias", "out"), f"*{dtype}") | {"meta": "*i32"}
     types["at_x"] = f"tensordesc<{dtype}[{launch.block_m}, 64],{wna16_hopper_triton.X!r}>"
     types["at_words"] = f"tensordesc<i16[{launch.block_n}, 32],{wna16_hopper_triton.WORDS!r}>"
+    registers = wna16_hopper_triton.REGISTERS.value if launch.warpgroups == 2 else None
     return compile_for(
-        90, kernel, types, 4, launch.stages, source=gluon.GluonASTSource, registers=wna16_hopper_triton.REGISTERS.value,
-        **constants,
-    )  # fmt: skip
+        90, kernel, types, 4, launch.stages, source=gluon.GluonASTSource, registers=registers, **constants
+    )
 
 
 def w8a8(capability: int, kernel: Any, launch: w8a8_triton.Launch, number: str) -> Any:
@@ -237,7 +237,7 @@ def test_a_step_of_int4_is_one_product() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("launch", wna16_hopper_triton.LAUNCHES.values())
+@pytest.mark.parametrize("launch", [*wna16_hopper_triton.LAUNCHES.values(), wna16_hopper_triton.WIDE])
 def test_int4_of_many_rows_is_unpacked_while_others_are_multiplied(
     launch: wna16_hopper_triton.Launch, dtype: str, tmp_path: Path
 ) -> None:
@@ -246,8 +246,9 @@ def test_int4_of_many_rows_is_unpacked_while_others_are_multiplied(
     ptx = compiled.asm["ptx"]
     # The first weights are asked for before the activations are there.
     assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait")
-    # Two warpgroups wait for their own products, and the assembler has them wait for no single one: see C7512 of ptxas.
-    assert ptx.count("wgmma.wait_group") == 4 == instructions(compiled, tmp_path).count("WARPGROUP.DEPBAR")
+    # A warpgroup waits for a step's products, and for the last; the assembler has it wait for no other: see its C7512.
+    waits = 2 * launch.warpgroups
+    assert ptx.count("wgmma.wait_group") == instructions(compiled, tmp_path).count("WARPGROUP.DEPBAR") == waits
 
 
 @pytest.mark.parametrize("number", [INT, E4M3])
