@@ -39,6 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels import attention_hopper_triton
 from llmq.runtime.kernels.kv_write import Scales
 from llmq.runtime.kernels.kv_write_triton import scale_strides
 from llmq.runtime.kernels.pdl_triton import pdl, wait
@@ -182,7 +183,14 @@ def paged_attention_triton(
     if few_queries:
         attend_rows(decode, splits, rows, True)
     if max_query_length > few_queries:
-        attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
+        plain = window is None and softcap is None and not batch_invariant
+        if plain and attention_hopper_triton.takes(query, key_cache, value_cache):
+            attention_hopper_triton.attend_hopper(
+                query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out,
+                few_queries=few_queries, scale=LOG2_E * scale,
+            )  # fmt: skip
+        else:
+            attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
     if few_queries and splits > 1:
         merge_kernel[rows * few_queries, heads](
             means, logsums, out, query_starts, kv_lengths, longest, out.stride(0), few_queries, splits, shared, span,

@@ -1,0 +1,377 @@
+"""Device code of ``attention`` for many queries on Hopper, in the manner of FlashAttention-3 (Shah et al. 2024): warps
+of their own read keys and values, and the others take the softmax of one tile while the matrix unit has the next.
+
+    reader         keys 0 │ values 0 │ keys 1 │ values 1 │ …          STAGES tiles ahead, pieces of pages by TMA
+    half of rows   q·k₀ │ softmax 0 │ q·k₁ ─┬─ softmax 1 │ q·k₂ ─┬─ softmax 2 │ …
+                                      p·v₀ ─┘ scale sum    p·v₁ ─┘ scale sum
+    other half     the same on the other 64 rows of the tile of queries, at its own pace
+
+A program goes through many tiles of queries, and the reader is ahead of the end of each. Rows of a tile of queries and
+its order of tiles of keys are those of ``attention_triton``. A tile of keys or values in shared memory:
+
+    [channels / 64, TILE, 64]     each piece, tokens of one page × 64 channels, is one copy
+"""
+
+# ruff: noqa: SIM300 (TYPE is no constant but a type)
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from llmq.runtime.kernels.pdl_triton import wait
+
+BLOCK_M = 128  # packed queries in a tile, 64 for each half
+TILE = 128  # keys in a tile
+STAGES = {64: 3, 128: 2}  # tiles of keys and of values in shared memory, for a head_dim
+QUERIES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+PAGES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+# A mask of all lanes, from numbers that have to be there first.
+SETTLE = gl.constexpr("""{
+    .reg .b32 mask;
+    activemask.b32 mask;
+    or.b32 mask, mask, $2;
+    or.b32 mask, mask, $3;
+    bar.warp.sync mask;
+    mov.b32 $0, $2;
+    mov.b32 $1, $3;
+}""")
+
+
+def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+    """Whether ``attend_hopper`` has a kernel for such queries over such a cache."""
+    head_dim = query.shape[2]
+    return (
+        query.device.type == "cuda"
+        and torch.cuda.get_device_capability(query.device)[0] == 9
+        and head_dim in STAGES
+        and query.element_size() == 2
+        and query.dtype == key_cache.dtype
+        and query.shape[1] // key_cache.shape[2] <= BLOCK_M
+        and key_cache.shape[1] % 16 == 0
+        and key_cache.is_contiguous()
+        and value_cache.is_contiguous()
+    )
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def attend_hopper(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    kv_lengths: Tensor,
+    out: Tensor,
+    *,
+    few_queries: int,
+    scale: float,
+) -> None:
+    """Write into ``out`` the causal attention of the rows with more than ``few_queries`` queries, as
+    ``paged_attention`` defines it for what this ``takes``; ``scale`` takes a score to units of log 2."""
+    tokens, heads, head_dim = query.shape
+    block_size, kv_heads = key_cache.shape[1:3]
+    group = heads // kv_heads
+    group_padded = triton.next_power_of_2(group)
+    queries = TensorDescriptor.from_tensor(
+        query.unflatten(1, (kv_heads, group)), [64 // group_padded, 1, group_padded, 64], QUERIES
+    )
+    piece = math.gcd(block_size, TILE)
+    pages = [
+        TensorDescriptor.from_tensor(cache.view(-1, kv_heads * head_dim), [piece, 64], PAGES)
+        for cache in (key_cache, value_cache)
+    ]
+    rows = len(kv_lengths)
+    tiles = (tokens // (BLOCK_M // group_padded) + rows) * kv_heads
+    attention_hopper_kernel[min(tiles, multiprocessors(query.device)),](
+        queries, *pages, block_tables, query_starts, kv_lengths, out, block_tables.stride(0), out.stride(0), rows,
+        tiles, kv_heads, few_queries, scale, GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, PIECE=piece, BLOCK_M=BLOCK_M, TILE=TILE,
+        STAGES=STAGES[head_dim], num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+
+
+@gluon.jit
+def locate(turn, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries, BLOCK_Q: gl.constexpr):
+    """Of a program's tile number ``turn``: the KV head, the row, the row's first token, its queries, the first of them
+    in the tile, its keys, and how many of them some query of the tile sees: none, if the tile is empty.
+
+    Tiles are dealt to the programs forth and back, the longest contexts, at the end of a prompt, first.
+    """
+    programs = gl.num_programs(0)
+    place = gl.where(turn % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
+    number = tiles - 1 - turn * programs - place
+    kv_head = number % kv_heads
+    tile = number // kv_heads
+    # Row r owns the tiles from query_starts[r] // BLOCK_Q + r on: at least as many as it needs.
+    LANES: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    row = -1
+    for start in range(0, rows, 128):
+        other = start + gl.arange(0, 128, layout=LANES)
+        begins = gl.load(query_starts + other, mask=other < rows, other=0) // BLOCK_Q + other
+        row += gl.sum(((other < rows) & (begins <= tile)).to(gl.int32), 0)
+    row = gl.maximum(row, 0)
+    query_start = gl.load(query_starts + row)
+    queries = gl.load(query_starts + row + 1) - query_start
+    kv_length = gl.load(kv_lengths + row)
+    first_query = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
+    is_tile = (number >= 0) & (queries > few_queries) & (first_query < queries)
+    seen = kv_length - queries + gl.minimum(first_query + BLOCK_Q, queries)
+    return kv_head, row, query_start, queries, first_query, kv_length, gl.where(is_tile, seen, 0)
+
+
+@gluon.jit
+def read(
+    at_query, at_keys, at_values, q, keys, values, q_ready, q_free, keys_ready, keys_free, values_ready, values_free,
+    block_tables, table_stride, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries,
+    BLOCK_Q: gl.constexpr, BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The reader: all tiles of queries, keys and values, one after the other, each into the next free place."""
+    PARTS: gl.constexpr = HEAD_DIM // 64
+    step = 0
+    taken = 0
+    for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
+        kv_head, row, query_start, _, first_query, kv_length, seen = locate(
+            turn, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries, BLOCK_Q
+        )
+        table = block_tables + row.to(gl.int64) * table_stride
+        for start in range(0, seen, TILE):
+            slot, phase = step % STAGES, step // STAGES & 1
+            read_tile(at_keys, keys, keys_ready, keys_free, table, start, kv_length, kv_head, slot, phase,
+                      BLOCK_SIZE, HEAD_DIM, TILE)  # fmt: skip
+            if start == 0:
+                mbarrier.wait(q_free, taken & 1 ^ 1)
+                mbarrier.expect(q_ready, 2 * 64 * HEAD_DIM * 2)
+                for part in gl.static_range(2 * PARTS):
+                    token = query_start + first_query + part // PARTS * (BLOCK_Q // 2)
+                    tma.async_copy_global_to_shared(
+                        at_query, [token, kv_head, 0, part % PARTS * 64], q_ready, q.index(part)
+                    )
+                taken += 1
+            read_tile(at_values, values, values_ready, values_free, table, start, kv_length, kv_head, slot, phase,
+                      BLOCK_SIZE, HEAD_DIM, TILE)  # fmt: skip
+            step += 1
+
+
+@gluon.jit
+def read_tile(
+    at_cache, pieces, ready, free, table, start, kv_length, kv_head, slot, phase,
+    BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of the positions from ``start`` on, when their place is free; page 0 past the row's end."""
+    PIECE: gl.constexpr = at_cache.block_type.shape[0]
+    PIECES: gl.constexpr = TILE // PIECE
+    mbarrier.wait(free.index(slot), phase ^ 1)
+    mbarrier.expect(ready.index(slot), TILE * HEAD_DIM * 2)
+    for piece in gl.static_range(PIECES):
+        position = start + piece * PIECE
+        page = gl.load(table + position // BLOCK_SIZE, mask=position < kv_length, other=0)
+        token = page * BLOCK_SIZE + position % BLOCK_SIZE
+        for part in gl.static_range(HEAD_DIM // 64):
+            tma.async_copy_global_to_shared(
+                at_cache, [token, kv_head * HEAD_DIM + part * 64], ready.index(slot),
+                pieces.index((slot * (HEAD_DIM // 64) + part) * PIECES + piece),
+            )  # fmt: skip
+
+
+@gluon.jit
+def attend_half(
+    q, keys, values, value_pieces, q_ready, q_free, keys_ready, keys_free, values_ready, values_free, out,
+    out_token_stride, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries, scale,
+    FIRST: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The rows from FIRST on, 64 of them, of all tiles of queries of the program."""
+    TYPE: gl.constexpr = q.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    MEANS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    # 16 bytes to a thread.
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    m_row = FIRST + gl.arange(0, 64, layout=ROW)
+    m = FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
+    dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, STORED))
+    none = gl.zeros([64, TILE], gl.float32, layout=SCORES)
+    step = 0
+    taken = 0
+    for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
+        kv_head, row, query_start, queries, first_query, kv_length, seen = locate(
+            turn, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries, BLOCK_Q
+        )
+        if seen > 0:
+            first_position = kv_length - queries + first_query
+            position = first_position + m_row // GROUP_PADDED
+            mbarrier.wait(q_ready, taken & 1)
+            taken += 1
+            slot, phase = step % STAGES, step // STAGES & 1
+            mbarrier.wait(keys_ready.index(slot), phase)
+            scores = warpgroup_mma(q, keys.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, [scores])
+            mbarrier.arrive(keys_free.index(slot))
+            scores = masked(scores, 0, position, TILE)
+            best = gl.max(scores, 1) * scale
+            exact = gl.exp2(scores * scale - best[:, None])
+            total = gl.sum(exact, 1)
+            weights = gl.convert_layout(exact.to(TYPE), gl.DotOperandLayout(0, MEANS, 2))
+            acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=MEANS)
+            # Every query of the tile sees all keys before last_full.
+            last_full = (first_position + 1) // TILE * TILE
+            for start in range(TILE, last_full, TILE):
+                acc, weights, best, total = attend(
+                    acc, weights, best, total, q, keys, values, none, keys_ready, keys_free, values_ready, values_free,
+                    step, start, position, scale, STAGES, TILE, False,
+                )  # fmt: skip
+                step += 1
+            for start in range(gl.maximum(last_full, TILE), seen, TILE):
+                acc, weights, best, total = attend(
+                    acc, weights, best, total, q, keys, values, none, keys_ready, keys_free, values_ready, values_free,
+                    step, start, position, scale, STAGES, TILE, True,
+                )  # fmt: skip
+                step += 1
+
+            mbarrier.arrive(q_free)
+            slot, phase = step % STAGES, step // STAGES & 1
+            mbarrier.wait(values_ready.index(slot), phase)
+            clear(value_pieces, slot, kv_length - (seen - 1) // TILE * TILE, HEAD_DIM, TILE)
+            acc = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
+            acc, weights = warpgroup_mma_wait(0, [acc, weights])
+            mbarrier.arrive(values_free.index(slot))
+            step += 1
+            mean = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, MEANS))[:, None]
+            query_index = first_query + m // GROUP_PADDED
+            at_out = (query_start + query_index).to(gl.int64) * out_token_stride
+            at_out += (kv_head * GROUP + m % GROUP_PADDED) * HEAD_DIM
+            is_query = (query_index < queries) & (m % GROUP_PADDED < GROUP)
+            gl.store(
+                out + at_out[:, None] + dim[None, :], gl.convert_layout(mean.to(TYPE), STORED), mask=is_query[:, None]
+            )
+
+
+@gluon.jit
+def attend(
+    acc, weights, best, total, q, keys, values, none, keys_ready, keys_free, values_ready, values_free, step, start,
+    position, scale, STAGES: gl.constexpr, TILE: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Take tile ``step`` of the values into the sum with the weights at hand, and tile step + 1 of the keys, from
+    position ``start`` on, into the running softmax; see ``attend`` of ``attention_triton``."""
+    MEANS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    slot, phase = step % STAGES, step // STAGES & 1
+    next_slot, next_phase = (step + 1) % STAGES, (step + 1) // STAGES & 1
+    mbarrier.wait(keys_ready.index(next_slot), next_phase)
+    scores = warpgroup_mma(q, keys.index(next_slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    mbarrier.wait(values_ready.index(slot), phase)
+    acc = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
+    scores = warpgroup_mma_wait(1, [scores])
+    mbarrier.arrive(keys_free.index(next_slot))
+    if MASKED:
+        scores = masked(scores, start, position, TILE)
+    new_best = gl.maximum(best, gl.max(scores, 1) * scale)
+    exact = gl.exp2(scores * scale - new_best[:, None])
+    fade = gl.exp2(best - new_best)
+    total = total * fade + gl.sum(exact, 1)
+    # Or else the assembler waits for the matrix unit first, and takes the exponentials then.
+    total = gl.inline_asm_elementwise(SETTLE, "=f,=f,f,f", [total], dtype=gl.float32, is_pure=False, pack=2)
+    acc, weights = warpgroup_mma_wait(0, [acc, weights])
+    mbarrier.arrive(values_free.index(slot))
+    acc = acc * gl.convert_layout(fade, MEANS)[:, None]
+    return acc, gl.convert_layout(exact.to(weights.dtype), weights.type.layout), new_best, total
+
+
+@gluon.jit
+def masked(scores, start, position, TILE: gl.constexpr):
+    """``scores`` with −inf for the keys that a query does not see."""
+    key_position = start + gl.arange(0, TILE, layout=gl.SliceLayout(0, scores.type.layout))
+    return gl.where(key_position[None, :] <= position[:, None], scores, float("-inf"))
+
+
+@gluon.jit
+def clear(pieces, slot, inside, HEAD_DIM: gl.constexpr, TILE: gl.constexpr):
+    """Zero the tile of values in ``slot`` but for its first ``inside`` rows. Past the row's end a page holds anything,
+    NaN too, which a weight of zero would not remove from the sum. Both halves of the rows write the same."""
+    PIECE: gl.constexpr = pieces.shape[1]
+    PIECES: gl.constexpr = TILE // PIECE
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    if inside < TILE:
+        token = gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
+        for piece in range(inside // PIECE, PIECES):
+            for part in gl.static_range(HEAD_DIM // 64):
+                there = pieces.index((slot * (HEAD_DIM // 64) + part) * PIECES + piece)
+                there.store(gl.where((piece * PIECE + token < inside)[:, None], there.load(LAYOUT), 0.0))
+        fence_async_shared()
+        tl.debug_barrier()
+
+
+@gluon.jit(do_not_specialize=["rows", "tiles", "kv_heads", "few_queries"])
+def attention_hopper_kernel(
+    at_query, at_keys, at_values, block_tables, query_starts, kv_lengths, out, table_stride, out_token_stride, rows,
+    tiles, kv_heads, few_queries, scale, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, PIECE: gl.constexpr, BLOCK_M: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A share of the tiles of queries; of the caches [blocks · BLOCK_SIZE, channels] there are descriptors."""
+    TYPE: gl.constexpr = at_keys.dtype
+    LAYOUT: gl.constexpr = at_keys.layout
+    BLOCK_Q: gl.constexpr = BLOCK_M // GROUP_PADDED
+    PARTS: gl.constexpr = HEAD_DIM // 64
+    PLACES: gl.constexpr = STAGES * PARTS * TILE // PIECE
+    q_parts = gl.allocate_shared_memory(
+        TYPE, [2 * PARTS, 64 // GROUP_PADDED, 1, GROUP_PADDED, 64], at_query.layout
+    )  # fmt: skip
+    q = q_parts._reinterpret(TYPE, [2, 64, HEAD_DIM], LAYOUT)
+    key_pieces = gl.allocate_shared_memory(TYPE, [PLACES, PIECE, 64], LAYOUT)
+    value_pieces = gl.allocate_shared_memory(TYPE, [PLACES, PIECE, 64], LAYOUT)
+    keys = key_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT)
+    values = value_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT)
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_ready, count=1)
+    mbarrier.init(q_free, count=2)
+    keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_ready.index(stage), count=1)
+        mbarrier.init(keys_free.index(stage), count=2)
+        mbarrier.init(values_ready.index(stage), count=1)
+        mbarrier.init(values_free.index(stage), count=2)
+    fence_async_shared()
+    wait(True)
+    gl.warp_specialize(
+        [
+            (attend_half, (
+                q.index(0), keys, values, value_pieces, q_ready, q_free, keys_ready, keys_free, values_ready,
+                values_free, out, out_token_stride, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries,
+                scale, 0, GROUP, GROUP_PADDED, HEAD_DIM, BLOCK_Q, TILE, STAGES,
+            )),
+            (attend_half, (
+                q.index(1), keys, values, value_pieces, q_ready, q_free, keys_ready, keys_free, values_ready,
+                values_free, out, out_token_stride, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries,
+                scale, 64, GROUP, GROUP_PADDED, HEAD_DIM, BLOCK_Q, TILE, STAGES,
+            )),
+            (read, (
+                at_query, at_keys, at_values, q_parts, key_pieces, value_pieces, q_ready, q_free, keys_ready,
+                keys_free, values_ready, values_free, block_tables, table_stride, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries,
+                BLOCK_Q, BLOCK_SIZE, HEAD_DIM, TILE, STAGES,
+            )),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
