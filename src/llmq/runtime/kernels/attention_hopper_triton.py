@@ -12,7 +12,6 @@ its order of tiles of keys are those of ``attention_triton``. A tile of keys or 
     [channels / 64, TILE, 64]     each piece, tokens of one page × 64 channels, is one copy
 """
 
-# ruff: noqa: SIM300 (TYPE is no constant but a type)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 import math
@@ -104,22 +103,23 @@ def attend_hopper(
     tiles = (tokens // (BLOCK_M // group_padded) + rows) * kv_heads
     attention_hopper_kernel[min(tiles, multiprocessors(query.device)),](
         queries, *pages, block_tables, query_starts, kv_lengths, out, block_tables.stride(0), out.stride(0), rows,
-        tiles, kv_heads, few_queries, scale, GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, PIECE=piece, BLOCK_M=BLOCK_M, TILE=TILE,
-        STAGES=STAGES[head_dim], num_warps=4, launch_pdl=True,
+        tiles, kv_heads, few_queries, scale,
+        GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, PIECE=piece,
+        BLOCK_M=BLOCK_M, TILE=TILE, STAGES=STAGES[head_dim], num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
 @gluon.jit
-def locate(turn, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries, BLOCK_Q: gl.constexpr):
-    """Of a program's tile number ``turn``: the KV head, the row, the row's first token, its queries, the first of them
-    in the tile, its keys, and how many of them some query of the tile sees: none, if the tile is empty.
+def locate(turn, batch, BLOCK_Q: gl.constexpr):
+    """Of a program's tile of queries number ``turn``: the KV head, the row, the row's first token, its queries, the
+    first of them in the tile, its keys, and how many of them some query of the tile sees: none, if the tile is empty.
 
     Tiles are dealt to the programs forth and back, the longest contexts, at the end of a prompt, first.
     """
+    query_starts, kv_lengths, rows, tiles, kv_heads, few_queries = batch
     programs = gl.num_programs(0)
     place = gl.where(turn % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
     number = tiles - 1 - turn * programs - place
-    kv_head = number % kv_heads
     tile = number // kv_heads
     # Row r owns the tiles from query_starts[r] // BLOCK_Q + r on: at least as many as it needs.
     LANES: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
@@ -135,48 +135,44 @@ def locate(turn, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries, B
     first_query = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
     is_tile = (number >= 0) & (queries > few_queries) & (first_query < queries)
     seen = kv_length - queries + gl.minimum(first_query + BLOCK_Q, queries)
-    return kv_head, row, query_start, queries, first_query, kv_length, gl.where(is_tile, seen, 0)
+    return number % kv_heads, row, query_start, queries, first_query, kv_length, gl.where(is_tile, seen, 0)
 
 
 @gluon.jit
 def read(
-    at_query, at_keys, at_values, q, keys, values, q_ready, q_free, keys_ready, keys_free, values_ready, values_free,
-    block_tables, table_stride, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries,
+    batch, at_query, at_keys, at_values, q, keys, values, block_tables, table_stride,
     BLOCK_Q: gl.constexpr, BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The reader: all tiles of queries, keys and values, one after the other, each into the next free place."""
+    q_parts, q_ready, q_free = q
     PARTS: gl.constexpr = HEAD_DIM // 64
-    step = 0
-    taken = 0
-    for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
-        kv_head, row, query_start, _, first_query, kv_length, seen = locate(
-            turn, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries, BLOCK_Q
-        )
+    taken, step = 0, 0
+    for turn in range(gl.cdiv(batch[3], gl.num_programs(0))):
+        kv_head, row, query_start, _, first_query, kv_length, seen = locate(turn, batch, BLOCK_Q)
         table = block_tables + row.to(gl.int64) * table_stride
         for start in range(0, seen, TILE):
             slot, phase = step % STAGES, step // STAGES & 1
-            read_tile(at_keys, keys, keys_ready, keys_free, table, start, kv_length, kv_head, slot, phase,
-                      BLOCK_SIZE, HEAD_DIM, TILE)  # fmt: skip
+            read_tile(at_keys, keys, table, start, kv_length, kv_head, slot, phase, BLOCK_SIZE, HEAD_DIM, TILE)
             if start == 0:
                 mbarrier.wait(q_free, taken & 1 ^ 1)
                 mbarrier.expect(q_ready, 2 * 64 * HEAD_DIM * 2)
                 for part in gl.static_range(2 * PARTS):
                     token = query_start + first_query + part // PARTS * (BLOCK_Q // 2)
                     tma.async_copy_global_to_shared(
-                        at_query, [token, kv_head, 0, part % PARTS * 64], q_ready, q.index(part)
+                        at_query, [token, kv_head, 0, part % PARTS * 64], q_ready, q_parts.index(part)
                     )
                 taken += 1
-            read_tile(at_values, values, values_ready, values_free, table, start, kv_length, kv_head, slot, phase,
-                      BLOCK_SIZE, HEAD_DIM, TILE)  # fmt: skip
+            read_tile(at_values, values, table, start, kv_length, kv_head, slot, phase, BLOCK_SIZE, HEAD_DIM, TILE)
             step += 1
 
 
 @gluon.jit
 def read_tile(
-    at_cache, pieces, ready, free, table, start, kv_length, kv_head, slot, phase,
+    at_cache, tiles, table, start, kv_length, kv_head, slot, phase,
     BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, TILE: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of the positions from ``start`` on, when their place is free; page 0 past the row's end."""
+    pieces, ready, free = tiles
     PIECE: gl.constexpr = at_cache.block_type.shape[0]
     PIECES: gl.constexpr = TILE // PIECE
     mbarrier.wait(free.index(slot), phase ^ 1)
@@ -194,36 +190,37 @@ def read_tile(
 
 @gluon.jit
 def attend_half(
-    q, keys, values, value_pieces, q_ready, q_free, keys_ready, keys_free, values_ready, values_free, out,
-    out_token_stride, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries, scale,
-    FIRST: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, TILE: gl.constexpr,
-    STAGES: gl.constexpr,
+    batch, q, keys, values, value_pieces, out, out_token_stride, scale,
+    HALF: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """The rows from FIRST on, 64 of them, of all tiles of queries of the program."""
-    TYPE: gl.constexpr = q.dtype
+    """One half of the rows of all tiles of queries of the program."""
+    q_halves, q_ready, q_free = q
+    key_tiles, keys_ready, keys_free = keys
+    value_tiles, values_ready, values_free = values
+    queries_half = q_halves.index(HALF)
+    TYPE: gl.constexpr = q_halves.dtype
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    TILE: gl.constexpr = key_tiles.shape[1]
+    HEAD_DIM: gl.constexpr = key_tiles.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     MEANS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    # 16 bytes to a thread.
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    m_row = FIRST + gl.arange(0, 64, layout=ROW)
-    m = FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
-    dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, STORED))
     none = gl.zeros([64, TILE], gl.float32, layout=SCORES)
-    step = 0
-    taken = 0
-    for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
-        kv_head, row, query_start, queries, first_query, kv_length, seen = locate(
-            turn, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries, BLOCK_Q
-        )
+    taken, step = 0, 0
+    for turn in range(gl.cdiv(batch[3], gl.num_programs(0))):
+        kv_head, _, query_start, queries, first_query, kv_length, seen = locate(turn, batch, BLOCK_Q)
         if seen > 0:
+            first_query += HALF * (BLOCK_Q // 2)
             first_position = kv_length - queries + first_query
-            position = first_position + m_row // GROUP_PADDED
+            position = first_position + gl.arange(0, 64, layout=ROW) // GROUP_PADDED
             mbarrier.wait(q_ready, taken & 1)
             taken += 1
             slot, phase = step % STAGES, step // STAGES & 1
             mbarrier.wait(keys_ready.index(slot), phase)
-            scores = warpgroup_mma(q, keys.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+            scores = warpgroup_mma(
+                queries_half, key_tiles.index(slot).permute((1, 0)), none, use_acc=False, is_async=True
+            )  # fmt: skip
             scores = warpgroup_mma_wait(0, [scores])
             mbarrier.arrive(keys_free.index(slot))
             scores = masked(scores, 0, position, TILE)
@@ -232,30 +229,30 @@ def attend_half(
             total = gl.sum(exact, 1)
             weights = gl.convert_layout(exact.to(TYPE), gl.DotOperandLayout(0, MEANS, 2))
             acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=MEANS)
-            # Every query of the tile sees all keys before last_full.
+            # Every query of the half sees all keys before last_full.
             last_full = (first_position + 1) // TILE * TILE
             for start in range(TILE, last_full, TILE):
                 acc, weights, best, total = attend(
-                    acc, weights, best, total, q, keys, values, none, keys_ready, keys_free, values_ready, values_free,
-                    step, start, position, scale, STAGES, TILE, False,
-                )  # fmt: skip
+                    acc, weights, best, total, queries_half, none, keys, values, step, start, position, scale, False
+                )
                 step += 1
             for start in range(gl.maximum(last_full, TILE), seen, TILE):
                 acc, weights, best, total = attend(
-                    acc, weights, best, total, q, keys, values, none, keys_ready, keys_free, values_ready, values_free,
-                    step, start, position, scale, STAGES, TILE, True,
-                )  # fmt: skip
+                    acc, weights, best, total, queries_half, none, keys, values, step, start, position, scale, True
+                )
                 step += 1
-
             mbarrier.arrive(q_free)
+
             slot, phase = step % STAGES, step // STAGES & 1
             mbarrier.wait(values_ready.index(slot), phase)
             clear(value_pieces, slot, kv_length - (seen - 1) // TILE * TILE, HEAD_DIM, TILE)
-            acc = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
+            acc = warpgroup_mma(weights, value_tiles.index(slot), acc, is_async=True)
             acc, weights = warpgroup_mma_wait(0, [acc, weights])
             mbarrier.arrive(values_free.index(slot))
             step += 1
             mean = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, MEANS))[:, None]
+            m = gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
+            dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, STORED))
             query_index = first_query + m // GROUP_PADDED
             at_out = (query_start + query_index).to(gl.int64) * out_token_stride
             at_out += (kv_head * GROUP + m % GROUP_PADDED) * HEAD_DIM
@@ -267,18 +264,20 @@ def attend_half(
 
 @gluon.jit
 def attend(
-    acc, weights, best, total, q, keys, values, none, keys_ready, keys_free, values_ready, values_free, step, start,
-    position, scale, STAGES: gl.constexpr, TILE: gl.constexpr, MASKED: gl.constexpr,
+    acc, weights, best, total, q, none, keys, values, step, start, position, scale, MASKED: gl.constexpr
 ):  # fmt: skip
     """Take tile ``step`` of the values into the sum with the weights at hand, and tile step + 1 of the keys, from
     position ``start`` on, into the running softmax; see ``attend`` of ``attention_triton``."""
-    MEANS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    key_tiles, keys_ready, keys_free = keys
+    value_tiles, values_ready, values_free = values
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    TILE: gl.constexpr = key_tiles.shape[1]
     slot, phase = step % STAGES, step // STAGES & 1
     next_slot, next_phase = (step + 1) % STAGES, (step + 1) // STAGES & 1
     mbarrier.wait(keys_ready.index(next_slot), next_phase)
-    scores = warpgroup_mma(q, keys.index(next_slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    scores = warpgroup_mma(q, key_tiles.index(next_slot).permute((1, 0)), none, use_acc=False, is_async=True)
     mbarrier.wait(values_ready.index(slot), phase)
-    acc = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
+    acc = warpgroup_mma(weights, value_tiles.index(slot), acc, is_async=True)
     scores = warpgroup_mma_wait(1, [scores])
     mbarrier.arrive(keys_free.index(next_slot))
     if MASKED:
@@ -291,15 +290,15 @@ def attend(
     total = gl.inline_asm_elementwise(SETTLE, "=f,=f,f,f", [total], dtype=gl.float32, is_pure=False, pack=2)
     acc, weights = warpgroup_mma_wait(0, [acc, weights])
     mbarrier.arrive(values_free.index(slot))
-    acc = acc * gl.convert_layout(fade, MEANS)[:, None]
+    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
     return acc, gl.convert_layout(exact.to(weights.dtype), weights.type.layout), new_best, total
 
 
 @gluon.jit
 def masked(scores, start, position, TILE: gl.constexpr):
     """``scores`` with −inf for the keys that a query does not see."""
-    key_position = start + gl.arange(0, TILE, layout=gl.SliceLayout(0, scores.type.layout))
-    return gl.where(key_position[None, :] <= position[:, None], scores, float("-inf"))
+    key = gl.arange(0, TILE, layout=gl.SliceLayout(0, scores.type.layout))
+    return gl.where(key[None, :] <= (position - start)[:, None], scores, float("-inf"))
 
 
 @gluon.jit
@@ -319,56 +318,56 @@ def clear(pieces, slot, inside, HEAD_DIM: gl.constexpr, TILE: gl.constexpr):
         tl.debug_barrier()
 
 
+@gluon.jit
+def ring(COUNT: gl.constexpr, READERS: gl.constexpr):
+    """COUNT pairs of barriers: of a place that has been filled, and of one that READERS have done with."""
+    ready = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(COUNT):
+        mbarrier.init(ready.index(place), count=1)
+        mbarrier.init(free.index(place), count=READERS)
+    return ready, free
+
+
 @gluon.jit(do_not_specialize=["rows", "tiles", "kv_heads", "few_queries"])
 def attention_hopper_kernel(
     at_query, at_keys, at_values, block_tables, query_starts, kv_lengths, out, table_stride, out_token_stride, rows,
-    tiles, kv_heads, few_queries, scale, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, PIECE: gl.constexpr, BLOCK_M: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr,
+    tiles, kv_heads, few_queries, scale,
+    GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    PIECE: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A share of the tiles of queries; of the caches [blocks · BLOCK_SIZE, channels] there are descriptors."""
+    """A share of the tiles of queries. There are descriptors of the queries [tokens, KV heads, GROUP, HEAD_DIM] and of
+    the caches [blocks · BLOCK_SIZE, KV heads · HEAD_DIM]."""
     TYPE: gl.constexpr = at_keys.dtype
     LAYOUT: gl.constexpr = at_keys.layout
     BLOCK_Q: gl.constexpr = BLOCK_M // GROUP_PADDED
     PARTS: gl.constexpr = HEAD_DIM // 64
-    PLACES: gl.constexpr = STAGES * PARTS * TILE // PIECE
+    PIECES: gl.constexpr = STAGES * PARTS * TILE // PIECE
     q_parts = gl.allocate_shared_memory(
         TYPE, [2 * PARTS, 64 // GROUP_PADDED, 1, GROUP_PADDED, 64], at_query.layout
     )  # fmt: skip
-    q = q_parts._reinterpret(TYPE, [2, 64, HEAD_DIM], LAYOUT)
-    key_pieces = gl.allocate_shared_memory(TYPE, [PLACES, PIECE, 64], LAYOUT)
-    value_pieces = gl.allocate_shared_memory(TYPE, [PLACES, PIECE, 64], LAYOUT)
-    keys = key_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT)
-    values = value_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT)
-    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_ready, count=1)
-    mbarrier.init(q_free, count=2)
-    keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(keys_ready.index(stage), count=1)
-        mbarrier.init(keys_free.index(stage), count=2)
-        mbarrier.init(values_ready.index(stage), count=1)
-        mbarrier.init(values_free.index(stage), count=2)
+    key_pieces = gl.allocate_shared_memory(TYPE, [PIECES, PIECE, 64], LAYOUT)
+    value_pieces = gl.allocate_shared_memory(TYPE, [PIECES, PIECE, 64], LAYOUT)
+    q_ready, q_free = ring(1, 2)
+    keys_ready, keys_free = ring(STAGES, 2)
+    values_ready, values_free = ring(STAGES, 2)
     fence_async_shared()
     wait(True)
+    batch = (query_starts, kv_lengths, rows, tiles, kv_heads, few_queries)
+    q = (q_parts._reinterpret(TYPE, [2, 64, HEAD_DIM], LAYOUT), q_ready.index(0), q_free.index(0))
+    keys = (key_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT), keys_ready, keys_free)
+    values = (value_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT), values_ready, values_free)
     gl.warp_specialize(
         [
             (attend_half, (
-                q.index(0), keys, values, value_pieces, q_ready, q_free, keys_ready, keys_free, values_ready,
-                values_free, out, out_token_stride, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries,
-                scale, 0, GROUP, GROUP_PADDED, HEAD_DIM, BLOCK_Q, TILE, STAGES,
+                batch, q, keys, values, value_pieces, out, out_token_stride, scale, 0, GROUP, GROUP_PADDED, BLOCK_Q,
             )),
             (attend_half, (
-                q.index(1), keys, values, value_pieces, q_ready, q_free, keys_ready, keys_free, values_ready,
-                values_free, out, out_token_stride, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries,
-                scale, 64, GROUP, GROUP_PADDED, HEAD_DIM, BLOCK_Q, TILE, STAGES,
+                batch, q, keys, values, value_pieces, out, out_token_stride, scale, 1, GROUP, GROUP_PADDED, BLOCK_Q,
             )),
             (read, (
-                at_query, at_keys, at_values, q_parts, key_pieces, value_pieces, q_ready, q_free, keys_ready,
-                keys_free, values_ready, values_free, block_tables, table_stride, query_starts, kv_lengths, rows, tiles, kv_heads, few_queries,
+                batch, at_query, at_keys, at_values, (q_parts, q[1], q[2]), (key_pieces, keys_ready, keys_free),
+                (value_pieces, values_ready, values_free), block_tables, table_stride,
                 BLOCK_Q, BLOCK_SIZE, HEAD_DIM, TILE, STAGES,
             )),
         ],

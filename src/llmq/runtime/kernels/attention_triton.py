@@ -134,6 +134,7 @@ def paged_attention_triton(
     window: int | None,
     max_query_length: int,
     max_kv_length: int,
+    min_query_length: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
     longest: Tensor | None = None,
@@ -155,7 +156,9 @@ def paged_attention_triton(
 
     # Rows of up to few_queries go to the decode grid, the others to the prefill grid, which alone treats a query the
     # same way whatever other queries are in the step.
-    few_queries = 0 if batch_invariant else min(decode.block_m // group, max_query_length)
+    few_queries = min(decode.block_m // group, max_query_length)
+    if batch_invariant or min_query_length > few_queries:
+        few_queries = 0
     span = max_kv_length if window is None else min(max_kv_length, window + few_queries - 1)
     shared = splits_for(rows * kv_heads, span) if split is None else triton.cdiv(span, split)
     # A window may begin in the middle of a split.
