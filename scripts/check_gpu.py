@@ -164,7 +164,8 @@ class Paged:
         most = max(kv for _, kv in self.rows)
         return paged_attention(
             self.query, self.key_cache, self.value_cache, self.block_tables, self.query_starts, self.kv_lengths,
-            window=window, max_query_length=max(queries for queries, _ in self.rows),
+            window=window, min_query_length=min(queries for queries, _ in self.rows),
+            max_query_length=max(queries for queries, _ in self.rows),
             max_kv_length=4 * most if loose else most, scale=scale, softcap=softcap, split=split,
             longest=self.kv_lengths.max()[None] if loose else None,
             order=self.kv_lengths.argsort(descending=True).int() if loose else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ gluon = pytest.importorskip("triton.experimental.gluon._runtime")
 
 from llmq.runtime.kernels import (  # noqa: E402
     angles_triton,
+    attention_hopper_triton,
     attention_triton,
     dense_triton,
     grouped_triton,
@@ -74,8 +76,8 @@ def spilled_bytes(compiled: Any, folder: Path) -> int:
     return int(found[1])
 
 
-def loop_instructions(compiled: Any, folder: Path) -> int:
-    """Instructions of a turn of the innermost loop that has matrix instructions."""
+def loop(compiled: Any, folder: Path) -> list[str]:
+    """The instructions of the innermost loop that has matrix instructions."""
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -87,8 +89,13 @@ def loop_instructions(compiled: Any, folder: Path) -> int:
         if found and int(found[1], 16) < end:
             body = [text for at, text in code.items() if int(found[1], 16) <= at <= end]
             if any("MMA" in text for text in body):
-                loops.append(len(body))
-    return min(loops)
+                loops.append(body)
+    return min(loops, key=len)
+
+
+def loop_instructions(compiled: Any, folder: Path) -> int:
+    """How many they are."""
+    return len(loop(compiled, folder))
 
 
 def attention(
@@ -118,6 +125,21 @@ def attention(
         PAIRED=cache != "bf16" and attention_triton.in_pairs(head_dim, decode), WINDOWED=windowed, CAPPED=capped,
         DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
         PDL=capability >= 90, **(scales if cache == "bf16" else {}),
+    )  # fmt: skip
+
+
+def attention_hopper(head_dim: int, block_size: int, group: int, dtype: str) -> Any:
+    kernel = attention_hopper_triton.attention_hopper_kernel
+    tile, group_padded = attention_hopper_triton.TILE, triton.next_power_of_2(group)
+    piece = math.gcd(block_size, tile)
+    types = dict.fromkeys(("block_tables", "query_starts", "kv_lengths"), "*i32") | {"out": f"*{dtype}", "scale": "fp32"}
+    box = [64 // group_padded, 1, group_padded, 64]
+    types["at_query"] = f"tensordesc<{dtype}{box},{attention_hopper_triton.QUERIES!r}>"
+    pages = f"tensordesc<{dtype}[{piece}, 64],{attention_hopper_triton.PAGES!r}>"
+    return compile_for(
+        90, kernel, types | {"at_keys": pages, "at_values": pages}, 4, 3, source=gluon.GluonASTSource,
+        GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, PIECE=piece,
+        BLOCK_M=attention_hopper_triton.BLOCK_M, TILE=tile, STAGES=attention_hopper_triton.STAGES[head_dim],
     )  # fmt: skip
 
 
@@ -185,6 +207,23 @@ def test_attention_on_hopper(
     # A decode tile has 16 rows, too few for the warpgroup's instruction.
     assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "group", "dtype"),
+    [(128, 64, 4, "bf16"), (128, 16, 7, "fp16"), (64, 64, 2, "bf16"), (64, 48, 1, "fp16")],
+)
+def test_exponentials_of_prompts_are_taken_while_the_matrix_unit_has_the_next_products(
+    head_dim: int, block_size: int, group: int, dtype: str, tmp_path: Path
+) -> None:
+    compiled = attention_hopper(head_dim, block_size, group, dtype)
+    assert spilled_bytes(compiled, tmp_path) == 0
+    body = loop(compiled, tmp_path)
+    waits = [at for at, text in enumerate(body) if "WARPGROUP.DEPBAR" in text]
+    assert len(waits) == 2  # for the scores, and for the values
+    exponentials = [at for at, text in enumerate(body) if "MUFU.EX2" in text]
+    assert len(exponentials) >= 64 * attention_hopper_triton.TILE / 128
+    assert all(waits[0] < at < waits[1] for at in exponentials)
 
 
 @pytest.mark.parametrize(("cache", "most"), [("fp8e4nv", 3.5), ("i8", 4)])

@@ -102,7 +102,7 @@ def attend_hopper(
     rows = len(kv_lengths)
     tiles = (tokens // (BLOCK_M // group_padded) + rows) * kv_heads
     attention_hopper_kernel[min(tiles, multiprocessors(query.device)),](
-        queries, *pages, block_tables, query_starts, kv_lengths, out, block_tables.stride(0), out.stride(0), rows,
+        queries, *pages, block_tables, query_starts, kv_lengths, out, block_tables.stride(0), rows,
         tiles, kv_heads, few_queries, scale,
         GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, PIECE=piece,
         BLOCK_M=BLOCK_M, TILE=TILE, STAGES=STAGES[head_dim], num_warps=4, launch_pdl=True,
@@ -148,19 +148,21 @@ def read(
     PARTS: gl.constexpr = HEAD_DIM // 64
     taken, step = 0, 0
     for turn in range(gl.cdiv(batch[3], gl.num_programs(0))):
-        kv_head, row, query_start, _, first_query, kv_length, seen = locate(turn, batch, BLOCK_Q)
-        table = block_tables + row.to(gl.int64) * table_stride
+        kv_head, row, query_start, _queries, first_query, kv_length, seen = locate(turn, batch, BLOCK_Q)
+        table = block_tables + row * table_stride
         for start in range(0, seen, TILE):
             slot, phase = step % STAGES, step // STAGES & 1
             read_tile(at_keys, keys, table, start, kv_length, kv_head, slot, phase, BLOCK_SIZE, HEAD_DIM, TILE)
             if start == 0:
-                mbarrier.wait(q_free, taken & 1 ^ 1)
-                mbarrier.expect(q_ready, 2 * 64 * HEAD_DIM * 2)
+                q_slot = taken % 2
+                mbarrier.wait(q_free.index(q_slot), taken // 2 & 1 ^ 1)
+                mbarrier.expect(q_ready.index(q_slot), 2 * 64 * HEAD_DIM * 2)
                 for part in gl.static_range(2 * PARTS):
                     token = query_start + first_query + part // PARTS * (BLOCK_Q // 2)
                     tma.async_copy_global_to_shared(
-                        at_query, [token, kv_head, 0, part % PARTS * 64], q_ready, q_parts.index(part)
-                    )
+                        at_query, [token, kv_head, 0, part % PARTS * 64], q_ready.index(q_slot),
+                        q_parts.index(q_slot * 2 * PARTS + part),
+                    )  # fmt: skip
                 taken += 1
             read_tile(at_values, values, table, start, kv_length, kv_head, slot, phase, BLOCK_SIZE, HEAD_DIM, TILE)
             step += 1
@@ -190,98 +192,84 @@ def read_tile(
 
 @gluon.jit
 def attend_half(
-    batch, q, keys, values, value_pieces, out, out_token_stride, scale,
+    batch, q, keys, values, value_pieces, out, scale,
     HALF: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """One half of the rows of all tiles of queries of the program."""
+    """One half of the rows of all tiles of queries of the program. The first keys of a tile are taken together with
+    the last values of the one before."""
     q_halves, q_ready, q_free = q
-    key_tiles, keys_ready, keys_free = keys
-    value_tiles, values_ready, values_free = values
-    queries_half = q_halves.index(HALF)
+    _starts, _lengths, _rows, tiles, kv_heads, _few = batch
+    key_tiles, _ready, _free = keys
     TYPE: gl.constexpr = q_halves.dtype
-    STAGES: gl.constexpr = key_tiles.shape[0]
     TILE: gl.constexpr = key_tiles.shape[1]
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     MEANS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    none = gl.zeros([64, TILE], gl.float32, layout=SCORES)
+    nothing = gl.zeros([64, TILE], gl.float32, layout=SCORES)
+    acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=MEANS)
+    weights = gl.zeros([64, TILE], TYPE, layout=gl.DotOperandLayout(0, MEANS, 2))
+    total = gl.full([64], 1.0, gl.float32, layout=ROW)
     taken, step = 0, 0
+    last_head, last_token, last_queries, last_inside = 0, 0, 0, TILE
     for turn in range(gl.cdiv(batch[3], gl.num_programs(0))):
-        kv_head, _, query_start, queries, first_query, kv_length, seen = locate(turn, batch, BLOCK_Q)
+        kv_head, _row, query_start, queries, first_query, kv_length, seen = locate(turn, batch, BLOCK_Q)
         if seen > 0:
             first_query += HALF * (BLOCK_Q // 2)
             first_position = kv_length - queries + first_query
             position = first_position + gl.arange(0, 64, layout=ROW) // GROUP_PADDED
-            mbarrier.wait(q_ready, taken & 1)
-            taken += 1
-            slot, phase = step % STAGES, step // STAGES & 1
-            mbarrier.wait(keys_ready.index(slot), phase)
-            scores = warpgroup_mma(
-                queries_half, key_tiles.index(slot).permute((1, 0)), none, use_acc=False, is_async=True
-            )  # fmt: skip
-            scores = warpgroup_mma_wait(0, [scores])
-            mbarrier.arrive(keys_free.index(slot))
-            scores = masked(scores, 0, position, TILE)
-            best = gl.max(scores, 1) * scale
-            exact = gl.exp2(scores * scale - best[:, None])
-            total = gl.sum(exact, 1)
-            weights = gl.convert_layout(exact.to(TYPE), gl.DotOperandLayout(0, MEANS, 2))
-            acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=MEANS)
             # Every query of the half sees all keys before last_full.
             last_full = (first_position + 1) // TILE * TILE
-            for start in range(TILE, last_full, TILE):
-                acc, weights, best, total = attend(
-                    acc, weights, best, total, queries_half, none, keys, values, step, start, position, scale, False
-                )
-                step += 1
-            for start in range(gl.maximum(last_full, TILE), seen, TILE):
-                acc, weights, best, total = attend(
-                    acc, weights, best, total, queries_half, none, keys, values, step, start, position, scale, True
-                )
-                step += 1
-            mbarrier.arrive(q_free)
-
-            slot, phase = step % STAGES, step // STAGES & 1
-            mbarrier.wait(values_ready.index(slot), phase)
-            clear(value_pieces, slot, kv_length - (seen - 1) // TILE * TILE, HEAD_DIM, TILE)
-            acc = warpgroup_mma(weights, value_tiles.index(slot), acc, is_async=True)
-            acc, weights = warpgroup_mma_wait(0, [acc, weights])
-            mbarrier.arrive(values_free.index(slot))
+            q_slot = taken % 2
+            here = q_halves.index(q_slot * 2 + HALF)
+            mbarrier.wait(q_ready.index(q_slot), taken // 2 & 1)
+            best = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+            last_total, total = total, gl.zeros([64], gl.float32, layout=ROW)
+            acc, _fade, weights, best, total = attend(
+                acc, weights, best, total, here, nothing, keys, values, value_pieces, step, 0, position, scale,
+                last_inside, step > 0, last_full,
+            )  # fmt: skip
+            if step > 0:
+                store(acc, last_total, out, kv_heads, last_head, last_token, last_queries, GROUP, GROUP_PADDED)
+            acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=MEANS)
             step += 1
-            mean = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, MEANS))[:, None]
-            m = gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
-            dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, STORED))
-            query_index = first_query + m // GROUP_PADDED
-            at_out = (query_start + query_index).to(gl.int64) * out_token_stride
-            at_out += (kv_head * GROUP + m % GROUP_PADDED) * HEAD_DIM
-            is_query = (query_index < queries) & (m % GROUP_PADDED < GROUP)
-            gl.store(
-                out + at_out[:, None] + dim[None, :], gl.convert_layout(mean.to(TYPE), STORED), mask=is_query[:, None]
-            )
+            for start in range(TILE, seen, TILE):
+                acc, fade, weights, best, total = attend(
+                    acc, weights, best, total, here, nothing, keys, values, value_pieces, step, start, position, scale,
+                    TILE, True, last_full,
+                )  # fmt: skip
+                acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, MEANS))[:, None]
+                step += 1
+            mbarrier.arrive(q_free.index(q_slot))
+            taken += 1
+            last_head, last_token, last_queries = kv_head, query_start + first_query, queries - first_query
+            last_inside = kv_length - (seen - 1) // TILE * TILE
+    if step > 0:
+        acc = warpgroup_mma(weights, values_at(values, value_pieces, step - 1, last_inside, True), acc, is_async=True)
+        acc, weights = warpgroup_mma_wait(0, [acc, weights])
+        store(acc, total, out, kv_heads, last_head, last_token, last_queries, GROUP, GROUP_PADDED)
 
 
 @gluon.jit
 def attend(
-    acc, weights, best, total, q, none, keys, values, step, start, position, scale, MASKED: gl.constexpr
+    acc, weights, best, total, q, nothing, keys, values, value_pieces, step, start, position, scale, inside,
+    is_later, last_full,
 ):  # fmt: skip
-    """Take tile ``step`` of the values into the sum with the weights at hand, and tile step + 1 of the keys, from
-    position ``start`` on, into the running softmax; see ``attend`` of ``attention_triton``."""
+    """Take tile step − 1 of the values into the sum, with the weights at hand, and tile ``step`` of the keys, from
+    position ``start`` on, into the running softmax; see ``attend`` of ``attention_triton``. Returned with them is
+    what the sum is to be taken times."""
     key_tiles, keys_ready, keys_free = keys
-    value_tiles, values_ready, values_free = values
+    _tiles, _ready, values_free = values
     STAGES: gl.constexpr = key_tiles.shape[0]
-    TILE: gl.constexpr = key_tiles.shape[1]
     slot, phase = step % STAGES, step // STAGES & 1
-    next_slot, next_phase = (step + 1) % STAGES, (step + 1) // STAGES & 1
-    mbarrier.wait(keys_ready.index(next_slot), next_phase)
-    scores = warpgroup_mma(q, key_tiles.index(next_slot).permute((1, 0)), none, use_acc=False, is_async=True)
-    mbarrier.wait(values_ready.index(slot), phase)
-    acc = warpgroup_mma(weights, value_tiles.index(slot), acc, is_async=True)
+    mbarrier.wait(keys_ready.index(slot), phase)
+    scores = warpgroup_mma(q, key_tiles.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    there = values_at(values, value_pieces, step - 1, inside, is_later)
+    acc = warpgroup_mma(weights, there, acc, is_async=True)
     scores = warpgroup_mma_wait(1, [scores])
-    mbarrier.arrive(keys_free.index(next_slot))
-    if MASKED:
-        scores = masked(scores, start, position, TILE)
+    mbarrier.arrive(keys_free.index(slot))
+    if start >= last_full:
+        scores = masked(scores, start, position, key_tiles.shape[1])
     new_best = gl.maximum(best, gl.max(scores, 1) * scale)
     exact = gl.exp2(scores * scale - new_best[:, None])
     fade = gl.exp2(best - new_best)
@@ -289,9 +277,48 @@ def attend(
     # Or else the assembler waits for the matrix unit first, and takes the exponentials then.
     total = gl.inline_asm_elementwise(SETTLE, "=f,=f,f,f", [total], dtype=gl.float32, is_pure=False, pack=2)
     acc, weights = warpgroup_mma_wait(0, [acc, weights])
-    mbarrier.arrive(values_free.index(slot))
-    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return acc, gl.convert_layout(exact.to(weights.dtype), weights.type.layout), new_best, total
+    mbarrier.arrive(values_free.index((step + STAGES - 1) % STAGES), pred=is_later)
+    return acc, fade, gl.convert_layout(exact.to(weights.dtype), weights.type.layout), new_best, total
+
+
+@gluon.jit
+def values_at(values, value_pieces, step, inside, is_tile):
+    """Tile ``step`` of the values, when it has been read; anything, if it ``is_tile`` not. Its rows from ``inside`` on are zeroed: past
+    the row's end a page holds anything, NaN too, which a weight of zero would not remove from the sum. Both halves of
+    the queries write the same."""
+    tiles, ready, _free = values
+    STAGES: gl.constexpr = tiles.shape[0]
+    TILE: gl.constexpr = tiles.shape[1]
+    PARTS: gl.constexpr = tiles.shape[2] // 64
+    PIECE: gl.constexpr = value_pieces.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    slot = (step + STAGES) % STAGES
+    mbarrier.wait(ready.index(slot), step // STAGES & 1, pred=is_tile)
+    if inside < TILE:
+        token = gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
+        for piece in range(inside // PIECE, TILE // PIECE):
+            for part in gl.static_range(PARTS):
+                there = value_pieces.index((slot * PARTS + part) * (TILE // PIECE) + piece)
+                there.store(gl.where((piece * PIECE + token < inside)[:, None], there.load(LAYOUT), 0.0))
+        fence_async_shared()
+        tl.debug_barrier()
+    return tiles.index(slot)
+
+
+@gluon.jit
+def store(
+    acc, total, out, kv_heads, kv_head, first_token, queries, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr
+):
+    """Write the mean that acc / total is, of 64 packed rows from ``first_token`` on, ``queries`` of them at most."""
+    HEAD_DIM: gl.constexpr = acc.shape[1]
+    STORED: gl.constexpr = acc.type.layout
+    mean = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, acc.type.layout))[:, None]
+    m = gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
+    dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, STORED))
+    at = ((first_token + m // GROUP_PADDED) * kv_heads + kv_head) * GROUP + m % GROUP_PADDED
+    is_query = (m // GROUP_PADDED < queries) & (m % GROUP_PADDED < GROUP)
+    mean = gl.convert_layout(mean.to(out.dtype.element_ty), STORED)
+    gl.store(out + at.to(gl.int64)[:, None] * HEAD_DIM + dim[None, :], mean, mask=is_query[:, None])
 
 
 @gluon.jit
@@ -299,23 +326,6 @@ def masked(scores, start, position, TILE: gl.constexpr):
     """``scores`` with −inf for the keys that a query does not see."""
     key = gl.arange(0, TILE, layout=gl.SliceLayout(0, scores.type.layout))
     return gl.where(key[None, :] <= (position - start)[:, None], scores, float("-inf"))
-
-
-@gluon.jit
-def clear(pieces, slot, inside, HEAD_DIM: gl.constexpr, TILE: gl.constexpr):
-    """Zero the tile of values in ``slot`` but for its first ``inside`` rows. Past the row's end a page holds anything,
-    NaN too, which a weight of zero would not remove from the sum. Both halves of the rows write the same."""
-    PIECE: gl.constexpr = pieces.shape[1]
-    PIECES: gl.constexpr = TILE // PIECE
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    if inside < TILE:
-        token = gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
-        for piece in range(inside // PIECE, PIECES):
-            for part in gl.static_range(HEAD_DIM // 64):
-                there = pieces.index((slot * (HEAD_DIM // 64) + part) * PIECES + piece)
-                there.store(gl.where((piece * PIECE + token < inside)[:, None], there.load(LAYOUT), 0.0))
-        fence_async_shared()
-        tl.debug_barrier()
 
 
 @gluon.jit
@@ -331,7 +341,7 @@ def ring(COUNT: gl.constexpr, READERS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["rows", "tiles", "kv_heads", "few_queries"])
 def attention_hopper_kernel(
-    at_query, at_keys, at_values, block_tables, query_starts, kv_lengths, out, table_stride, out_token_stride, rows,
+    at_query, at_keys, at_values, block_tables, query_starts, kv_lengths, out, table_stride, rows,
     tiles, kv_heads, few_queries, scale,
     GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     PIECE: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
@@ -344,29 +354,29 @@ def attention_hopper_kernel(
     PARTS: gl.constexpr = HEAD_DIM // 64
     PIECES: gl.constexpr = STAGES * PARTS * TILE // PIECE
     q_parts = gl.allocate_shared_memory(
-        TYPE, [2 * PARTS, 64 // GROUP_PADDED, 1, GROUP_PADDED, 64], at_query.layout
+        TYPE, [4 * PARTS, 64 // GROUP_PADDED, 1, GROUP_PADDED, 64], at_query.layout
     )  # fmt: skip
     key_pieces = gl.allocate_shared_memory(TYPE, [PIECES, PIECE, 64], LAYOUT)
     value_pieces = gl.allocate_shared_memory(TYPE, [PIECES, PIECE, 64], LAYOUT)
-    q_ready, q_free = ring(1, 2)
+    q_ready, q_free = ring(2, 2)
     keys_ready, keys_free = ring(STAGES, 2)
     values_ready, values_free = ring(STAGES, 2)
     fence_async_shared()
     wait(True)
     batch = (query_starts, kv_lengths, rows, tiles, kv_heads, few_queries)
-    q = (q_parts._reinterpret(TYPE, [2, 64, HEAD_DIM], LAYOUT), q_ready.index(0), q_free.index(0))
+    q = (q_parts._reinterpret(TYPE, [4, 64, HEAD_DIM], LAYOUT), q_ready, q_free)
     keys = (key_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT), keys_ready, keys_free)
     values = (value_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT), values_ready, values_free)
     gl.warp_specialize(
         [
             (attend_half, (
-                batch, q, keys, values, value_pieces, out, out_token_stride, scale, 0, GROUP, GROUP_PADDED, BLOCK_Q,
+                batch, q, keys, values, value_pieces, out, scale, 0, GROUP, GROUP_PADDED, BLOCK_Q,
             )),
             (attend_half, (
-                batch, q, keys, values, value_pieces, out, out_token_stride, scale, 1, GROUP, GROUP_PADDED, BLOCK_Q,
+                batch, q, keys, values, value_pieces, out, scale, 1, GROUP, GROUP_PADDED, BLOCK_Q,
             )),
             (read, (
-                batch, at_query, at_keys, at_values, (q_parts, q[1], q[2]), (key_pieces, keys_ready, keys_free),
+                batch, at_query, at_keys, at_values, (q_parts, q_ready, q_free), (key_pieces, keys_ready, keys_free),
                 (value_pieces, values_ready, values_free), block_tables, table_stride,
                 BLOCK_Q, BLOCK_SIZE, HEAD_DIM, TILE, STAGES,
             )),
