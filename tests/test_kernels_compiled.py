@@ -132,13 +132,14 @@ def attention_hopper(head_dim: int, block_size: int, group: int, dtype: str) -> 
     kernel = attention_hopper_triton.attention_hopper_kernel
     tile, group_padded = attention_hopper_triton.TILE, triton.next_power_of_2(group)
     piece = math.gcd(block_size, tile)
-    types = dict.fromkeys(("block_tables", "query_starts", "kv_lengths"), "*i32") | {"out": f"*{dtype}", "scale": "fp32"}
+    types = dict.fromkeys(("block_tables", "query_starts", "kv_lengths"), "*i32")
+    types |= {"out": f"*{dtype}", "scale": "fp32"}
     box = [64 // group_padded, 1, group_padded, 64]
     types["at_query"] = f"tensordesc<{dtype}{box},{attention_hopper_triton.QUERIES!r}>"
     pages = f"tensordesc<{dtype}[{piece}, 64],{attention_hopper_triton.PAGES!r}>"
     return compile_for(
         90, kernel, types | {"at_keys": pages, "at_values": pages}, 4, 3, source=gluon.GluonASTSource,
-        GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, PIECE=piece,
+        KV_HEADS=8, GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, PIECE=piece,
         BLOCK_M=attention_hopper_triton.BLOCK_M, TILE=tile, STAGES=attention_hopper_triton.STAGES[head_dim],
     )  # fmt: skip
 
@@ -217,8 +218,9 @@ def test_exponentials_of_prompts_are_taken_while_the_matrix_unit_has_the_next_pr
     head_dim: int, block_size: int, group: int, dtype: str, tmp_path: Path
 ) -> None:
     compiled = attention_hopper(head_dim, block_size, group, dtype)
-    assert spilled_bytes(compiled, tmp_path) == 0
     body = loop(compiled, tmp_path)
+    assert not any(re.search(r"\b(LDL|STL)\b", text) for text in body)
+    assert spilled_bytes(compiled, tmp_path) <= 16  # before the groups of warps part, and read once a tile of queries
     waits = [at for at, text in enumerate(body) if "WARPGROUP.DEPBAR" in text]
     assert len(waits) == 2  # for the scores, and for the values
     exponentials = [at for at, text in enumerate(body) if "MUFU.EX2" in text]

@@ -1,15 +1,18 @@
-"""Device code of ``attention`` for many queries on Hopper, in the manner of FlashAttention-3 (Shah et al. 2024): warps
-of their own read keys and values, and the others take the softmax of one tile while the matrix unit has the next.
+"""Device code of ``attention`` for many queries on Hopper, in the manner of FlashAttention-3 (Shah et al. 2024): one
+warp reads, and two groups of four, each with half of the rows of a tile of queries, keep the matrix unit busy.
 
-    reader         keys 0 │ values 0 │ keys 1 │ values 1 │ …          STAGES tiles ahead, pieces of pages by TMA
-    half of rows   q·k₀ │ softmax 0 │ q·k₁ ─┬─ softmax 1 │ q·k₂ ─┬─ softmax 2 │ …
-                                      p·v₀ ─┘ scale sum    p·v₁ ─┘ scale sum
-    other half     the same on the other 64 rows of the tile of queries, at its own pace
+    reader        queries, keys 0 │ values 0 │ keys 1 │ values 1 │ … while there is room, by TMA
+    matrix unit   │ q·k₀ │ q·k₁  p₀·v₀ │ q·k₂  p₁·v₁ │ … │ q·k₀ of the next tile of queries  pₙ·vₙ │ …
+    half          │      │ softmax p₁  │ softmax p₂  │ …    each as soon as its scores are there
 
-A program goes through many tiles of queries, and the reader is ahead of the end of each. Rows of a tile of queries and
-its order of tiles of keys are those of ``attention_triton``. A tile of keys or values in shared memory:
+The halves run at their own pace. A program takes many tiles of queries, one after the other without a stop. Tiles of
+keys are taken in the order of ``attention_triton``; a tile of queries is packed like there, but the heads of a KV head
+are padded to a power of two, as a copy by TMA is:
 
-    [channels / 64, TILE, 64]     each piece, tokens of one page × 64 channels, is one copy
+    half of a tile of queries    row m  =  query m // GROUP_PADDED, head m % GROUP_PADDED of the KV head
+    tile of keys or of values    [head_dim / 64, TILE, 64]; a piece, tokens of one page × 64 channels, is one copy
+
+Triton waits for each product, so that this is Gluon; see ``wna16_hopper_triton``.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -32,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from llmq.runtime.kernels import capability
 from llmq.runtime.kernels.pdl_triton import wait
 
 BLOCK_M = 128  # packed queries in a tile, 64 for each half
@@ -56,13 +60,13 @@ def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
     """Whether ``attend_hopper`` has a kernel for such queries over such a cache."""
     head_dim = query.shape[2]
     return (
-        query.device.type == "cuda"
-        and torch.cuda.get_device_capability(query.device)[0] == 9
+        capability(query.device)[0] == 9
         and head_dim in STAGES
         and query.element_size() == 2
         and query.dtype == key_cache.dtype
-        and query.shape[1] // key_cache.shape[2] <= BLOCK_M
+        and query.shape[1] // key_cache.shape[2] <= BLOCK_M // 2
         and key_cache.shape[1] % 16 == 0
+        and query.stride(0) % 8 == query.data_ptr() % 16 == 0  # or else there is no descriptor of it
         and key_cache.is_contiguous()
         and value_cache.is_contiguous()
     )
@@ -101,11 +105,12 @@ def attend_hopper(
     ]
     rows = len(kv_lengths)
     tiles = (tokens // (BLOCK_M // group_padded) + rows) * kv_heads
-    attention_hopper_kernel[min(tiles, multiprocessors(query.device)),](
-        queries, *pages, block_tables, query_starts, kv_lengths, out, block_tables.stride(0), rows,
-        tiles, kv_heads, few_queries, scale,
-        GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, PIECE=piece,
-        BLOCK_M=BLOCK_M, TILE=TILE, STAGES=STAGES[head_dim], num_warps=4, launch_pdl=True,
+    programs = min(tiles, multiprocessors(query.device))
+    attention_hopper_kernel[programs,](
+        queries, *pages, block_tables, query_starts, kv_lengths, out, block_tables.stride(0), rows, tiles,
+        triton.cdiv(tiles, programs), few_queries, scale,
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        PIECE=piece, BLOCK_M=BLOCK_M, TILE=TILE, STAGES=STAGES[head_dim], num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -116,11 +121,11 @@ def locate(turn, batch, BLOCK_Q: gl.constexpr):
 
     Tiles are dealt to the programs forth and back, the longest contexts, at the end of a prompt, first.
     """
-    query_starts, kv_lengths, rows, tiles, kv_heads, few_queries = batch
+    query_starts, kv_lengths, rows, tiles, _turns, few_queries, KV_HEADS = batch
     programs = gl.num_programs(0)
     place = gl.where(turn % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
     number = tiles - 1 - turn * programs - place
-    tile = number // kv_heads
+    tile = number // KV_HEADS
     # Row r owns the tiles from query_starts[r] // BLOCK_Q + r on: at least as many as it needs.
     LANES: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
     row = -1
@@ -135,7 +140,7 @@ def locate(turn, batch, BLOCK_Q: gl.constexpr):
     first_query = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
     is_tile = (number >= 0) & (queries > few_queries) & (first_query < queries)
     seen = kv_length - queries + gl.minimum(first_query + BLOCK_Q, queries)
-    return number % kv_heads, row, query_start, queries, first_query, kv_length, gl.where(is_tile, seen, 0)
+    return number % KV_HEADS, row, query_start, queries, first_query, kv_length, gl.where(is_tile, seen, 0)
 
 
 @gluon.jit
@@ -147,7 +152,7 @@ def read(
     q_parts, q_ready, q_free = q
     PARTS: gl.constexpr = HEAD_DIM // 64
     taken, step = 0, 0
-    for turn in range(gl.cdiv(batch[3], gl.num_programs(0))):
+    for turn in range(batch[4]):
         kv_head, row, query_start, _queries, first_query, kv_length, seen = locate(turn, batch, BLOCK_Q)
         table = block_tables + row * table_stride
         for start in range(0, seen, TILE):
@@ -198,7 +203,7 @@ def attend_half(
     """One half of the rows of all tiles of queries of the program. The first keys of a tile are taken together with
     the last values of the one before."""
     q_halves, q_ready, q_free = q
-    _starts, _lengths, _rows, tiles, kv_heads, _few = batch
+    _starts, _lengths, _rows, _tiles, turns, _few, KV_HEADS = batch
     key_tiles, _ready, _free = keys
     TYPE: gl.constexpr = q_halves.dtype
     TILE: gl.constexpr = key_tiles.shape[1]
@@ -212,7 +217,7 @@ def attend_half(
     total = gl.full([64], 1.0, gl.float32, layout=ROW)
     taken, step = 0, 0
     last_head, last_token, last_queries, last_inside = 0, 0, 0, TILE
-    for turn in range(gl.cdiv(batch[3], gl.num_programs(0))):
+    for turn in range(turns):
         kv_head, _row, query_start, queries, first_query, kv_length, seen = locate(turn, batch, BLOCK_Q)
         if seen > 0:
             first_query += HALF * (BLOCK_Q // 2)
@@ -230,7 +235,7 @@ def attend_half(
                 last_inside, step > 0, last_full,
             )  # fmt: skip
             if step > 0:
-                store(acc, last_total, out, kv_heads, last_head, last_token, last_queries, GROUP, GROUP_PADDED)
+                store(acc, last_total, out, last_head, last_token, last_queries, KV_HEADS, GROUP, GROUP_PADDED)
             acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=MEANS)
             step += 1
             for start in range(TILE, seen, TILE):
@@ -247,7 +252,7 @@ def attend_half(
     if step > 0:
         acc = warpgroup_mma(weights, values_at(values, value_pieces, step - 1, last_inside, True), acc, is_async=True)
         acc, weights = warpgroup_mma_wait(0, [acc, weights])
-        store(acc, total, out, kv_heads, last_head, last_token, last_queries, GROUP, GROUP_PADDED)
+        store(acc, total, out, last_head, last_token, last_queries, KV_HEADS, GROUP, GROUP_PADDED)
 
 
 @gluon.jit
@@ -283,9 +288,9 @@ def attend(
 
 @gluon.jit
 def values_at(values, value_pieces, step, inside, is_tile):
-    """Tile ``step`` of the values, when it has been read; anything, if it ``is_tile`` not. Its rows from ``inside`` on are zeroed: past
-    the row's end a page holds anything, NaN too, which a weight of zero would not remove from the sum. Both halves of
-    the queries write the same."""
+    """Tile ``step`` of the values, when it has been read; anything, if it ``is_tile`` not. Its rows from ``inside`` on
+    are zeroed: past the row's end a page holds anything, NaN too, which a weight of zero would not remove from the
+    sum. Both halves of the queries write the same."""
     tiles, ready, _free = values
     STAGES: gl.constexpr = tiles.shape[0]
     TILE: gl.constexpr = tiles.shape[1]
@@ -307,15 +312,16 @@ def values_at(values, value_pieces, step, inside, is_tile):
 
 @gluon.jit
 def store(
-    acc, total, out, kv_heads, kv_head, first_token, queries, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr
-):
+    acc, total, out, kv_head, first_token, queries,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr,
+):  # fmt: skip
     """Write the mean that acc / total is, of 64 packed rows from ``first_token`` on, ``queries`` of them at most."""
     HEAD_DIM: gl.constexpr = acc.shape[1]
     STORED: gl.constexpr = acc.type.layout
     mean = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, acc.type.layout))[:, None]
     m = gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
     dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, STORED))
-    at = ((first_token + m // GROUP_PADDED) * kv_heads + kv_head) * GROUP + m % GROUP_PADDED
+    at = ((first_token + m // GROUP_PADDED) * KV_HEADS + kv_head) * GROUP + m % GROUP_PADDED
     is_query = (m // GROUP_PADDED < queries) & (m % GROUP_PADDED < GROUP)
     mean = gl.convert_layout(mean.to(out.dtype.element_ty), STORED)
     gl.store(out + at.to(gl.int64)[:, None] * HEAD_DIM + dim[None, :], mean, mask=is_query[:, None])
@@ -339,11 +345,10 @@ def ring(COUNT: gl.constexpr, READERS: gl.constexpr):
     return ready, free
 
 
-@gluon.jit(do_not_specialize=["rows", "tiles", "kv_heads", "few_queries"])
+@gluon.jit(do_not_specialize=["rows", "tiles", "turns", "few_queries"])
 def attention_hopper_kernel(
-    at_query, at_keys, at_values, block_tables, query_starts, kv_lengths, out, table_stride, rows,
-    tiles, kv_heads, few_queries, scale,
-    GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    at_query, at_keys, at_values, block_tables, query_starts, kv_lengths, out, table_stride, rows, tiles, turns,
+    few_queries, scale, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     PIECE: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A share of the tiles of queries. There are descriptors of the queries [tokens, KV heads, GROUP, HEAD_DIM] and of
@@ -363,7 +368,7 @@ def attention_hopper_kernel(
     values_ready, values_free = ring(STAGES, 2)
     fence_async_shared()
     wait(True)
-    batch = (query_starts, kv_lengths, rows, tiles, kv_heads, few_queries)
+    batch = (query_starts, kv_lengths, rows, tiles, turns, few_queries, KV_HEADS)
     q = (q_parts._reinterpret(TYPE, [4, 64, HEAD_DIM], LAYOUT), q_ready, q_free)
     keys = (key_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT), keys_ready, keys_free)
     values = (value_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT), values_ready, values_free)
