@@ -1,13 +1,14 @@
 """Device code of ``attention`` for many queries on Hopper, in the manner of FlashAttention-3 (Shah et al. 2024): one
 warp reads, and two groups of four, each with half of the rows of a tile of queries, keep the matrix unit busy.
 
-    reader        queries, keys 0 │ values 0 │ keys 1 │ values 1 │ … while there is room, by TMA
-    matrix unit   │ q·k₀ │ q·k₁  p₀·v₀ │ q·k₂  p₁·v₁ │ … │ q·k₀ of the next tile of queries  pₙ·vₙ │ …
-    half          │      │ softmax p₁  │ softmax p₂  │ …    each as soon as its scores are there
+    reader        keys 0 │ queries │ values 0 │ keys 1 │ values 1 │ …      as far ahead as there is room, by TMA
+    matrix unit   │ q·k₀ │           │ q·k₁ │ p₀·v₀ │ q·k₂ │ p₁·v₁ │ …
+    half          │      │ softmax 0 │      │ softmax 1    │ softmax 2 …
 
-The halves run at their own pace. A program takes many tiles of queries, one after the other without a stop. Tiles of
-keys are taken in the order of ``attention_triton``; a tile of queries is packed like there, but the heads of a KV head
-are padded to a power of two, as a copy by TMA is:
+The halves run at their own pace, so that one has the matrix unit where the other leaves it, and a program takes many
+tiles of queries, so that the reader is ahead at the end of each. Tiles of keys are taken in the order of
+``attention_triton``. A tile of queries is packed like there, but each KV head's heads are padded to a power of two,
+as a copy by TMA is:
 
     half of a tile of queries    row m  =  query m // GROUP_PADDED, head m % GROUP_PADDED of the KV head
     tile of keys or of values    [head_dim / 64, TILE, 64]; a piece, tokens of one page × 64 channels, is one copy
@@ -159,15 +160,13 @@ def read(
             slot, phase = step % STAGES, step // STAGES & 1
             read_tile(at_keys, keys, table, start, kv_length, kv_head, slot, phase, BLOCK_SIZE, HEAD_DIM, TILE)
             if start == 0:
-                q_slot = taken % 2
-                mbarrier.wait(q_free.index(q_slot), taken // 2 & 1 ^ 1)
-                mbarrier.expect(q_ready.index(q_slot), 2 * 64 * HEAD_DIM * 2)
+                mbarrier.wait(q_free, taken & 1 ^ 1)
+                mbarrier.expect(q_ready, 2 * 64 * HEAD_DIM * 2)
                 for part in gl.static_range(2 * PARTS):
                     token = query_start + first_query + part // PARTS * (BLOCK_Q // 2)
                     tma.async_copy_global_to_shared(
-                        at_query, [token, kv_head, 0, part % PARTS * 64], q_ready.index(q_slot),
-                        q_parts.index(q_slot * 2 * PARTS + part),
-                    )  # fmt: skip
+                        at_query, [token, kv_head, 0, part % PARTS * 64], q_ready, q_parts.index(part)
+                    )
                 taken += 1
             read_tile(at_values, values, table, start, kv_length, kv_head, slot, phase, BLOCK_SIZE, HEAD_DIM, TILE)
             step += 1
@@ -200,23 +199,21 @@ def attend_half(
     batch, q, keys, values, value_pieces, out, scale,
     HALF: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """One half of the rows of all tiles of queries of the program. The first keys of a tile are taken together with
-    the last values of the one before."""
+    """One half of the rows of all tiles of queries of the program."""
     q_halves, q_ready, q_free = q
     _starts, _lengths, _rows, _tiles, turns, _few, KV_HEADS = batch
-    key_tiles, _ready, _free = keys
+    key_tiles, keys_ready, keys_free = keys
+    _value_tiles, _values_ready, values_free = values
     TYPE: gl.constexpr = q_halves.dtype
+    STAGES: gl.constexpr = key_tiles.shape[0]
     TILE: gl.constexpr = key_tiles.shape[1]
     HEAD_DIM: gl.constexpr = key_tiles.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     MEANS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    here = q_halves.index(HALF)
     nothing = gl.zeros([64, TILE], gl.float32, layout=SCORES)
-    acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=MEANS)
-    weights = gl.zeros([64, TILE], TYPE, layout=gl.DotOperandLayout(0, MEANS, 2))
-    total = gl.full([64], 1.0, gl.float32, layout=ROW)
     taken, step = 0, 0
-    last_head, last_token, last_queries, last_inside = 0, 0, 0, TILE
     for turn in range(turns):
         kv_head, _row, query_start, queries, first_query, kv_length, seen = locate(turn, batch, BLOCK_Q)
         if seen > 0:
@@ -225,56 +222,54 @@ def attend_half(
             position = first_position + gl.arange(0, 64, layout=ROW) // GROUP_PADDED
             # Every query of the half sees all keys before last_full.
             last_full = (first_position + 1) // TILE * TILE
-            q_slot = taken % 2
-            here = q_halves.index(q_slot * 2 + HALF)
-            mbarrier.wait(q_ready.index(q_slot), taken // 2 & 1)
-            best = gl.full([64], float("-inf"), gl.float32, layout=ROW)
-            last_total, total = total, gl.zeros([64], gl.float32, layout=ROW)
-            acc, _fade, weights, best, total = attend(
-                acc, weights, best, total, here, nothing, keys, values, value_pieces, step, 0, position, scale,
-                last_inside, step > 0, last_full,
-            )  # fmt: skip
-            if step > 0:
-                store(acc, last_total, out, last_head, last_token, last_queries, KV_HEADS, GROUP, GROUP_PADDED)
+            mbarrier.wait(q_ready, taken & 1)
+            slot = step % STAGES
+            mbarrier.wait(keys_ready.index(slot), step // STAGES & 1)
+            scores = warpgroup_mma(here, key_tiles.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, [scores])
+            mbarrier.arrive(keys_free.index(slot))
+            if last_full == 0:
+                scores = masked(scores, 0, position, TILE)
+            best = gl.max(scores, 1) * scale
+            exact = gl.exp2(scores * scale - best[:, None])
+            total = gl.sum(exact, 1)
+            weights = gl.convert_layout(exact.to(TYPE), gl.DotOperandLayout(0, MEANS, 2))
             acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=MEANS)
-            step += 1
             for start in range(TILE, seen, TILE):
-                acc, fade, weights, best, total = attend(
-                    acc, weights, best, total, here, nothing, keys, values, value_pieces, step, start, position, scale,
-                    TILE, True, last_full,
-                )  # fmt: skip
-                acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, MEANS))[:, None]
+                acc, weights, best, total = attend(
+                    acc, weights, best, total, here, nothing, keys, values, step, start, position, scale, last_full
+                )
                 step += 1
-            mbarrier.arrive(q_free.index(q_slot))
+            mbarrier.arrive(q_free)
             taken += 1
-            last_head, last_token, last_queries = kv_head, query_start + first_query, queries - first_query
-            last_inside = kv_length - (seen - 1) // TILE * TILE
-    if step > 0:
-        acc = warpgroup_mma(weights, values_at(values, value_pieces, step - 1, last_inside, True), acc, is_async=True)
-        acc, weights = warpgroup_mma_wait(0, [acc, weights])
-        store(acc, total, out, last_head, last_token, last_queries, KV_HEADS, GROUP, GROUP_PADDED)
+            inside = kv_length - (seen - 1) // TILE * TILE
+            acc = warpgroup_mma(weights, values_at(values, value_pieces, step, inside), acc, is_async=True)
+            acc, weights = warpgroup_mma_wait(0, [acc, weights])
+            mbarrier.arrive(values_free.index(step % STAGES))
+            step += 1
+            store(
+                acc, total, out, kv_head, query_start + first_query, queries - first_query,
+                KV_HEADS, GROUP, GROUP_PADDED,
+            )  # fmt: skip
 
 
 @gluon.jit
-def attend(
-    acc, weights, best, total, q, nothing, keys, values, value_pieces, step, start, position, scale, inside,
-    is_later, last_full,
-):  # fmt: skip
-    """Take tile step − 1 of the values into the sum, with the weights at hand, and tile ``step`` of the keys, from
-    position ``start`` on, into the running softmax; see ``attend`` of ``attention_triton``. Returned with them is
-    what the sum is to be taken times."""
+def attend(acc, weights, best, total, q, nothing, keys, values, step, start, position, scale, last_full):
+    """Take tile ``step`` of the values into the sum, with the weights at hand, and the next tile of the keys, from
+    position ``start`` on, into the running softmax; see ``attend`` of ``attention_triton``."""
     key_tiles, keys_ready, keys_free = keys
-    _tiles, _ready, values_free = values
+    value_tiles, values_ready, values_free = values
     STAGES: gl.constexpr = key_tiles.shape[0]
-    slot, phase = step % STAGES, step // STAGES & 1
-    mbarrier.wait(keys_ready.index(slot), phase)
-    scores = warpgroup_mma(q, key_tiles.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    there = values_at(values, value_pieces, step - 1, inside, is_later)
-    acc = warpgroup_mma(weights, there, acc, is_async=True)
+    TILE: gl.constexpr = key_tiles.shape[1]
+    slot, next_slot = step % STAGES, (step + 1) % STAGES
+    mbarrier.wait(keys_ready.index(next_slot), (step + 1) // STAGES & 1)
+    scores = warpgroup_mma(q, key_tiles.index(next_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    mbarrier.wait(values_ready.index(slot), step // STAGES & 1)
+    acc = warpgroup_mma(weights, value_tiles.index(slot), acc, is_async=True)
     scores = warpgroup_mma_wait(1, [scores])
-    mbarrier.arrive(keys_free.index(slot))
+    mbarrier.arrive(keys_free.index(next_slot))
     if start >= last_full:
-        scores = masked(scores, start, position, key_tiles.shape[1])
+        scores = masked(scores, start, position, TILE)
     new_best = gl.maximum(best, gl.max(scores, 1) * scale)
     exact = gl.exp2(scores * scale - new_best[:, None])
     fade = gl.exp2(best - new_best)
@@ -282,23 +277,24 @@ def attend(
     # Or else the assembler waits for the matrix unit first, and takes the exponentials then.
     total = gl.inline_asm_elementwise(SETTLE, "=f,=f,f,f", [total], dtype=gl.float32, is_pure=False, pack=2)
     acc, weights = warpgroup_mma_wait(0, [acc, weights])
-    mbarrier.arrive(values_free.index((step + STAGES - 1) % STAGES), pred=is_later)
-    return acc, fade, gl.convert_layout(exact.to(weights.dtype), weights.type.layout), new_best, total
+    mbarrier.arrive(values_free.index(slot))
+    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return acc, gl.convert_layout(exact.to(weights.dtype), weights.type.layout), new_best, total
 
 
 @gluon.jit
-def values_at(values, value_pieces, step, inside, is_tile):
-    """Tile ``step`` of the values, when it has been read; anything, if it ``is_tile`` not. Its rows from ``inside`` on
-    are zeroed: past the row's end a page holds anything, NaN too, which a weight of zero would not remove from the
-    sum. Both halves of the queries write the same."""
+def values_at(values, value_pieces, step, inside):
+    """Tile ``step`` of the values, when it has been read. Its rows from ``inside`` on are zeroed: past the row's end a
+    page holds anything, NaN too, which a weight of zero would not remove from the sum. Both halves of the queries
+    write the same."""
     tiles, ready, _free = values
     STAGES: gl.constexpr = tiles.shape[0]
     TILE: gl.constexpr = tiles.shape[1]
     PARTS: gl.constexpr = tiles.shape[2] // 64
     PIECE: gl.constexpr = value_pieces.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    slot = (step + STAGES) % STAGES
-    mbarrier.wait(ready.index(slot), step // STAGES & 1, pred=is_tile)
+    slot = step % STAGES
+    mbarrier.wait(ready.index(slot), step // STAGES & 1)
     if inside < TILE:
         token = gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
         for piece in range(inside // PIECE, TILE // PIECE):
@@ -317,7 +313,7 @@ def store(
 ):  # fmt: skip
     """Write the mean that acc / total is, of 64 packed rows from ``first_token`` on, ``queries`` of them at most."""
     HEAD_DIM: gl.constexpr = acc.shape[1]
-    STORED: gl.constexpr = acc.type.layout
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     mean = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, acc.type.layout))[:, None]
     m = gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
     dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, STORED))
@@ -348,8 +344,9 @@ def ring(COUNT: gl.constexpr, READERS: gl.constexpr):
 @gluon.jit(do_not_specialize=["rows", "tiles", "turns", "few_queries"])
 def attention_hopper_kernel(
     at_query, at_keys, at_values, block_tables, query_starts, kv_lengths, out, table_stride, rows, tiles, turns,
-    few_queries, scale, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    PIECE: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    few_queries, scale,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, PIECE: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A share of the tiles of queries. There are descriptors of the queries [tokens, KV heads, GROUP, HEAD_DIM] and of
     the caches [blocks · BLOCK_SIZE, KV heads · HEAD_DIM]."""
@@ -359,17 +356,17 @@ def attention_hopper_kernel(
     PARTS: gl.constexpr = HEAD_DIM // 64
     PIECES: gl.constexpr = STAGES * PARTS * TILE // PIECE
     q_parts = gl.allocate_shared_memory(
-        TYPE, [4 * PARTS, 64 // GROUP_PADDED, 1, GROUP_PADDED, 64], at_query.layout
+        TYPE, [2 * PARTS, 64 // GROUP_PADDED, 1, GROUP_PADDED, 64], at_query.layout
     )  # fmt: skip
     key_pieces = gl.allocate_shared_memory(TYPE, [PIECES, PIECE, 64], LAYOUT)
     value_pieces = gl.allocate_shared_memory(TYPE, [PIECES, PIECE, 64], LAYOUT)
-    q_ready, q_free = ring(2, 2)
+    q_ready, q_free = ring(1, 2)
     keys_ready, keys_free = ring(STAGES, 2)
     values_ready, values_free = ring(STAGES, 2)
     fence_async_shared()
     wait(True)
     batch = (query_starts, kv_lengths, rows, tiles, turns, few_queries, KV_HEADS)
-    q = (q_parts._reinterpret(TYPE, [4, 64, HEAD_DIM], LAYOUT), q_ready, q_free)
+    q = (q_parts._reinterpret(TYPE, [2, 64, HEAD_DIM], LAYOUT), q_ready.index(0), q_free.index(0))
     keys = (key_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT), keys_ready, keys_free)
     values = (value_pieces._reinterpret(TYPE, [STAGES, TILE, HEAD_DIM], LAYOUT), values_ready, values_free)
     gl.warp_specialize(
@@ -381,7 +378,7 @@ def attention_hopper_kernel(
                 batch, q, keys, values, value_pieces, out, scale, 1, GROUP, GROUP_PADDED, BLOCK_Q,
             )),
             (read, (
-                batch, at_query, at_keys, at_values, (q_parts, q_ready, q_free), (key_pieces, keys_ready, keys_free),
+                batch, at_query, at_keys, at_values, (q_parts, q[1], q[2]), (key_pieces, keys_ready, keys_free),
                 (value_pieces, values_ready, values_free), block_tables, table_stride,
                 BLOCK_Q, BLOCK_SIZE, HEAD_DIM, TILE, STAGES,
             )),

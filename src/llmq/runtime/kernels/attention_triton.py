@@ -17,6 +17,7 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
 
     many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
                              and leaves the mask out where every query of the tile sees every key
+                             (on Hopper, without windows and the like: ``attention_hopper_triton``)
 
 Keys and values of 8 bits become fp16 in registers. The matrix instruction takes a value's channel from two tokens at
 once, which no load brings together byte by byte. In wide heads, two channels at a time, one does:
