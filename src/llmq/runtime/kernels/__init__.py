@@ -29,3 +29,9 @@ def triton_runs_on(device: str) -> bool:
 def capability(device: torch.device) -> tuple[int, int]:
     """CUDA's compute capability of the device, (9, 0) of an H200; (0, 0) of a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+# MKL before 2025 looks a function's code up at its first call. Of several threads that make it at once, one may get
+# that of 11 bits (https://github.com/pytorch/pytorch/issues/188792); one number is one thread's.
+for _function in (torch.cos, torch.sin, torch.log, torch.log1p, torch.tanh):
+    _function(torch.ones(1))
