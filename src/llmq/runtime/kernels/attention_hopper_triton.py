@@ -59,13 +59,14 @@ SETTLE = gl.constexpr("""{
 
 def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
     """Whether ``attend_hopper`` has a kernel for such queries over such a cache."""
-    head_dim = query.shape[2]
+    head_dim, group = query.shape[2], query.shape[1] // key_cache.shape[2]
     return (
         capability(query.device)[0] == 9
         and head_dim in STAGES
         and query.element_size() == 2
         and query.dtype == key_cache.dtype
-        and query.shape[1] // key_cache.shape[2] <= BLOCK_M // 2
+        and group <= BLOCK_M // 2
+        and 4 * group > 3 * triton.next_power_of_2(group)  # with more padding the kernel of every GPU is as fast
         and key_cache.shape[1] % 16 == 0
         and query.stride(0) % 8 == query.data_ptr() % 16 == 0  # or else there is no descriptor of it
         and key_cache.is_contiguous()
