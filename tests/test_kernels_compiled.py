@@ -128,7 +128,7 @@ def attention(
     )  # fmt: skip
 
 
-def attention_hopper(head_dim: int, block_size: int, group: int, dtype: str) -> Any:
+def attention_hopper(block_size: int, group: int, dtype: str) -> Any:
     kernel = attention_hopper_triton.attention_hopper_kernel
     tile, group_padded = attention_hopper_triton.TILE, triton.next_power_of_2(group)
     piece = math.gcd(block_size, tile)
@@ -139,8 +139,8 @@ def attention_hopper(head_dim: int, block_size: int, group: int, dtype: str) -> 
     pages = f"tensordesc<{dtype}[{piece}, 64],{attention_hopper_triton.PAGES!r}>"
     return compile_for(
         90, kernel, types | {"at_keys": pages, "at_values": pages}, 4, 3, source=gluon.GluonASTSource,
-        KV_HEADS=8, GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, PIECE=piece,
-        BLOCK_M=attention_hopper_triton.BLOCK_M, TILE=tile, STAGES=attention_hopper_triton.STAGES[head_dim],
+        KV_HEADS=8, GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=128, BLOCK_SIZE=block_size, PIECE=piece,
+        BLOCK_M=attention_hopper_triton.BLOCK_M, TILE=tile, STAGES=attention_hopper_triton.STAGES,
     )  # fmt: skip
 
 
@@ -210,21 +210,17 @@ def test_attention_on_hopper(
     assert spilled_bytes(compiled, tmp_path) == 0
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "block_size", "group", "dtype"),
-    [(128, 64, 4, "bf16"), (128, 16, 7, "fp16"), (64, 64, 2, "bf16"), (64, 48, 1, "fp16")],
-)
+@pytest.mark.parametrize(("block_size", "group", "dtype"), [(64, 4, "bf16"), (16, 7, "fp16"), (48, 1, "bf16")])
 def test_exponentials_of_prompts_are_taken_while_the_matrix_unit_has_the_next_products(
-    head_dim: int, block_size: int, group: int, dtype: str, tmp_path: Path
+    block_size: int, group: int, dtype: str, tmp_path: Path
 ) -> None:
-    compiled = attention_hopper(head_dim, block_size, group, dtype)
+    compiled = attention_hopper(block_size, group, dtype)
+    assert spilled_bytes(compiled, tmp_path) == 0
     body = loop(compiled, tmp_path)
-    assert not any(re.search(r"\b(LDL|STL)\b", text) for text in body)
-    assert spilled_bytes(compiled, tmp_path) <= 16  # before the groups of warps part, and read once a tile of queries
     waits = [at for at, text in enumerate(body) if "WARPGROUP.DEPBAR" in text]
     assert len(waits) == 2  # for the scores, and for the values
     exponentials = [at for at, text in enumerate(body) if "MUFU.EX2" in text]
-    assert len(exponentials) >= 64 * attention_hopper_triton.TILE / 128
+    assert len(exponentials) >= 64
     assert all(waits[0] < at < waits[1] for at in exponentials)
 
 

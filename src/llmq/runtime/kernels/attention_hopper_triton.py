@@ -41,7 +41,7 @@ from llmq.runtime.kernels.pdl_triton import wait
 
 BLOCK_M = 128  # packed queries in a tile, 64 for each half
 TILE = 128  # keys in a tile
-STAGES = {64: 3, 128: 2}  # tiles of keys and of values in shared memory, for a head_dim
+STAGES = 2  # tiles of keys, and as many of values, in shared memory
 QUERIES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 PAGES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
@@ -59,14 +59,14 @@ SETTLE = gl.constexpr("""{
 
 def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
     """Whether ``attend_hopper`` has a kernel for such queries over such a cache."""
-    head_dim, group = query.shape[2], query.shape[1] // key_cache.shape[2]
+    group = query.shape[1] // key_cache.shape[2]
     return (
         capability(query.device)[0] == 9
-        and head_dim in STAGES
+        and query.shape[2] == 128  # for heads of 64 the kernel of every GPU is as fast
         and query.element_size() == 2
         and query.dtype == key_cache.dtype
         and group <= BLOCK_M // 2
-        and 4 * group > 3 * triton.next_power_of_2(group)  # with more padding the kernel of every GPU is as fast
+        and 4 * group > 3 * triton.next_power_of_2(group)  # with more padding, too
         and key_cache.shape[1] % 16 == 0
         and query.stride(0) % 8 == query.data_ptr() % 16 == 0  # or else there is no descriptor of it
         and key_cache.is_contiguous()
@@ -112,7 +112,7 @@ def attend_hopper(
         queries, *pages, block_tables, query_starts, kv_lengths, out, block_tables.stride(0), rows, tiles,
         triton.cdiv(tiles, programs), few_queries, scale,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        PIECE=piece, BLOCK_M=BLOCK_M, TILE=TILE, STAGES=STAGES[head_dim], num_warps=4, launch_pdl=True,
+        PIECE=piece, BLOCK_M=BLOCK_M, TILE=TILE, STAGES=STAGES, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
