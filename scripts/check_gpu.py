@@ -165,7 +165,8 @@ class Paged:
         most = max(kv for _, kv in self.rows)
         return paged_attention(
             self.query, self.key_cache, self.value_cache, self.block_tables, self.query_starts, self.kv_lengths,
-            window=window, max_query_length=max(queries for queries, _ in self.rows),
+            window=window, min_query_length=min(queries for queries, _ in self.rows),
+            max_query_length=max(queries for queries, _ in self.rows),
             max_kv_length=4 * most if loose else most, scale=scale, softcap=softcap, split=split,
             longest=self.kv_lengths.max()[None] if loose else None,
             order=self.kv_lengths.argsort(descending=True).int() if loose else None,
@@ -817,6 +818,8 @@ def all_cases() -> list[Case]:
         cases.append(AttentionCase(chunks + edges, 32, 1, 128, 64, dtype))
         cases.append(AttentionCase([(1, 32768), (1, 32767), (1, 31000), (1, 5)], 32, 8, 128, 64, dtype))
         cases.append(AttentionCase([(256, 32768)], 32, 8, 128, 64, dtype))
+        for heads, kv_heads, head_dim in ((32, 8, 128), (28, 4, 128), (24, 8, 128), (16, 2, 64)):  # prompts alone
+            cases.append(AttentionCase([(1024, 1024), (300, 900), (77, 77)], heads, kv_heads, head_dim, 64, dtype))
         cases.append(AttentionCase([(1, 32768), (200, 20000)], 32, 8, 128, 64, dtype, window=4096))
         cases.append(AttentionCase(chunks, 32, 8, 128, 64, dtype, interleaved=True))
     for split in (128, 256, 512, 1024):

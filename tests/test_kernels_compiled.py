@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ gluon = pytest.importorskip("triton.experimental.gluon._runtime")
 
 from llmq.runtime.kernels import (  # noqa: E402
     angles_triton,
+    attention_hopper_triton,
     attention_triton,
     dense_triton,
     grouped_triton,
@@ -87,8 +89,8 @@ def instructions(compiled: Any, folder: Path) -> str:
     return subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
 
 
-def loop_instructions(compiled: Any, folder: Path) -> int:
-    """Instructions of a turn of the innermost loop that has matrix instructions."""
+def loop(compiled: Any, folder: Path) -> list[str]:
+    """The instructions of the innermost loop that has matrix instructions."""
     listing = instructions(compiled, folder)
     code = {int(at, 16): text for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)}
     loops = []
@@ -97,8 +99,13 @@ def loop_instructions(compiled: Any, folder: Path) -> int:
         if found and int(found[1], 16) < end:
             body = [text for at, text in code.items() if int(found[1], 16) <= at <= end]
             if any("MMA" in text for text in body):
-                loops.append(len(body))
-    return min(loops)
+                loops.append(body)
+    return min(loops, key=len)
+
+
+def loop_instructions(compiled: Any, folder: Path) -> int:
+    """How many they are."""
+    return len(loop(compiled, folder))
 
 
 def attention(
@@ -133,6 +140,22 @@ def attention(
         WINDOWED=windowed, CAPPED=capped,
         DECODE=decode, BLOCK_M=launch.block_m, TILE=launch.tile,
         PDL=capability >= 90, **(scales if cache == "bf16" else {}),
+    )  # fmt: skip
+
+
+def attention_hopper(block_size: int, group: int, dtype: str) -> Any:
+    kernel = attention_hopper_triton.attention_hopper_kernel
+    tile, group_padded = attention_hopper_triton.TILE, triton.next_power_of_2(group)
+    piece = math.gcd(block_size, tile)
+    types = dict.fromkeys(("block_tables", "query_starts", "kv_lengths"), "*i32")
+    types |= {"out": f"*{dtype}", "scale": "fp32"}
+    box = [64 // group_padded, 1, group_padded, 64]
+    types["at_query"] = f"tensordesc<{dtype}{box},{attention_hopper_triton.QUERIES!r}>"
+    pages = f"tensordesc<{dtype}[{piece}, 64],{attention_hopper_triton.PAGES!r}>"
+    return compile_for(
+        90, kernel, types | {"at_keys": pages, "at_values": pages}, 4, 3, source=gluon.GluonASTSource,
+        KV_HEADS=8, GROUP=group, GROUP_PADDED=group_padded, HEAD_DIM=128, BLOCK_SIZE=block_size, PIECE=piece,
+        BLOCK_M=attention_hopper_triton.BLOCK_M, TILE=tile, STAGES=attention_hopper_triton.STAGES,
     )  # fmt: skip
 
 
@@ -228,6 +251,20 @@ def test_attention_on_hopper(
     # A decode tile has 16 rows, too few for the warpgroup's instruction.
     assert ("mma.sync" if decode else MATRIX[90]) in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize(("block_size", "group", "dtype"), [(64, 4, "bf16"), (16, 7, "fp16"), (48, 1, "bf16")])
+def test_exponentials_of_prompts_are_taken_while_the_matrix_unit_has_the_next_products(
+    block_size: int, group: int, dtype: str, tmp_path: Path
+) -> None:
+    compiled = attention_hopper(block_size, group, dtype)
+    assert spilled_bytes(compiled, tmp_path) == 0
+    body = loop(compiled, tmp_path)
+    waits = [at for at, text in enumerate(body) if "WARPGROUP.DEPBAR" in text]
+    assert len(waits) == 2  # for the scores, and for the values
+    exponentials = [at for at, text in enumerate(body) if "MUFU.EX2" in text]
+    assert len(exponentials) >= 64
+    assert all(waits[0] < at < waits[1] for at in exponentials)
 
 
 @pytest.mark.parametrize(("cache", "most"), [("fp8e4nv", 3.5), ("i8", 4)])

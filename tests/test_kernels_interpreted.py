@@ -104,6 +104,16 @@ else:
         out = paged_attention(query.float(), keys.float(), values.float(), *tables, **rest)
         assert (out - exact).norm() <= TOLERANCE[torch.float32] * exact.norm()
 
+    def test_attention_of_rows_none_of_which_has_few_queries() -> None:
+        torch.manual_seed(0)
+        query, keys, values, *tables = draw_paged([(5, 70), (66, 66)], 4, 1, 16, 16)
+        rest = {"window": None, "max_query_length": 66, "max_kv_length": 70}
+        exact = paged_attention_reference(query, keys, values, *tables, **rest)
+        for min_query_length in (4, 5):  # with and without the grid of rows of up to four
+            narrow = (query.float(), keys.float(), values.float())
+            out = paged_attention(*narrow, *tables, **rest, min_query_length=min_query_length)
+            assert (out - exact).norm() <= TOLERANCE[torch.float32] * exact.norm()
+
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("window", [None, 40])
     @pytest.mark.parametrize("rows", [MIXED, LONG, CHUNKS])

@@ -34,6 +34,7 @@ class Shape:
     tokens: int
     rows: int
     groups: int
+    min_query_length: int
     max_query_length: int
     max_kv_length: int
 
@@ -82,7 +83,7 @@ def batch_shape(rows: Sequence[PlanRow], drawn: int) -> Shape:
     """The shape of a step of ``rows``, with the bounds as they are."""
     lengths = [len(row.tokens) for row in rows]
     ends = [row.end for row in rows]
-    return Shape(drawn, sum(lengths), len(rows), len(rows[0].block_tables), max(lengths), max(ends))
+    return Shape(drawn, sum(lengths), len(rows), len(rows[0].block_tables), min(lengths), max(lengths), max(ends))
 
 
 def fill(rows: Sequence[PlanRow], shape: Shape, block_size: int) -> array[int]:

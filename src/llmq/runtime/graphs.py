@@ -56,7 +56,8 @@ def padded_shape(rows: Sequence[PlanRow], drawn: int) -> Shape:
     """The shape of a step of ``padded_rows``, with bounds that many steps share."""
     exact = batch_shape(rows, drawn)
     longest = 1 if exact.max_query_length == 1 else exact.tokens
-    return replace(exact, max_query_length=longest, max_kv_length=padded_kv_length(exact.max_kv_length))
+    kv_length = padded_kv_length(exact.max_kv_length)
+    return replace(exact, min_query_length=0, max_query_length=longest, max_kv_length=kv_length)
 
 
 class StepGraphs:
@@ -64,7 +65,7 @@ class StepGraphs:
 
     def __init__(self, forward: Forward, drawn: int, groups: int, device: str) -> None:
         self._forward = forward
-        largest = Shape(drawn, MAX_TOKENS, MAX_TOKENS, groups, 1, 1)
+        largest = Shape(drawn, MAX_TOKENS, MAX_TOKENS, groups, 0, 1, 1)
         self._ints = torch.zeros(largest.starts[-1], dtype=torch.int32, device=device)
         self.drawn = self._ints[:drawn]
         """Where the graphs look for the tokens that were drawn last."""

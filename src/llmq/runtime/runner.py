@@ -179,6 +179,7 @@ class Runner:
                 batch.query_starts,
                 batch.kv_lengths,
                 window=attention.window,
+                min_query_length=batch.shape.min_query_length,
                 max_query_length=batch.shape.max_query_length,
                 max_kv_length=batch.shape.max_kv_length,
                 longest=batch.longest,

@@ -50,6 +50,7 @@ def paged_attention(
     window: int | None,
     max_query_length: int,
     max_kv_length: int,
+    min_query_length: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
     longest: Tensor | None = None,
@@ -70,8 +71,8 @@ def paged_attention(
     kv_lengths    int32 [rows]; tokens of the row in the cache. Its last query is at position kv_length − 1.
                   A row of length 0 is padding: its output is zero
     window        a query at position p sees the keys at (p − window, p]; None: all up to p
-    max_query_length, max_kv_length
-                  bounds over all rows, known to the host: they set the grid, so that a CUDA graph can replay it
+    max_query_length, max_kv_length, min_query_length
+                  bounds over all rows, known to the host: they set the grids, so that a CUDA graph can replay them
     scale         multiplies the scores; None: 1/√head_dim
     softcap       a score s then becomes softcap · tanh(s / softcap) (Gemma 2); None: it stays as it is
     longest       int32 [1], on the device: the greatest of kv_lengths, where max_kv_length is a loose bound
@@ -105,6 +106,7 @@ def paged_attention(
         window=window,
         max_query_length=max_query_length,
         max_kv_length=max_kv_length,
+        min_query_length=min_query_length,
         scale=scale,
         softcap=softcap,
         longest=longest,

@@ -21,6 +21,7 @@ One loop over tiles of keys serves two grids, because the two kinds of row are s
 
     many queries (prefill)   short of arithmetic: a program takes one big tile of queries and all their positions,
                              and leaves the mask out where every query of the tile sees every key
+                             (on Hopper, without windows and the like: ``attention_hopper_triton``)
 
 Keys and values of 8 bits become fp16 in registers. The matrix instruction takes a value's channel from two tokens at
 once, which no load brings together byte by byte. In wide heads, two channels at a time, one does:
@@ -43,6 +44,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq.runtime.kernels import attention_hopper_triton
 from llmq.runtime.kernels.attention import Fresh
 from llmq.runtime.kernels.kv_write import Scales
 from llmq.runtime.kernels.kv_write_triton import scale_strides
@@ -150,6 +152,7 @@ def paged_attention_triton(
     window: int | None,
     max_query_length: int,
     max_kv_length: int,
+    min_query_length: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
     longest: Tensor | None = None,
@@ -173,7 +176,9 @@ def paged_attention_triton(
 
     # Rows of up to few_queries go to the decode grid, the others to the prefill grid, which alone treats a query the
     # same way whatever other queries are in the step.
-    few_queries = 0 if batch_invariant else min(decode.block_m // group, max_query_length)
+    few_queries = min(decode.block_m // group, max_query_length)
+    if batch_invariant or min_query_length > few_queries:
+        few_queries = 0
     span = max_kv_length if window is None else min(max_kv_length, window + few_queries - 1)
     shared = splits_for(rows * kv_heads, span) if split is None else triton.cdiv(span, split)
     # A window may begin in the middle of a split.
@@ -216,7 +221,14 @@ def paged_attention_triton(
     if few_queries:
         attend_rows(decode, splits, rows, True)
     if max_query_length > few_queries:
-        attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
+        plain = window is None and softcap is None and not batch_invariant
+        if plain and attention_hopper_triton.takes(query, key_cache, value_cache):
+            attention_hopper_triton.attend_hopper(
+                query, key_cache, value_cache, block_tables, query_starts, kv_lengths, out,
+                few_queries=few_queries, scale=LOG2_E * scale,
+            )  # fmt: skip
+        else:
+            attend_rows(prefill, tokens // (prefill.block_m // group) + rows, 1, False)
     if few_queries and splits > 1:
         merge_kernel[rows * few_queries, heads](
             means, logsums, out, query_starts, kv_lengths, longest, out.stride(0), few_queries, splits, shared, span,
