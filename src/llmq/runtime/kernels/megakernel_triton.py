@@ -1,0 +1,307 @@
+"""Device code of ``megakernel``.
+
+One program on each of PROGRAMS multiprocessors, all there at once. Each has its share of the rows of every weight, over
+all of K, so that no two add to one output; what it reads of them is one stream, through a ring of shared memory that is
+filled STAGES − 1 chunks ahead, whatever the program waits for:
+
+    memory           o … │ gate, up …             │ down …            │ q, k, v …
+    matrix unit          o … │ barrier │ gate, up …       │ barrier │ down …      │ barrier │ q, k, v …
+
+    ring  [STAGES, WARPS, 32 rows, LANE]    a chunk: 32 rows of a weight, a slice of LANE channels for each warp
+    x     [channels of BLOCK, 8 rows]       what the weight's rows are multiplied by, in slices of LANE channels too
+
+    acc [WARPS, 16, 8]  += w [WARPS, 16, LANE] · x [WARPS, LANE, 8]       for each half of a chunk's rows
+    out [16, 8]          = Σ over the warps
+
+The halves are of gate and up where silu takes both, and neighbours elsewhere. A barrier of the grid stands where a norm
+or a product takes whole rows of what all programs computed; each then brings these rows into its x, through the norm
+and the rounding to 8 bits, for itself.
+"""
+
+# ruff: noqa: SIM300 (a type is no constant)
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from llmq.runtime.kernels.megakernel import MOST_ROWS, PROGRAMS, Between
+from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.quantize_rows import LARGEST, SMALLEST_MAX
+from llmq.runtime.kernels.quantize_rows_triton import ROUND
+from llmq.runtime.kernels.silu_triton import SILU
+
+WARPS = gl.constexpr(8)
+HALF = gl.constexpr(16)  # rows of a weight that an instruction takes
+BLOCK = gl.constexpr(4096)  # channels
+STAGES = 4
+TINY = gl.constexpr(SMALLEST_MAX)
+MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1, 1], [1, 16, 8]))
+OUT = gl.constexpr(gl.SliceLayout(0, MMA))
+
+
+@gluon.constexpr_function
+def operand(index, width):
+    return gl.DotOperandLayout(index, MMA, 4 // width if width < 4 else 1)
+
+
+@gluon.constexpr_function
+def swizzled(width):
+    """Of [slices, rows, LANE], where a slice of a row is 128 bytes."""
+    return gl.SwizzledSharedLayout(16 // width, 1, 8, [2, 1, 0])
+
+
+@gluon.constexpr_function
+def spread(width, rows):
+    """[slices, rows, LANE] in registers, 16 bytes a thread: of one row all warps take slices, of more a row each."""
+    warps = {1: [8, 1, 1], 8: [1, 8, 1], 32: [2, 4, 1]}[rows]
+    return gl.BlockedLayout([1, 1, 16 // width], [4, 1, 8], warps, [2, 1, 0])
+
+
+@gluon.constexpr_function
+def block_of(channels):
+    return min(int(BLOCK), triton.next_power_of_2(int(channels)))
+
+
+@gluon.jit
+def fetch(ring, weight, piece, slot, K: gl.constexpr, SHARE: gl.constexpr, GATED: gl.constexpr):
+    """Start the copy of chunk number ``piece`` of the program's rows of a weight into a slot of the ring.
+
+    It has SHARE of the rows; if GATED, SHARE of the gate's, and as many, as far behind, of up's.
+    """
+    WIDTH: gl.constexpr = ring.dtype.primitive_bitwidth // 8
+    LANE: gl.constexpr = 128 // WIDTH
+    LAYOUT: gl.constexpr = spread(WIDTH, 32)
+    CHUNKS: gl.constexpr = K // (WARPS * LANE)
+    tile, chunk = piece // CHUNKS, piece % CHUNKS
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    row = gl.arange(0, 2 * HALF, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    lane = gl.arange(0, LANE, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    if GATED:
+        within = tile * HALF + row % HALF
+        n = row // HALF * (gl.num_programs(0) * SHARE) + gl.program_id(0) * SHARE + within
+    else:
+        within = tile * 2 * HALF + row
+        n = gl.program_id(0) * SHARE + within
+    at = n * K + (chunk * WARPS + warp) * LANE + lane
+    inside, at = gl.broadcast(within < SHARE, at)
+    async_copy.async_copy_global_to_shared(ring.index(slot), weight + at, mask=inside)
+
+
+@gluon.jit
+def fill(
+    x, source, norm, most, first, rows, eps,
+    K: gl.constexpr, CHANNELS: gl.constexpr, BLOCK_M: gl.constexpr, LARGEST: gl.constexpr,
+):  # fmt: skip
+    """Bring the CHANNELS of ``source`` [rows, K] from ``first`` on into ``x``: through a norm, if there is one; in 8
+    bits if LARGEST is not 0, by the scale that ``most`` [rows] gives, or else these CHANNELS. → max|row|, if LARGEST"""
+    LANE: gl.constexpr = 128 // (x.dtype.primitive_bitwidth // 8)
+    LAYOUT: gl.constexpr = spread(x.dtype.primitive_bitwidth // 8, BLOCK_M)
+    piece = gl.arange(0, CHANNELS // LANE, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    lane = gl.arange(0, LANE, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    k = first + piece * LANE + lane
+    values = gl.load(source + m * K + k, mask=(m < rows) & (k < K), other=0.0, cache_modifier=".cg")
+    if norm is not None:
+        w = gl.load(norm + k, mask=k < K, other=0.0)
+        wide = values.to(gl.float32)
+        squares = gl.sum(gl.sum(wide * wide, 2), 0)
+        normal = wide * gl.rsqrt(squares / K + eps)[None, :, None]
+        values = (normal.to(w.dtype).to(gl.float32) * w.to(gl.float32)).to(values.dtype)
+    if LARGEST > 0:
+        wide = values.to(gl.float32)
+        if most is None:
+            most = gl.maximum(gl.max(gl.max(gl.abs(wide), 2), 0), TINY)
+        scaled = wide * gl.div_rn(gl.full_like(most, LARGEST), most)[None, :, None]
+        if x.dtype == gl.int8:
+            bits = gl.inline_asm_elementwise(ROUND, "=r,f", [scaled], dtype=gl.int32, is_pure=True, pack=1)
+            values = bits.to(gl.int8)
+        else:
+            values = gl.minimum(gl.maximum(scaled, -LARGEST), LARGEST).to(x.dtype)
+    else:
+        most = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    if BLOCK_M == 1:
+        values, _ = gl.broadcast(values, gl.full([1, 8, 1], 0, values.dtype, LAYOUT))
+    x.slice(0, CHANNELS // LANE, dim=0).store(values)
+    return most
+
+
+@gluon.jit
+def barrier(ticket):
+    """Wait until all programs are here, and see what they wrote."""
+    tl.debug_barrier()
+    here = gl.atomic_add(ticket, 1, sem="acq_rel")
+    all_here = (here | (gl.num_programs(0) - 1)) + 1
+    while gl.atomic_add(ticket, 0, sem="acquire") - all_here < 0:  # an addition of nothing is a load
+        pass
+    tl.debug_barrier()
+
+
+@gluon.jit
+def multiply(
+    ring, x, weight, scales, next_weight, source, most, out, maxima, slot, rows,
+    K: gl.constexpr, SHARE: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr,
+    NEXT_K: gl.constexpr, NEXT_SHARE: gl.constexpr, NEXT_GATED: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LARGEST: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """The program's share of one product into ``out``, added to what is there if ADD, or silu(gate) · up if GATED, with
+    max|row| of it in ``maxima``. x is there, or comes from ``source``, block by block. → the slot that is next"""
+    WIDTH: gl.constexpr = ring.dtype.primitive_bitwidth // 8
+    LANE: gl.constexpr = 128 // WIDTH
+    CHUNKS: gl.constexpr = K // (WARPS * LANE)
+    BLOCK_CHUNKS: gl.constexpr = BLOCK // (WARPS * LANE)
+    STEP: gl.constexpr = HALF if GATED else 2 * HALF
+    NEXT_STEP: gl.constexpr = HALF if NEXT_GATED else 2 * HALF
+    PIECES: gl.constexpr = (SHARE + STEP - 1) // STEP * CHUNKS
+    NEXT_PIECES: gl.constexpr = (NEXT_SHARE + NEXT_STEP - 1) // NEXT_STEP * (NEXT_K // (WARPS * LANE))
+    TOTAL: gl.constexpr = gl.int32 if ring.dtype == gl.int8 else gl.float32
+    TYPE: gl.constexpr = out.dtype.element_ty
+    STRIDE: gl.constexpr = SHARE * PROGRAMS
+    in_slices = x._reinterpret(x.dtype, [BLOCK_CHUNKS, WARPS, 8, LANE], swizzled(WIDTH))
+    row = gl.arange(0, HALF, layout=gl.SliceLayout(1, OUT))[:, None]
+    m = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))[None, :]
+    first_n = gl.program_id(0) * SHARE
+    if LARGEST > 0:
+        m_scales = gl.convert_layout(gl.div_rn(most, gl.full_like(most, LARGEST)), gl.SliceLayout(0, OUT))[None, :]
+        largest = gl.zeros([8], gl.float32, gl.SliceLayout(0, OUT))
+    for tile in range(PIECES // CHUNKS):
+        acc_0 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
+        acc_1 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
+        for chunk in range(CHUNKS):
+            if source is not None:  # noqa: SIM102 (an `and` would be computed on the device)
+                if chunk % BLOCK_CHUNKS == 0:
+                    fill(x, source, None, most, chunk * (WARPS * LANE), rows, 0.0, K, block_of(K), BLOCK_M, LARGEST)
+            async_copy.wait_group(STAGES - 2)
+            tl.debug_barrier()  # all have multiplied by what is in the slot before, which is free now
+            ahead = tile * CHUNKS + chunk + STAGES - 1
+            free = (slot + STAGES - 1) % STAGES
+            if ahead < PIECES:
+                fetch(ring, weight, ahead, free, K, SHARE, GATED)
+            elif ahead - PIECES < NEXT_PIECES:
+                fetch(ring, next_weight, ahead - PIECES, free, NEXT_K, NEXT_SHARE, NEXT_GATED)
+            async_copy.commit_group()
+            these = in_slices.index(chunk % BLOCK_CHUNKS).permute((0, 2, 1)).load(operand(1, WIDTH))
+            w = ring.index(slot)
+            w_0 = w.slice(0, HALF, dim=1).load(operand(0, WIDTH))
+            w_1 = w.slice(HALF, HALF, dim=1).load(operand(0, WIDTH))
+            if WIDTH == 1 and TOTAL == gl.float32:  # the small instruction has no FP8 on Hopper
+                these, w_0, w_1 = these.to(gl.float16), w_0.to(gl.float16), w_1.to(gl.float16)
+            acc_0 = mma_v2(w_0, these, acc_0)
+            acc_1 = mma_v2(w_1, these, acc_1)
+            slot = (slot + 1) % STAGES
+        n = first_n + tile * STEP + row
+        SECOND: gl.constexpr = STRIDE if GATED else HALF
+        total_0, total_1 = gl.sum(acc_0, 0).to(gl.float32), gl.sum(acc_1, 0).to(gl.float32)
+        in_0 = (m < rows) & (n < first_n + SHARE)
+        in_1 = (m < rows) & (n + (0 if GATED else HALF) < first_n + SHARE)
+        if LARGEST > 0:
+            total_0 = total_0 * gl.load(scales + n, mask=n < first_n + SHARE, other=0.0) * m_scales
+            total_1 = total_1 * gl.load(scales + n + SECOND, mask=n < first_n + SHARE, other=0.0) * m_scales
+        sum_0, sum_1 = total_0.to(TYPE), total_1.to(TYPE)
+        at = out + m * STRIDE + n
+        if GATED:
+            wide = sum_0.to(gl.float32)
+            silu = gl.inline_asm_elementwise(SILU, "=f,f", [wide], dtype=gl.float32, is_pure=True, pack=1)
+            gated = (silu.to(TYPE).to(gl.float32) * sum_1.to(gl.float32)).to(TYPE)
+            gl.store(at, gated, mask=in_0)
+            if LARGEST > 0:
+                largest = gl.maximum(largest, gl.max(gl.where(in_0, gl.abs(gated.to(gl.float32)), 0.0), 0))
+        else:
+            if ADD:
+                sum_0 = (gl.load(at, mask=in_0, other=0.0).to(gl.float32) + sum_0.to(gl.float32)).to(TYPE)
+                sum_1 = (gl.load(at + HALF, mask=in_1, other=0.0).to(gl.float32) + sum_1.to(gl.float32)).to(TYPE)
+            gl.store(at, sum_0, mask=in_0)
+            gl.store(at + HALF, sum_1, mask=in_1)
+    if GATED and LARGEST > 0:
+        gl.store(maxima + gl.program_id(0) * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, OUT)), largest)
+    return slot
+
+
+@gluon.jit
+def greatest(maxima, PROGRAMS: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
+    """max|row| [rows] over all programs."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [8, 1], [1, 0])
+    program = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    most = gl.maximum(gl.max(gl.load(maxima + program * 8 + m, cache_modifier=".cg"), 0), TINY)
+    return gl.convert_layout(most, gl.SliceLayout(0, gl.SliceLayout(2, spread(WIDTH, BLOCK_M))))
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def megakernel(
+    mixed, residual, gated, maxima, out, o, o_scales, norm, gate_up, gate_up_scales, down, down_scales, next_norm, qkv,
+    qkv_scales, ticket, rows, eps, HEADS: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr,
+    BLOCK_M: gl.constexpr, LARGEST: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """All of a layer between two attentions, for up to BLOCK_M rows."""
+    TYPE: gl.constexpr = o.dtype.element_ty
+    WIDTH: gl.constexpr = TYPE.primitive_bitwidth // 8
+    H: gl.constexpr = HIDDEN // PROGRAMS
+    G: gl.constexpr = INNER // PROGRAMS
+    Q: gl.constexpr = QKV // PROGRAMS
+    ring = gl.allocate_shared_memory(TYPE, [STAGES, WARPS, 2 * HALF, 128 // WIDTH], swizzled(WIDTH))
+    x = gl.allocate_shared_memory(TYPE, [BLOCK // (128 // WIDTH), 8, 128 // WIDTH], swizzled(WIDTH))
+    for stage in gl.static_range(STAGES - 1):
+        fetch(ring, o, stage, stage, HEADS, H, False)
+        async_copy.commit_group()
+    wait(PDL)
+    slot = 0
+    most = fill(x, mixed, None, None, 0, rows, eps, HEADS, block_of(HEADS), BLOCK_M, LARGEST)
+    slot = multiply(
+        ring, x, o, o_scales, gate_up, None, most, residual, None, slot, rows, HEADS, H, False, True, HIDDEN, G, True,
+        BLOCK_M, STAGES, LARGEST, PROGRAMS,
+    )  # fmt: skip
+    barrier(ticket)
+    most = fill(x, residual, norm, None, 0, rows, eps, HIDDEN, block_of(HIDDEN), BLOCK_M, LARGEST)
+    slot = multiply(
+        ring, x, gate_up, gate_up_scales, down, None, most, gated, maxima, slot, rows, HIDDEN, G, True, False,
+        INNER, H, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
+    )  # fmt: skip
+    barrier(ticket)
+    if LARGEST > 0:
+        most = greatest(maxima, PROGRAMS, WIDTH, BLOCK_M)
+    slot = multiply(
+        ring, x, down, down_scales, qkv, gated, most, residual, None, slot, rows, INNER, H, False, True,
+        HIDDEN, Q, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
+    )  # fmt: skip
+    if QKV > 0:
+        barrier(ticket)
+        most = fill(x, residual, next_norm, None, 0, rows, eps, HIDDEN, block_of(HIDDEN), BLOCK_M, LARGEST)
+        multiply(
+            ring, x, qkv, qkv_scales, qkv, None, most, out, None, slot, rows, HIDDEN, Q, False, False,
+            HIDDEN, 0, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
+        )  # fmt: skip
+    async_copy.wait_group(0)
+
+
+@cache
+def ticket(device: torch.device) -> Tensor:
+    """What programs draw that wait for each other. It only grows, so that nobody has to set it back; there is one for a
+    device, so these kernels run on one stream at a time."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("run a layer once before capturing it in a CUDA graph")
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def megakernel_triton(mixed: Tensor, residual: Tensor, between: Between) -> Tensor | None:
+    """``megakernel`` through Triton."""
+    (rows, heads), hidden = mixed.shape, residual.shape[1]
+    inner = between.down.values.shape[1]
+    next_norm, qkv = between.following or (None, None)
+    gated = torch.empty(rows, inner, dtype=mixed.dtype, device=mixed.device)
+    maxima = torch.empty(PROGRAMS, MOST_ROWS, dtype=torch.float32, device=mixed.device)
+    out = torch.empty(rows, 0 if qkv is None else len(qkv.values), dtype=mixed.dtype, device=mixed.device)
+    megakernel[PROGRAMS,](
+        mixed, residual, gated, maxima, out, *between.o, between.norm, *between.gate_up, *between.down, next_norm,
+        *(qkv or (None, None)), ticket(mixed.device), rows, between.eps,
+        HEADS=heads, HIDDEN=hidden, INNER=inner, QKV=out.shape[1], BLOCK_M=1 if rows == 1 else MOST_ROWS,
+        LARGEST=0.0 if between.number is None else LARGEST[between.number],
+        STAGES=STAGES, PROGRAMS=PROGRAMS, num_warps=WARPS.value, **pdl(mixed.device),
+    )  # fmt: skip
+    return None if qkv is None else out
