@@ -75,7 +75,9 @@ def takes(rows: int, dtype: torch.dtype, between: Between) -> bool:
         0 < rows <= MOST_ROWS
         and o.dtype in (dtype, *CODES.values())
         and dtype.itemsize == 2
-        and all(v.dtype == o.dtype and v.shape[1] * v.itemsize % CHUNK_BYTES == 0 for v in values)
+        and all(
+            v.dtype == o.dtype and v.shape[1] * v.itemsize in range(2 * CHUNK_BYTES, 2**31, CHUNK_BYTES) for v in values
+        )
         and all(size % PROGRAMS == 0 for size in (len(o), down.shape[1], len(values[-1])))
         and max(o.shape) <= LONGEST
         and _has_room(o.device)

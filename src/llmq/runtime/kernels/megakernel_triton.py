@@ -2,7 +2,7 @@
 
 One program on each of PROGRAMS multiprocessors, all there at once. Each has its share of the rows of every weight, over
 all of K, so that no two add to one output; what it reads of them is one stream, through a ring of shared memory that is
-filled STAGES − 1 chunks ahead, whatever the program waits for:
+filled STAGES chunks ahead, whatever the program waits for:
 
     memory           o … │ gate, up …             │ down …            │ q, k, v …
     matrix unit          o … │ barrier │ gate, up …       │ barrier │ down …      │ barrier │ q, k, v …
@@ -18,7 +18,7 @@ or a product takes whole rows of what all programs computed; each then brings th
 and the rounding to 8 bits, for itself.
 """
 
-# ruff: noqa: SIM300 (a type is no constant)
+# ruff: noqa: SIM102, SIM300 (a type is no constant, and the device would compute an `and`)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 from functools import cache
@@ -174,22 +174,23 @@ def multiply(
         acc_0 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
         acc_1 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
         for chunk in range(CHUNKS):
-            if source is not None:  # noqa: SIM102 (an `and` would be computed on the device)
+            if source is not None:
                 if chunk % BLOCK_CHUNKS == 0:
                     fill(x, source, None, most, chunk * (WARPS * LANE), rows, 0.0, K, block_of(K), BLOCK_M, LARGEST)
-            async_copy.wait_group(STAGES - 2)
-            tl.debug_barrier()  # all have multiplied by what is in the slot before, which is free now
-            ahead = tile * CHUNKS + chunk + STAGES - 1
-            free = (slot + STAGES - 1) % STAGES
-            if ahead < PIECES:
-                fetch(ring, weight, ahead, free, K, SHARE, GATED)
-            elif ahead - PIECES < NEXT_PIECES:
-                fetch(ring, next_weight, ahead - PIECES, free, NEXT_K, NEXT_SHARE, NEXT_GATED)
-            async_copy.commit_group()
+            async_copy.wait_group(STAGES - 1)
+            tl.debug_barrier()
             these = in_slices.index(chunk % BLOCK_CHUNKS).permute((0, 2, 1)).load(operand(1, WIDTH))
             w = ring.index(slot)
             w_0 = w.slice(0, HALF, dim=1).load(operand(0, WIDTH))
             w_1 = w.slice(HALF, HALF, dim=1).load(operand(0, WIDTH))
+            tl.debug_barrier()  # all have the chunk in registers: its slot is free
+            ahead = tile * CHUNKS + chunk + STAGES
+            if ahead < PIECES:
+                fetch(ring, weight, ahead, slot, K, SHARE, GATED)
+            elif next_weight is not None:
+                if ahead - PIECES < NEXT_PIECES:
+                    fetch(ring, next_weight, ahead - PIECES, slot, NEXT_K, NEXT_SHARE, NEXT_GATED)
+            async_copy.commit_group()
             if WIDTH == 1 and TOTAL == gl.float32:  # the small instruction has no FP8 on Hopper
                 these, w_0, w_1 = these.to(gl.float16), w_0.to(gl.float16), w_1.to(gl.float16)
             acc_0 = mma_v2(w_0, these, acc_0)
@@ -247,7 +248,7 @@ def megakernel(
     Q: gl.constexpr = QKV // PROGRAMS
     ring = gl.allocate_shared_memory(TYPE, [STAGES, WARPS, 2 * HALF, 128 // WIDTH], swizzled(WIDTH))
     x = gl.allocate_shared_memory(TYPE, [BLOCK // (128 // WIDTH), 8, 128 // WIDTH], swizzled(WIDTH))
-    for stage in gl.static_range(STAGES - 1):
+    for stage in gl.static_range(STAGES):
         fetch(ring, o, stage, stage, HEADS, H, False)
         async_copy.commit_group()
     wait(PDL)
@@ -274,7 +275,7 @@ def megakernel(
         barrier(ticket)
         most = fill(x, residual, next_norm, None, 0, rows, eps, HIDDEN, block_of(HIDDEN), BLOCK_M, LARGEST)
         multiply(
-            ring, x, qkv, qkv_scales, qkv, None, most, out, None, slot, rows, HIDDEN, Q, False, False,
+            ring, x, qkv, qkv_scales, None, None, most, out, None, slot, rows, HIDDEN, Q, False, False,
             HIDDEN, 0, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
         )  # fmt: skip
     async_copy.wait_group(0)
