@@ -40,7 +40,7 @@ from llmq.runtime.kernels.silu_triton import SILU
 WARPS = gl.constexpr(8)
 HALF = gl.constexpr(16)  # rows of a weight that an instruction takes
 BLOCK = gl.constexpr(4096)  # channels
-STAGES = 4
+STAGES = {1: 5, 2: 4}  # bytes of a weight's number → chunks, as many as there is memory for
 TINY = gl.constexpr(SMALLEST_MAX)
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1, 1], [1, 16, 8]))
 OUT = gl.constexpr(gl.SliceLayout(0, MMA))
@@ -95,49 +95,75 @@ def fetch(ring, weight, piece, slot, K: gl.constexpr, SHARE: gl.constexpr, GATED
 
 
 @gluon.jit
-def fill(
-    x, source, norm, most, first, rows, eps,
-    K: gl.constexpr, CHANNELS: gl.constexpr, BLOCK_M: gl.constexpr, LARGEST: gl.constexpr,
-):  # fmt: skip
-    """Bring the CHANNELS of ``source`` [rows, K] from ``first`` on into ``x``: through a norm, if there is one; in 8
-    bits if LARGEST is not 0, by the scale that ``most`` [rows] gives, or else these CHANNELS. → max|row|, if LARGEST"""
-    LANE: gl.constexpr = 128 // (x.dtype.primitive_bitwidth // 8)
-    LAYOUT: gl.constexpr = spread(x.dtype.primitive_bitwidth // 8, BLOCK_M)
+def channels(first, WIDTH: gl.constexpr, CHANNELS: gl.constexpr, BLOCK_M: gl.constexpr):
+    """The CHANNELS from ``first`` on, as ``load_rows`` has them: [slices, 1, LANE]."""
+    LANE: gl.constexpr = 128 // WIDTH
+    LAYOUT: gl.constexpr = spread(WIDTH, BLOCK_M)
     piece = gl.arange(0, CHANNELS // LANE, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
     lane = gl.arange(0, LANE, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    k = first + piece * LANE + lane
-    values = gl.load(source + m * K + k, mask=(m < rows) & (k < K), other=0.0, cache_modifier=".cg")
-    if norm is not None:
-        w = gl.load(norm + k, mask=k < K, other=0.0)
-        wide = values.to(gl.float32)
-        squares = gl.sum(gl.sum(wide * wide, 2), 0)
-        normal = wide * gl.rsqrt(squares / K + eps)[None, :, None]
-        values = (normal.to(w.dtype).to(gl.float32) * w.to(gl.float32)).to(values.dtype)
+    return first + piece * LANE + lane
+
+
+@gluon.jit
+def load_norm(norm, WIDTH: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr):
+    """A norm's weight [slices, 1, LANE]."""
+    k = channels(0, WIDTH, block_of(K), BLOCK_M)
+    return gl.load(norm + k, mask=k < K, other=0.0)
+
+
+@gluon.jit
+def load_rows(source, first, rows, WIDTH: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr):
+    """A block of the channels of ``source`` [rows, K], from ``first`` on: [slices, BLOCK_M, LANE]."""
+    LAYOUT: gl.constexpr = spread(WIDTH, BLOCK_M)
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    k = channels(first, WIDTH, block_of(K), BLOCK_M)
+    return gl.load(source + m * K + k, mask=(m < rows) & (k < K), other=0.0, cache_modifier=".cg")
+
+
+@gluon.jit
+def by_row(values, LAYOUT: gl.constexpr, GREATEST: gl.constexpr):
+    """The sum, or GREATEST, of each row of ``values`` [slices, rows, LANE]: [rows]."""
+    flat = values.permute((1, 0, 2)).reshape((values.shape[1], values.shape[0] * values.shape[2]))
+    found = gl.max(flat, 1) if GREATEST else gl.sum(flat, 1)
+    return gl.convert_layout(found, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+
+
+@gluon.jit
+def normed(values, w, eps, WIDTH: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Whole rows through a norm of weight ``w``."""
+    wide = values.to(gl.float32)
+    squares = by_row(wide * wide, spread(WIDTH, BLOCK_M), False)
+    normal = wide * gl.rsqrt(squares / K + eps)[None, :, None]
+    return (normal.to(w.dtype).to(gl.float32) * w.to(gl.float32)).to(values.dtype)
+
+
+@gluon.jit
+def greatest(values, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
+    """max|row| of whole rows."""
+    return gl.maximum(by_row(gl.abs(values.to(gl.float32)), spread(WIDTH, BLOCK_M), True), TINY)
+
+
+@gluon.jit
+def put(x, values, most, BLOCK_M: gl.constexpr, LARGEST: gl.constexpr):
+    """Store ``values`` in ``x``; in 8 bits if LARGEST is not 0, by the scale that ``most`` gives."""
+    LAYOUT: gl.constexpr = spread(x.dtype.primitive_bitwidth // 8, BLOCK_M)
     if LARGEST > 0:
-        wide = values.to(gl.float32)
-        if most is None:
-            most = gl.maximum(gl.max(gl.max(gl.abs(wide), 2), 0), TINY)
-        scaled = wide * gl.div_rn(gl.full_like(most, LARGEST), most)[None, :, None]
+        scaled = values.to(gl.float32) * gl.div_rn(gl.full_like(most, LARGEST), most)[None, :, None]
         if x.dtype == gl.int8:
             bits = gl.inline_asm_elementwise(ROUND, "=r,f", [scaled], dtype=gl.int32, is_pure=True, pack=1)
             values = bits.to(gl.int8)
         else:
             values = gl.minimum(gl.maximum(scaled, -LARGEST), LARGEST).to(x.dtype)
-    else:
-        most = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     if BLOCK_M == 1:
         values, _ = gl.broadcast(values, gl.full([1, 8, 1], 0, values.dtype, LAYOUT))
-    x.slice(0, CHANNELS // LANE, dim=0).store(values)
-    return most
+    x.slice(0, values.shape[0], dim=0).store(values)
 
 
 @gluon.jit
-def barrier(ticket):
-    """Wait until all programs are here, and see what they wrote."""
+def barrier(ticket, all_here):
+    """Wait until the ticket is ``all_here``, for each program draws one, and see what they all wrote."""
     tl.debug_barrier()
-    here = gl.atomic_add(ticket, 1, sem="acq_rel")
-    all_here = (here | (gl.num_programs(0) - 1)) + 1
+    gl.atomic_add(ticket, 1, sem="release")
     while gl.atomic_add(ticket, 0, sem="acquire") - all_here < 0:  # an addition of nothing is a load
         pass
     tl.debug_barrier()
@@ -163,6 +189,7 @@ def multiply(
     TOTAL: gl.constexpr = gl.int32 if ring.dtype == gl.int8 else gl.float32
     TYPE: gl.constexpr = out.dtype.element_ty
     STRIDE: gl.constexpr = SHARE * PROGRAMS
+    SECOND: gl.constexpr = STRIDE if GATED else HALF  # from a row of a chunk's first half to that of its second
     in_slices = x._reinterpret(x.dtype, [BLOCK_CHUNKS, WARPS, 8, LANE], swizzled(WIDTH))
     row = gl.arange(0, HALF, layout=gl.SliceLayout(1, OUT))[:, None]
     m = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))[None, :]
@@ -170,13 +197,25 @@ def multiply(
     if LARGEST > 0:
         m_scales = gl.convert_layout(gl.div_rn(most, gl.full_like(most, LARGEST)), gl.SliceLayout(0, OUT))[None, :]
         largest = gl.zeros([8], gl.float32, gl.SliceLayout(0, OUT))
+    if source is not None:
+        values = load_rows(source, 0, rows, WIDTH, K, BLOCK_M)
     for tile in range(PIECES // CHUNKS):
+        n = first_n + tile * STEP + row
+        in_0 = (m < rows) & (n < first_n + SHARE)
+        in_1 = (m < rows) & (n + (0 if GATED else HALF) < first_n + SHARE)
+        at = out + m * STRIDE + n
+        if ADD:
+            before_0, before_1 = gl.load(at, mask=in_0, other=0.0), gl.load(at + HALF, mask=in_1, other=0.0)
+        if LARGEST > 0:
+            n_scales_0 = gl.load(scales + n, mask=n < first_n + SHARE, other=0.0)
+            n_scales_1 = gl.load(scales + n + SECOND, mask=n < first_n + SHARE, other=0.0)
         acc_0 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
         acc_1 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
         for chunk in range(CHUNKS):
             if source is not None:
                 if chunk % BLOCK_CHUNKS == 0:
-                    fill(x, source, None, most, chunk * (WARPS * LANE), rows, 0.0, K, block_of(K), BLOCK_M, LARGEST)
+                    put(x, values, most, BLOCK_M, LARGEST)
+                    values = load_rows(source, (chunk + BLOCK_CHUNKS) * (WARPS * LANE), rows, WIDTH, K, BLOCK_M)
             async_copy.wait_group(STAGES - 1)
             tl.debug_barrier()
             these = in_slices.index(chunk % BLOCK_CHUNKS).permute((0, 2, 1)).load(operand(1, WIDTH))
@@ -196,16 +235,10 @@ def multiply(
             acc_0 = mma_v2(w_0, these, acc_0)
             acc_1 = mma_v2(w_1, these, acc_1)
             slot = (slot + 1) % STAGES
-        n = first_n + tile * STEP + row
-        SECOND: gl.constexpr = STRIDE if GATED else HALF
         total_0, total_1 = gl.sum(acc_0, 0).to(gl.float32), gl.sum(acc_1, 0).to(gl.float32)
-        in_0 = (m < rows) & (n < first_n + SHARE)
-        in_1 = (m < rows) & (n + (0 if GATED else HALF) < first_n + SHARE)
         if LARGEST > 0:
-            total_0 = total_0 * gl.load(scales + n, mask=n < first_n + SHARE, other=0.0) * m_scales
-            total_1 = total_1 * gl.load(scales + n + SECOND, mask=n < first_n + SHARE, other=0.0) * m_scales
+            total_0, total_1 = total_0 * n_scales_0 * m_scales, total_1 * n_scales_1 * m_scales
         sum_0, sum_1 = total_0.to(TYPE), total_1.to(TYPE)
-        at = out + m * STRIDE + n
         if GATED:
             wide = sum_0.to(gl.float32)
             silu = gl.inline_asm_elementwise(SILU, "=f,f", [wide], dtype=gl.float32, is_pure=True, pack=1)
@@ -215,8 +248,8 @@ def multiply(
                 largest = gl.maximum(largest, gl.max(gl.where(in_0, gl.abs(gated.to(gl.float32)), 0.0), 0))
         else:
             if ADD:
-                sum_0 = (gl.load(at, mask=in_0, other=0.0).to(gl.float32) + sum_0.to(gl.float32)).to(TYPE)
-                sum_1 = (gl.load(at + HALF, mask=in_1, other=0.0).to(gl.float32) + sum_1.to(gl.float32)).to(TYPE)
+                sum_0 = (before_0.to(gl.float32) + sum_0.to(gl.float32)).to(TYPE)
+                sum_1 = (before_1.to(gl.float32) + sum_1.to(gl.float32)).to(TYPE)
             gl.store(at, sum_0, mask=in_0)
             gl.store(at + HALF, sum_1, mask=in_1)
     if GATED and LARGEST > 0:
@@ -225,7 +258,7 @@ def multiply(
 
 
 @gluon.jit
-def greatest(maxima, PROGRAMS: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
+def greatest_of_all(maxima, PROGRAMS: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
     """max|row| [rows] over all programs."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [8, 1], [1, 0])
     program = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
@@ -253,27 +286,35 @@ def megakernel(
         async_copy.commit_group()
     wait(PDL)
     slot = 0
-    most = fill(x, mixed, None, None, 0, rows, eps, HEADS, block_of(HEADS), BLOCK_M, LARGEST)
+    begun = gl.load(ticket, volatile=True) & -PROGRAMS  # others may have drawn already
+    values = load_rows(mixed, 0, rows, WIDTH, HEADS, BLOCK_M)
+    most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
+    put(x, values, most, BLOCK_M, LARGEST)
     slot = multiply(
         ring, x, o, o_scales, gate_up, None, most, residual, None, slot, rows, HEADS, H, False, True, HIDDEN, G, True,
         BLOCK_M, STAGES, LARGEST, PROGRAMS,
     )  # fmt: skip
-    barrier(ticket)
-    most = fill(x, residual, norm, None, 0, rows, eps, HIDDEN, block_of(HIDDEN), BLOCK_M, LARGEST)
+    w = load_norm(norm, WIDTH, HIDDEN, BLOCK_M)
+    barrier(ticket, begun + 1 * PROGRAMS)
+    values = normed(load_rows(residual, 0, rows, WIDTH, HIDDEN, BLOCK_M), w, eps, WIDTH, HIDDEN, BLOCK_M)
+    most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
+    put(x, values, most, BLOCK_M, LARGEST)
     slot = multiply(
         ring, x, gate_up, gate_up_scales, down, None, most, gated, maxima, slot, rows, HIDDEN, G, True, False,
         INNER, H, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
     )  # fmt: skip
-    barrier(ticket)
-    if LARGEST > 0:
-        most = greatest(maxima, PROGRAMS, WIDTH, BLOCK_M)
+    barrier(ticket, begun + 2 * PROGRAMS)
+    most = greatest_of_all(maxima, PROGRAMS, WIDTH, BLOCK_M) if LARGEST > 0 else None
     slot = multiply(
         ring, x, down, down_scales, qkv, gated, most, residual, None, slot, rows, INNER, H, False, True,
         HIDDEN, Q, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
     )  # fmt: skip
     if QKV > 0:
-        barrier(ticket)
-        most = fill(x, residual, next_norm, None, 0, rows, eps, HIDDEN, block_of(HIDDEN), BLOCK_M, LARGEST)
+        w = load_norm(next_norm, WIDTH, HIDDEN, BLOCK_M)
+        barrier(ticket, begun + 3 * PROGRAMS)
+        values = normed(load_rows(residual, 0, rows, WIDTH, HIDDEN, BLOCK_M), w, eps, WIDTH, HIDDEN, BLOCK_M)
+        most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
+        put(x, values, most, BLOCK_M, LARGEST)
         multiply(
             ring, x, qkv, qkv_scales, None, None, most, out, None, slot, rows, HIDDEN, Q, False, False,
             HIDDEN, 0, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
@@ -303,6 +344,6 @@ def megakernel_triton(mixed: Tensor, residual: Tensor, between: Between) -> Tens
         *(qkv or (None, None)), ticket(mixed.device), rows, between.eps,
         HEADS=heads, HIDDEN=hidden, INNER=inner, QKV=out.shape[1], BLOCK_M=1 if rows == 1 else MOST_ROWS,
         LARGEST=0.0 if between.number is None else LARGEST[between.number],
-        STAGES=STAGES, PROGRAMS=PROGRAMS, num_warps=WARPS.value, **pdl(mixed.device),
+        STAGES=STAGES[between.o.values.itemsize], PROGRAMS=PROGRAMS, num_warps=WARPS.value, **pdl(mixed.device),
     )  # fmt: skip
     return None if qkv is None else out
