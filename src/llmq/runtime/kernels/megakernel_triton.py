@@ -37,13 +37,15 @@ from llmq.runtime.kernels.quantize_rows import LARGEST, SMALLEST_MAX
 from llmq.runtime.kernels.quantize_rows_triton import ROUND
 from llmq.runtime.kernels.silu_triton import SILU
 
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 WARPS = gl.constexpr(8)
 HALF = gl.constexpr(16)  # rows of a weight that an instruction takes
 BLOCK = gl.constexpr(4096)  # channels
 STAGES = {1: 5, 2: 4}  # bytes of a weight's number → chunks, as many as there is memory for
 TINY = gl.constexpr(SMALLEST_MAX)
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1, 1], [1, 16, 8]))
-OUT = gl.constexpr(gl.SliceLayout(0, MMA))
+SUMS = gl.constexpr(gl.BlockedLayout([8, 1, 1], [1, 4, 8], [1, 4, 2], [2, 1, 0]))  # a sum over the warps in one thread
+OUT = gl.constexpr(gl.SliceLayout(0, SUMS))
 
 
 @gluon.constexpr_function
@@ -144,6 +146,13 @@ def greatest(values, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
+def load_greatest(maxima, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
+    """max|row| of whole rows, as all programs have found it."""
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gl.SliceLayout(2, spread(WIDTH, BLOCK_M))))
+    return gl.maximum(gl.load(maxima + m, cache_modifier=".cg").to(gl.float32, bitcast=True), TINY)
+
+
+@gluon.jit
 def put(x, values, most, BLOCK_M: gl.constexpr, LARGEST: gl.constexpr):
     """Store ``values`` in ``x``; in 8 bits if LARGEST is not 0, by the scale that ``most`` gives."""
     LAYOUT: gl.constexpr = spread(x.dtype.primitive_bitwidth // 8, BLOCK_M)
@@ -171,7 +180,7 @@ def barrier(ticket, all_here):
 
 @gluon.jit
 def multiply(
-    ring, x, weight, scales, next_weight, source, most, out, maxima, slot, rows,
+    ring, x, sums, weight, scales, next_weight, values, source, most, out, maxima, slot, rows,
     K: gl.constexpr, SHARE: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr,
     NEXT_K: gl.constexpr, NEXT_SHARE: gl.constexpr, NEXT_GATED: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LARGEST: gl.constexpr, PROGRAMS: gl.constexpr,
@@ -197,8 +206,8 @@ def multiply(
     if LARGEST > 0:
         m_scales = gl.convert_layout(gl.div_rn(most, gl.full_like(most, LARGEST)), gl.SliceLayout(0, OUT))[None, :]
         largest = gl.zeros([8], gl.float32, gl.SliceLayout(0, OUT))
-    if source is not None:
-        values = load_rows(source, 0, rows, WIDTH, K, BLOCK_M)
+    if source is None:
+        put(x, values, most, BLOCK_M, LARGEST)
     for tile in range(PIECES // CHUNKS):
         n = first_n + tile * STEP + row
         in_0 = (m < rows) & (n < first_n + SHARE)
@@ -235,7 +244,11 @@ def multiply(
             acc_0 = mma_v2(w_0, these, acc_0)
             acc_1 = mma_v2(w_1, these, acc_1)
             slot = (slot + 1) % STAGES
-        total_0, total_1 = gl.sum(acc_0, 0).to(gl.float32), gl.sum(acc_1, 0).to(gl.float32)
+        # Through shared memory at once: of a reduction across warps, Triton makes several turns.
+        sums.slice(0, HALF, dim=1).store(acc_0)
+        sums.slice(HALF, HALF, dim=1).store(acc_1)
+        total_0 = gl.sum(sums.slice(0, HALF, dim=1).load(SUMS), 0).to(gl.float32)
+        total_1 = gl.sum(sums.slice(HALF, HALF, dim=1).load(SUMS), 0).to(gl.float32)
         if LARGEST > 0:
             total_0, total_1 = total_0 * n_scales_0 * m_scales, total_1 * n_scales_1 * m_scales
         sum_0, sum_1 = total_0.to(TYPE), total_1.to(TYPE)
@@ -253,18 +266,10 @@ def multiply(
             gl.store(at, sum_0, mask=in_0)
             gl.store(at + HALF, sum_1, mask=in_1)
     if GATED and LARGEST > 0:
-        gl.store(maxima + gl.program_id(0) * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, OUT)), largest)
+        # Numbers that are not negative are in the order of their bits.
+        each = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))
+        gl.atomic_max(maxima + each, largest.to(gl.int32, bitcast=True), mask=each < rows, sem="relaxed")
     return slot
-
-
-@gluon.jit
-def greatest_of_all(maxima, PROGRAMS: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
-    """max|row| [rows] over all programs."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [8, 1], [1, 0])
-    program = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    most = gl.maximum(gl.max(gl.load(maxima + program * 8 + m, cache_modifier=".cg"), 0), TINY)
-    return gl.convert_layout(most, gl.SliceLayout(0, gl.SliceLayout(2, spread(WIDTH, BLOCK_M))))
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -281,32 +286,40 @@ def megakernel(
     Q: gl.constexpr = QKV // PROGRAMS
     ring = gl.allocate_shared_memory(TYPE, [STAGES, WARPS, 2 * HALF, 128 // WIDTH], swizzled(WIDTH))
     x = gl.allocate_shared_memory(TYPE, [BLOCK // (128 // WIDTH), 8, 128 // WIDTH], swizzled(WIDTH))
+    sums = gl.allocate_shared_memory(gl.int32 if TYPE == gl.int8 else gl.float32, [WARPS, 2 * HALF, 8], PLAIN)
+    O_PIECES: gl.constexpr = (H + 2 * HALF - 1) // (2 * HALF) * (HEADS * WIDTH // (WARPS * 128))
     for stage in gl.static_range(STAGES):
-        fetch(ring, o, stage, stage, HEADS, H, False)
+        if stage < O_PIECES:
+            fetch(ring, o, stage, stage, HEADS, H, False)
+        else:
+            fetch(ring, gate_up, stage - O_PIECES, stage, HIDDEN, G, True)
         async_copy.commit_group()
     wait(PDL)
+    values = load_rows(mixed, 0, rows, WIDTH, HEADS, BLOCK_M)
     slot = 0
     begun = gl.load(ticket, volatile=True) & -PROGRAMS  # others may have drawn already
-    values = load_rows(mixed, 0, rows, WIDTH, HEADS, BLOCK_M)
+    if LARGEST > 0 and gl.program_id(0) == 0:
+        gl.store(
+            maxima + gl.arange(0, 8, layout=gl.SliceLayout(0, OUT)), gl.zeros([8], gl.int32, gl.SliceLayout(0, OUT))
+        )
     most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
-    put(x, values, most, BLOCK_M, LARGEST)
     slot = multiply(
-        ring, x, o, o_scales, gate_up, None, most, residual, None, slot, rows, HEADS, H, False, True, HIDDEN, G, True,
-        BLOCK_M, STAGES, LARGEST, PROGRAMS,
+        ring, x, sums, o, o_scales, gate_up, values, None, most, residual, None, slot, rows, HEADS, H, False, True,
+        HIDDEN, G, True, BLOCK_M, STAGES, LARGEST, PROGRAMS,
     )  # fmt: skip
     w = load_norm(norm, WIDTH, HIDDEN, BLOCK_M)
-    barrier(ticket, begun + 1 * PROGRAMS)
+    barrier(ticket, begun + PROGRAMS)
     values = normed(load_rows(residual, 0, rows, WIDTH, HIDDEN, BLOCK_M), w, eps, WIDTH, HIDDEN, BLOCK_M)
     most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
-    put(x, values, most, BLOCK_M, LARGEST)
     slot = multiply(
-        ring, x, gate_up, gate_up_scales, down, None, most, gated, maxima, slot, rows, HIDDEN, G, True, False,
-        INNER, H, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
+        ring, x, sums, gate_up, gate_up_scales, down, values, None, most, gated, maxima, slot, rows, HIDDEN, G, True,
+        False, INNER, H, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
     )  # fmt: skip
     barrier(ticket, begun + 2 * PROGRAMS)
-    most = greatest_of_all(maxima, PROGRAMS, WIDTH, BLOCK_M) if LARGEST > 0 else None
+    values = load_rows(gated, 0, rows, WIDTH, INNER, BLOCK_M)
+    most = load_greatest(maxima, WIDTH, BLOCK_M) if LARGEST > 0 else None
     slot = multiply(
-        ring, x, down, down_scales, qkv, gated, most, residual, None, slot, rows, INNER, H, False, True,
+        ring, x, sums, down, down_scales, qkv, values, gated, most, residual, None, slot, rows, INNER, H, False, True,
         HIDDEN, Q, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
     )  # fmt: skip
     if QKV > 0:
@@ -314,9 +327,8 @@ def megakernel(
         barrier(ticket, begun + 3 * PROGRAMS)
         values = normed(load_rows(residual, 0, rows, WIDTH, HIDDEN, BLOCK_M), w, eps, WIDTH, HIDDEN, BLOCK_M)
         most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
-        put(x, values, most, BLOCK_M, LARGEST)
         multiply(
-            ring, x, qkv, qkv_scales, None, None, most, out, None, slot, rows, HIDDEN, Q, False, False,
+            ring, x, sums, qkv, qkv_scales, None, values, None, most, out, None, slot, rows, HIDDEN, Q, False, False,
             HIDDEN, 0, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
         )  # fmt: skip
     async_copy.wait_group(0)
@@ -337,7 +349,7 @@ def megakernel_triton(mixed: Tensor, residual: Tensor, between: Between) -> Tens
     inner = between.down.values.shape[1]
     next_norm, qkv = between.following or (None, None)
     gated = torch.empty(rows, inner, dtype=mixed.dtype, device=mixed.device)
-    maxima = torch.empty(PROGRAMS, MOST_ROWS, dtype=torch.float32, device=mixed.device)
+    maxima = torch.empty(MOST_ROWS, dtype=torch.int32, device=mixed.device)
     out = torch.empty(rows, 0 if qkv is None else len(qkv.values), dtype=mixed.dtype, device=mixed.device)
     megakernel[PROGRAMS,](
         mixed, residual, gated, maxima, out, *between.o, between.norm, *between.gate_up, *between.down, next_norm,
