@@ -27,11 +27,14 @@ from llmq.runtime.kernels.w8a8 import Weight8, w8a8_matmul
 
 MOST_ROWS = 8
 PROGRAMS = 128
-"""Each has the same share of the rows of every weight."""
-LONGEST = 4096
-"""Channels of a row that a program holds at once, and norms or rounds."""
+"""Each has the same share of the rows of every weight, ``ROWS`` at a time,"""
+ROWS = 32
 CHUNK_BYTES = 1024
-"""What a program reads of a weight's row at a time."""
+"""and so many bytes of each."""
+STAGES = {1: 5, 2: 4}
+"""Bytes of a weight's number → chunks that are on their way, as many as there is shared memory for."""
+LONGEST = 4096
+"""Channels of a row that a program norms, or rounds."""
 
 
 class Weight(NamedTuple):
@@ -71,15 +74,17 @@ def takes(rows: int, dtype: torch.dtype, between: Between) -> bool:
     """Whether ``megakernel`` runs ``rows`` of ``dtype`` in one kernel."""
     o, gate_up, down = between.o.values, between.gate_up.values, between.down.values
     values = [o, gate_up, down, *([between.following[1].values] if between.following else [])]
+    chunks = [-(-len(v) // PROGRAMS // ROWS) * v.shape[1] * v.itemsize // CHUNK_BYTES for v in values]
     return (
         0 < rows <= MOST_ROWS
-        and o.dtype in (dtype, *CODES.values())
         and dtype.itemsize == 2
-        and all(
-            v.dtype == o.dtype and v.shape[1] * v.itemsize in range(2 * CHUNK_BYTES, 2**31, CHUNK_BYTES) for v in values
-        )
+        and o.dtype in (dtype, *CODES.values())
+        and all(v.dtype == o.dtype for v in values)
+        and all(v.shape[1] * v.itemsize % CHUNK_BYTES == 0 for v in values)
         and all(size % PROGRAMS == 0 for size in (len(o), down.shape[1], len(values[-1])))
         and max(o.shape) <= LONGEST
+        and min(chunks) > 1
+        and min(chunks[1:3]) >= STAGES[o.itemsize]  # what is on its way is of one weight and the next
         and _has_room(o.device)
     )
 

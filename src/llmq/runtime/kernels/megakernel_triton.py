@@ -31,7 +31,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from llmq.runtime.kernels.megakernel import MOST_ROWS, PROGRAMS, Between
+from llmq.runtime.kernels.megakernel import MOST_ROWS, PROGRAMS, STAGES, Between
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import LARGEST, SMALLEST_MAX
 from llmq.runtime.kernels.quantize_rows_triton import ROUND
@@ -41,7 +41,6 @@ PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 WARPS = gl.constexpr(8)
 HALF = gl.constexpr(16)  # rows of a weight that an instruction takes
 BLOCK = gl.constexpr(4096)  # channels
-STAGES = {1: 5, 2: 4}  # bytes of a weight's number → chunks, as many as there is memory for
 TINY = gl.constexpr(SMALLEST_MAX)
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1, 1], [1, 16, 8]))
 SUMS = gl.constexpr(gl.BlockedLayout([8, 1, 1], [1, 4, 8], [1, 4, 2], [2, 1, 0]))  # a sum over the warps in one thread
