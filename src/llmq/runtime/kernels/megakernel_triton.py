@@ -297,10 +297,10 @@ def megakernel(
     values = load_rows(mixed, 0, rows, WIDTH, HEADS, BLOCK_M)
     slot = 0
     begun = gl.load(ticket, volatile=True) & -PROGRAMS  # others may have drawn already
-    if LARGEST > 0 and gl.program_id(0) == 0:
-        gl.store(
-            maxima + gl.arange(0, 8, layout=gl.SliceLayout(0, OUT)), gl.zeros([8], gl.int32, gl.SliceLayout(0, OUT))
-        )
+    if LARGEST > 0:
+        if gl.program_id(0) == 0:  # before the first barrier, for what comes behind it
+            each = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))
+            gl.store(maxima + each, gl.full_like(each, 0))
     most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
     slot = multiply(
         ring, x, sums, o, o_scales, gate_up, values, None, most, residual, None, slot, rows, HEADS, H, False, True,
