@@ -31,16 +31,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from llmq.runtime.kernels.megakernel import MOST_ROWS, PROGRAMS, STAGES, Between
+from llmq.runtime.kernels.megakernel import CHUNK_BYTES, LONGEST, MOST_ROWS, PROGRAMS, ROWS, STAGES, Between
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import LARGEST, SMALLEST_MAX
 from llmq.runtime.kernels.quantize_rows_triton import ROUND
 from llmq.runtime.kernels.silu_triton import SILU
 
+WARPS = gl.constexpr(CHUNK_BYTES // 128)
+HALF = gl.constexpr(ROWS // 2)  # what an instruction takes
+BLOCK = gl.constexpr(LONGEST)
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-WARPS = gl.constexpr(8)
-HALF = gl.constexpr(16)  # rows of a weight that an instruction takes
-BLOCK = gl.constexpr(4096)  # channels
 TINY = gl.constexpr(SMALLEST_MAX)
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1, 1], [1, 16, 8]))
 SUMS = gl.constexpr(gl.BlockedLayout([8, 1, 1], [1, 4, 8], [1, 4, 2], [2, 1, 0]))  # a sum over the warps in one thread
@@ -185,7 +185,10 @@ def multiply(
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LARGEST: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """The program's share of one product into ``out``, added to what is there if ADD, or silu(gate) · up if GATED, with
-    max|row| of it in ``maxima``. x is there, or comes from ``source``, block by block. → the slot that is next"""
+    max|row| of it into ``maxima``. → the slot of the next weight's first chunk
+
+    values  the rows that are multiplied, or the first block of ``source``, which has more channels than x
+    """
     WIDTH: gl.constexpr = ring.dtype.primitive_bitwidth // 8
     LANE: gl.constexpr = 128 // WIDTH
     CHUNKS: gl.constexpr = K // (WARPS * LANE)
