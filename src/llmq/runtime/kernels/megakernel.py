@@ -26,6 +26,7 @@ from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.kernels.w8a8 import Weight8, w8a8_matmul
 
 MOST_ROWS = 8
+"""Of 8 bits only one: every program norms and rounds all rows, and more take as long as the one kernel saves."""
 PROGRAMS = 128
 """Each has the same share of the rows of every weight, ``ROWS`` at a time,"""
 ROWS = 32
@@ -76,7 +77,7 @@ def takes(rows: int, dtype: torch.dtype, between: Between) -> bool:
     values = [o, gate_up, down, *([between.following[1].values] if between.following else [])]
     chunks = [-(-len(v) // PROGRAMS // ROWS) * v.shape[1] * v.itemsize // CHUNK_BYTES for v in values]
     return (
-        0 < rows <= MOST_ROWS
+        0 < rows <= (MOST_ROWS if o.itemsize > 1 else 1)
         and dtype.itemsize == 2
         and o.dtype in (dtype, *CODES.values())
         and all(v.dtype == o.dtype for v in values)
