@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from llmq import LLM, SamplingParams
+from llmq.bench.kernels import median_seconds
 from llmq.checkpoint.config import ModelConfig
 from llmq.engine.options import KV_CACHE_DTYPES, EngineOptions
 from llmq.memory import block_linear_bytes, kv_bytes_per_token
@@ -134,11 +135,11 @@ class Roofline:
 
     def __init__(self) -> None:
         big = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-        self.bandwidth = 2 * big.numel() / _seconds(lambda: big.clone())
+        self.bandwidth = 2 * big.numel() / median_seconds(lambda: big.clone(), "cuda")
         a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
-        self.rates = {16: 2 * 8192**3 / _seconds(lambda: a @ b)}
+        self.rates = {16: 2 * 8192**3 / median_seconds(lambda: a @ b, "cuda")}
         ints = torch.randint(-127, 127, (2, 8192, 8192), dtype=torch.int8, device="cuda")
-        self.rates[8] = 2 * 8192**3 / _seconds(lambda: torch._int_mm(ints[0], ints[1].t()))
+        self.rates[8] = 2 * 8192**3 / median_seconds(lambda: torch._int_mm(ints[0], ints[1].t()), "cuda")
 
     def decode(self, llm: LLM, batch: int, tokens: float) -> float:
         """Tokens/s of ``batch`` sequences of ``tokens`` tokens, if the device only read what it must, or only
@@ -170,20 +171,6 @@ def idle_expert_bytes(llm: LLM, batch: int) -> float:
         return 0.0
     idle = (1 - experts.per_token / experts.count) ** batch
     return idle * sum(resident_bytes(each) for each in llm.decoder.modules() if isinstance(each, GroupedExperts))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    for _ in range(3):
-        work()
-    times: list[float] = []
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(float(start.elapsed_time(end)) / 1e3)
-    return statistics.median(times)
 
 
 def load(shape: str, scheme: str, fields: dict[str, Any] | None = None, **options: Any) -> LLM:
@@ -267,7 +254,7 @@ def workload(llm: LLM) -> float:
 
 
 def pressure(shape: str, scheme: str) -> dict[str, float]:
-    """Seconds of each run, whose tokens are the same."""
+    """Seconds of the second run of each; the tokens of all are to be the same."""
     noise = random.Random(0)
     asked = [[noise.randint(0, 10_000) for _ in range(noise.randint(100, 300))] for _ in range(256)]
     params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=noise.randint(100, 300)) for _ in asked]
@@ -280,13 +267,15 @@ def pressure(shape: str, scheme: str) -> dict[str, float]:
             options |= {"preemption": preemption, "swap_space": 2**34, "kv_cache_memory": bytes_of_20}
         llm = load(shape, scheme, **options)
         bytes_of_20 = 20 * (-(-400 // llm.options.block_size)) * llm.limits.block_bytes
-        started = time.perf_counter()
-        tokens = [output.completions[0].token_ids for output in llm.generate(asked, params)]
-        spent[preemption] = time.perf_counter() - started
-        first = first or tokens
-        same = "the same tokens" if tokens == first else "OTHER TOKENS"
-        times = f"{spent[preemption]:.1f} s, {llm.stats.preemptions} preemptions"
-        print(f"{shape} {scheme}, preemption {preemption}: {times}, {same}")
+        for _ in range(2):  # the first also captures graphs
+            llm.reset_stats()
+            started = time.perf_counter()
+            tokens = [output.completions[0].token_ids for output in llm.generate(asked, params)]
+            spent[preemption] = time.perf_counter() - started
+            first = first or tokens
+            same = "the same tokens" if tokens == first else "OTHER TOKENS"
+            times = f"{spent[preemption]:.2f} s, {llm.stats.preemptions} preemptions"
+            print(f"{shape} {scheme}, preemption {preemption}: {times}, {same}", flush=True)
         del llm
     return spent
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import sys
 import time
 import traceback
@@ -38,6 +37,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 from rounded_caches import empty_cache, rounded_caches
 from tiny_models import VARIANTS, save_variant
 
+from llmq.bench.kernels import median_seconds, seconds_each
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.angles import cos_and_sin
 from llmq.runtime.kernels.attention import paged_attention
@@ -969,35 +969,11 @@ def check(match: str) -> bool:
     return failed == 0
 
 
-def median_seconds(run: Callable[[], object], repeats: int) -> float:
-    times: list[float] = []
-    for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times[3:])
-
-
-def seconds(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
-    """Seconds a call, of several over different inputs, in a CUDA graph."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return median_seconds(graph.replay, repeats) / len(calls)
-
-
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy by a kernel: in a graph a copy may go to a slower engine."""
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), 10)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), "cuda")
 
 
 def decode_calls(
@@ -1027,14 +1003,14 @@ def time_decode(bandwidth: float) -> None:
                       (128, 1024), (128, 4096), (256, 1024))  # fmt: skip
         for batch, context in points:
             inputs = decode_calls(batch, context, heads, kv_heads, head_dim, block)
-            spent = seconds([paged.run for paged in inputs])
+            spent = seconds_each([paged.run for paged in inputs], "cuda")
             rate = batch * context * kv_heads * head_dim * 4 / spent
             print(f"  {name:27} {batch:6} {context:8} {spent * 1e6:7.1f} {rate / 1e9:7.0f} {rate / bandwidth:8.0%}",
                   flush=True)  # fmt: skip
     for number in (E4M3, INT):
         for batch, context in ((128, 1024), (8, 16384), (1, 65536)):
             inputs = decode_calls(batch, context, 32, 8, 128, 64, number)
-            spent = seconds([paged.run for paged in inputs])
+            spent = seconds_each([paged.run for paged in inputs], "cuda")
             rate = batch * context * 8 * (2 * 128 + 8 * (number == INT)) / spent
             print(f"  32/8 heads of 128, {number:8} {batch:6} {context:8} {spent * 1e6:7.1f} {rate / 1e9:7.0f} "
                   f"{rate / bandwidth:8.0%}", flush=True)  # fmt: skip
@@ -1050,11 +1026,12 @@ def time_prefill() -> None:
     for rows in (chats, [(4096, 4096)], [(2048, 2048)] * 4, [(512, 8192)], [(2048, 32768)], [(16384, 16384)]):
         paged = Paged.draw(rows, 32, 8, 128, 64, BF16, poisoned=False)
         operations = 4 * 128 * 32 * sum(visible(*row) for row in rows)
-        spent = seconds([paged.run] * 2)
+        spent = seconds_each([paged.run] * 2, "cuda")
         other = ""
         if rows[0][0] == rows[0][1]:
             q, k, v = (torch.randn(len(rows), h, rows[0][0], 128, device="cuda", dtype=BF16) for h in (32, 8, 8))
-            flash = seconds([partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)] * 2)
+            attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+            flash = seconds_each([attend] * 2, "cuda")
             other = f"{operations / flash / 1e12:9.0f}"
         name = f"{len(rows)} × {rows[0][0]} queries, {rows[0][1]} keys"
         print(f"  {name:44} {spent * 1e3:7.2f} {operations / spent / 1e12:9.0f} {other}", flush=True)
@@ -1076,7 +1053,7 @@ def time_small() -> None:
             "rope_and_write": (rope_and_write, rope_and_write_reference, rope),
         }
         for name, (kernel, plain, arguments) in pairs.items():
-            ours, theirs = (seconds([partial(run, *arguments)] * 20) for run in (kernel, plain))
+            ours, theirs = (seconds_each([partial(run, *arguments)] * 20, "cuda") for run in (kernel, plain))
             print(f"  {name:41} {tokens:6} {ours * 1e6:11.1f} {theirs * 1e6:18.1f}", flush=True)
 
 

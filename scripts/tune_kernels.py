@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from bench_kernels import BF16, ROTATED, SHAPES
-from check_gpu import draw_weight, seconds, w8a8_scheme
+from check_gpu import draw_weight, w8a8_scheme
 
+from llmq.bench.kernels import seconds_each
 from llmq.runtime.kernels import w8a8_triton, wna16_hopper_triton, wna16_triton
 from llmq.runtime.kernels.quantize_rows import quantize_rows
 from llmq.runtime.kernels.silu import silu_mul
@@ -114,7 +115,7 @@ def time_of(entry: Entry, launch: Launch, rotated: int) -> float:
                 partial(lambda weight, x, y: wna16_matmul(silu_mul(x, y), weight), weight, gate, up)
                 for weight in packed
             ]
-        total += seconds(calls, repeats=8) * 1e6
+        total += seconds_each(calls, "cuda") * 1e6
     entry.table[entry.key] = before
     return total
 

@@ -259,7 +259,9 @@ def test_fewer_samples_or_beams_than_answers_is_a_usage_error(tiny: Path, option
 
 
 def test_a_swap_space_larger_than_main_memory(tiny: Path) -> None:
-    assert_refused(llmq("generate", tiny, "-p", "x", "--swap-space", 10_000_000), "more than this machine's", code=3)
+    assert_refused(
+        llmq("generate", tiny, "-p", "x", "--swap-space", 10_000_000), "more main memory than there is", code=3
+    )
 
 
 def test_a_pool_that_cannot_hold_one_sequence_of_the_length_asked_for(tiny: Path) -> None:

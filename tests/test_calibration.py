@@ -238,7 +238,7 @@ def test_what_is_written_is_kept_for_the_same_model_seed_and_size(
 
 
 def test_a_model_that_does_not_fit_is_told_of_other_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_calibration, "host_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(self_calibration, "available_bytes", lambda device: 1000)
     with pytest.raises(LlmqError, match="to write its own calibration text the model takes") as caught:
         draw(folder, SELF)
     assert caught.value.exit_code == 3

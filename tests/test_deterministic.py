@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,13 @@ else:
             "qwen3-moe": save_tiny(folder / "qwen3-moe", "qwen3-moe", **few | experts),
         }
 
-    def answers(folder: Path, prompts: list[list[int]], **options: Any) -> tuple[list[object], LLM]:
+    def answers(
+        folder: Path, prompts: list[list[int]], params: SamplingParams = PARAMS, **options: Any
+    ) -> tuple[list[object], LLM]:
         """Tokens and their log-probabilities."""
         settings = EngineOptions(deterministic=True, block_size=16, prefix_caching=False, **options)
         llm = LLM(str(folder), device="cpu", dtype="float32", options=settings, text=False)
-        outputs = llm.generate(prompts, PARAMS)
+        outputs = llm.generate(prompts, params)
         return [(one.completions[0].token_ids, one.completions[0].logprobs) for one in outputs], llm
 
     @pytest.mark.parametrize("architecture", ["llama", "qwen3-moe"])
@@ -67,6 +70,12 @@ else:
         together, _ = answers(folders[architecture], PROMPTS)
         assert answers(folders[architecture], PROMPTS[1:])[0] == together[1:]
         assert answers(folders[architecture], PROMPTS[::-1], max_num_batched_tokens=9)[0] == together[::-1]
+
+    def test_a_request_without_a_seed_has_the_same_answer_every_time(folders: dict[str, Path]) -> None:
+        seedless = replace(PARAMS, seed=None)
+        once, again = (answers(folders["llama"], PROMPTS, seedless)[0] for _ in range(2))
+        assert once == again
+        assert once != answers(folders["llama"], PROMPTS, replace(PARAMS, temperature=0))[0]
 
     @pytest.mark.parametrize("preemption", ["recompute", "swap"])
     def test_answers_are_the_same_after_a_preemption(preemption: str, folders: dict[str, Path]) -> None:

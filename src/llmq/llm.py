@@ -37,11 +37,11 @@ from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.plan import StepPlan, TokenLogprobs, layer_groups
 from llmq.runtime.device import (
     KV_DTYPES,
+    available_memory_bytes,
     check_deterministic,
     check_weights_fit,
     free_device_memory,
     free_kv_cache_bytes,
-    host_memory_bytes,
     resolve_device,
     resolve_dtype,
     resolve_kv_dtype,
@@ -382,7 +382,7 @@ class LLM:
                 request_id,
                 request.token_array(output.prompt_token_ids),
                 params,
-                secrets.randbits(62) if params.seed is None else params.seed,
+                self._seed(params),
                 self.limits.max_total(len(output.prompt_token_ids), params),
                 frozenset(self.config.eos_token_ids),
                 None if params.json_schema is None else self._grammars.matcher(params.json_schema),
@@ -398,6 +398,12 @@ class LLM:
         ]
         self._live[request_id] = _Live(new, output, detokenizers)
         return output
+
+    def _seed(self, params: SamplingParams) -> int:
+        """Drawn at random where none is given, unless answers are to hang on the request alone."""
+        if params.seed is not None:
+            return params.seed
+        return 0 if self.options.deterministic else secrets.randbits(62)
 
     def _step(self, streaming: bool, tokens: bool = False) -> Iterator[Any]:
         """Launch a step, and take in the one before: the device computes while the host works. Where a plan hangs on
@@ -553,10 +559,11 @@ class LLM:
 
     def _cpu_blocks(self) -> int:
         """Blocks in main memory. LlmqError when there is not that much of it."""
-        swap, host = self.options.swap_space, host_memory_bytes()
-        if swap > host:
+        swap, free = self.options.swap_space, available_memory_bytes()
+        if swap > free:
             raise LlmqError(
-                f"a swap space of {memory.format_bytes(swap)} is more than this machine's {memory.format_bytes(host)}",
+                f"a swap space of {memory.format_bytes(swap)} is more main memory than there is: "
+                f"{memory.format_bytes(free)}",
                 "lower --swap-space",
                 exit_code=CHECK_FAILED,
             )

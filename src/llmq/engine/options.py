@@ -48,7 +48,8 @@ class EngineOptions:
     watermark               share of the pool that letting a request in leaves free, for those that run to grow
     load_format             auto: the folder's weights; dummy: random ones of the shapes and schemes in config.json
     enforce_eager           launch every kernel of every step, instead of replaying CUDA graphs of short ones
-    deterministic           the same tokens for a request whatever else runs, and after a preemption; slower
+    deterministic           the same tokens for a request whatever else runs, and after a preemption; slower. A request
+                            without a seed has 0
     """
 
     max_num_seqs: int = 256

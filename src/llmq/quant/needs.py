@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmq.checkpoint.folder import existing_parent, partial_of
 from llmq.errors import CHECK_FAILED, LlmqError
 from llmq.memory import MICRO_BATCH_TOKENS, format_bytes
@@ -17,7 +15,7 @@ from llmq.memplan.quantization import QuantizationPlan, plan_quantization
 from llmq.memplan.source import open_model
 from llmq.quant.job import Job
 from llmq.quant.schemes import AUTOROUND
-from llmq.runtime.device import available_memory_bytes, cards_like
+from llmq.runtime.device import available_bytes, available_memory_bytes, cards_like
 
 MEMORY, DISK = "main memory", "the disk"
 
@@ -88,7 +86,7 @@ def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
     samples, seqlen = job.options.calibration.samples, job.options.calibration.seqlen
     calibrated = job.options.calibrated and job.options.third_party is None
     memory = available_memory_bytes() if max_memory is None else max_memory
-    room = memory if on_cpu else _free(device)
+    room = memory if on_cpu else available_bytes(device)
     model, batch_tokens = open_model(str(job.folder)), MICRO_BATCH_TOKENS
     while True:
         plan = plan_quantization(
@@ -126,13 +124,9 @@ def _cards(device: str, room: int, plan: QuantizationPlan, *, several: bool) -> 
     first, *others = cards_like(device)
     yield Need(first, plan.device, room, "free some of it, or pass --device cpu")
     for other in others if several else ():
-        need = Need(other, plan.rounding, _free(other), "free some of it")
+        need = Need(other, plan.rounding, available_bytes(other), "free some of it")
         if need.fits:
             yield need
-
-
-def _free(device: str) -> int:
-    return torch.cuda.mem_get_info(torch.device(device))[0]
 
 
 def _taken(folder: Path) -> int:

@@ -32,7 +32,7 @@ from llmq.errors import CHECK_FAILED, LlmqError
 from llmq.llm import LLM, Completion, RequestOutput
 from llmq.quant.backends.environment import cache_folder
 from llmq.quant.options import Calibration
-from llmq.runtime.device import host_memory_bytes, resolve_dtype
+from llmq.runtime.device import available_bytes, resolve_dtype
 
 MAX_DOCUMENT = 512
 """Tokens of one document, several of which make a window: longer ones take longer, and calibrate no better."""
@@ -110,7 +110,7 @@ def _check_fits(folder: Path, config: ModelConfig, device: str) -> None:
     dtype = resolve_dtype("auto", config, device)
     numbers = sum(prod(info.shape) for info in Tensors(folder).infos.values())
     needed = numbers * dtype.itemsize
-    free = host_memory_bytes() if device == "cpu" else torch.cuda.mem_get_info(torch.device(device))[0]
+    free = available_bytes(device)
     if needed > free:
         raise LlmqError(
             f"to write its own calibration text the model takes {memory.format_bytes(needed)}, and {device} has "

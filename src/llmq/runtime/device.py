@@ -170,6 +170,11 @@ def available_memory_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
+def available_bytes(device: str) -> int:
+    """Memory that can be had now: of a card, as its driver says, or of the machine for a CPU."""
+    return available_memory_bytes() if device == "cpu" else torch.cuda.mem_get_info(torch.device(device))[0]
+
+
 def free_memory() -> None:
     """Give back what the allocators of the C library keep for later: between blocks, that can be as much as one."""
     if hasattr(LIBC, "malloc_trim"):

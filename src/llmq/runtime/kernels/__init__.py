@@ -8,7 +8,9 @@ everywhere and says what is right; the Triton kernel is faster, and never differ
 from __future__ import annotations
 
 import os
+from functools import cache
 
+import torch
 from torch import Tensor
 
 
@@ -21,3 +23,15 @@ def runs_triton(x: Tensor) -> bool:
 def triton_runs_on(device: str) -> bool:
     """Whether kernels on a device of this type do."""
     return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """CUDA's compute capability of the device, (9, 0) of an H200; (0, 0) of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+# MKL before 2025 looks a function's code up at its first call. Of several threads that make it at once, one may get
+# that of 11 bits (https://github.com/pytorch/pytorch/issues/188792); one number is one thread's.
+for _function in (torch.cos, torch.sin, torch.log, torch.log1p, torch.tanh):
+    _function(torch.ones(1))

@@ -18,11 +18,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from llmq.runtime.kernels import capability
+
 
 @cache
 def pdl(device: torch.device) -> dict[str, bool]:
     """The launch option and the constant of a kernel that calls ``wait``."""
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    capable = capability(device) >= (9, 0)
     return {"PDL": capable, "launch_pdl": capable}
 
 

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import numbers
 from llmq.memory import FUSED_ROWS
+from llmq.runtime.kernels import capability
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.split_k_triton import (
     REDUCE_ROWS,
@@ -79,7 +80,7 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         return F.linear(x, dequantize(packed, x.dtype), bias)
     if x.stride(1) != 1:
         x = x.contiguous()
-    if is_hopper(x.device):
+    if capability(x.device)[0] == 9:
         from llmq.runtime.kernels.wna16_hopper_triton import takes, wna16_matmul_hopper
 
         if takes(x, packed):
@@ -105,12 +106,6 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
     if reduced:
         reduce_splits(sums, None, None, bias, out)
     return out
-
-
-@cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the device's matrix unit is that of Hopper."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
