@@ -18,13 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.runtime.kernels import runs_triton
-from llmq.runtime.kernels.dense import CAPABILITIES, dense_matmul
+from llmq.runtime.kernels import capability, runs_triton
+from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import CODES, QuantizedRows, quantize_rows
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.kernels.w8a8 import Weight8, w8a8_matmul
 
+HOPPER = 9
 MOST_ROWS = 8
 """Of 8 bits only one: every program norms and rounds all rows, and more take as long as the one kernel saves."""
 PROGRAMS = 128
@@ -92,10 +93,9 @@ def takes(rows: int, dtype: torch.dtype, between: Between) -> bool:
 
 @cache
 def _has_room(device: torch.device) -> bool:
-    """Whether PROGRAMS of the kernel run at once, for each takes nearly all of a multiprocessor's shared memory."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in CAPABILITIES:
-        return False
-    return torch.cuda.get_device_properties(device).multi_processor_count >= PROGRAMS
+    """Whether PROGRAMS run at once, each on a multiprocessor of its own with as much shared memory as Hopper's."""
+    hopper = capability(device)[0] == HOPPER
+    return hopper and torch.cuda.get_device_properties(device).multi_processor_count >= PROGRAMS
 
 
 def megakernel(mixed: Tensor, residual: Tensor, between: Between) -> Tensor | None:
