@@ -925,11 +925,11 @@ def all_cases() -> list[Case]:
                 cases.append(DenseCase(batch, out_features, in_features, dtype))
         cases += [FirstCase(tokens, 3000, 40, dtype) for tokens in (1, 200)]
         cases += [DrawCase(vocabulary, dtype) for vocabulary in (100, 4096, 128_256, 151_936)]
-    for batch in (1, 2, 5, 8):
-        cases += [BetweenCase(batch, 2048, 1024, 3072, 4096, None, last) for last in (False, True)]
-        cases += [BetweenCase(batch, 4096, 4096, 14336, 6144, None), BetweenCase(batch, 4096, 2560, 9728, 6144, None)]
-    for shape in ((4096, 4096, 14336, 6144), (2048, 2048, 6144, 4096)):
-        cases += [BetweenCase(1, *shape, number, last) for number in (INT, E4M3) for last in (False, True)]
+    for last in (False, True):
+        cases += [BetweenCase(batch, 2048, 1024, 3072, 4096, None, last) for batch in (1, 2, 5, 8)]
+        for shape in ((4096, 4096, 14336, 6144), (2048, 2048, 6144, 4096)):
+            cases += [BetweenCase(1, *shape, one, last) for one in (None, INT, E4M3)]
+    cases.append(BetweenCase(1, 4096, 2560, 9728, 6144, None))
     return [
         *map(ModelCase, VARIANTS), *cases, AloneCase(), InvariantCase(), GraphCase()
     ]  # fmt: skip

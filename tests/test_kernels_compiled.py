@@ -156,7 +156,7 @@ def megakernel(number: str | None, rows: int, hidden: int, inner: int, last: boo
     if last:
         constants |= {"next_norm": None, "qkv": None, "qkv_scales": None}
     pointers = dict.fromkeys(("mixed", "residual", "gated", "out", "norm", "next_norm"), "*bf16")
-    pointers |= weights | dict.fromkeys((*scales, "maxima"), "*fp32") | {"ticket": "*i32", "eps": "fp32"}
+    pointers |= weights | dict.fromkeys(scales, "*fp32") | {"maxima": "*i32", "ticket": "*i32", "eps": "fp32"}
     return compile_for(
         90, megakernel_triton.megakernel, pointers, megakernel_triton.WARPS.value, 1, source=gluon.GluonASTSource,
         HEADS=hidden, HIDDEN=hidden, INNER=inner, QKV=0 if last else 6144, BLOCK_M=rows, LARGEST=largest,
@@ -165,14 +165,16 @@ def megakernel(number: str | None, rows: int, hidden: int, inner: int, last: boo
 
 
 @pytest.mark.parametrize(
-    ("number", "rows", "last"), [(None, 1, False), (None, 8, False), (INT, 1, True), (INT, 8, False), (E4M3, 8, False)]
-)
+    ("number", "rows", "hidden", "inner", "last"),
+    [(None, 1, 4096, 14336, False), (None, 8, 1024, 3072, False), (INT, 1, 4096, 14336, True),
+     (INT, 1, 4096, 14336, False), (E4M3, 1, 4096, 14336, False)],
+)  # fmt: skip
 def test_from_attention_to_attention_each_multiprocessor_has_one_program(
-    number: str | None, rows: int, last: bool, tmp_path: Path
+    number: str | None, rows: int, hidden: int, inner: int, last: bool, tmp_path: Path
 ) -> None:
-    compiled = megakernel(number, rows, 4096, 14336, last)
+    compiled = megakernel(number, rows, hidden, inner, last)
     assert SHARED_MEMORY // 2 < compiled.metadata.shared <= SHARED_MEMORY
-    assert spilled_bytes(compiled, tmp_path) <= 64
+    assert spilled_bytes(compiled, tmp_path) <= 16  # what depends on the compiler's version, and is as good as none
     ptx = compiled.asm["ptx"]
     # The first weights are asked for before the activations are there, and by 16 bytes.
     assert ptx.index("cp.async.cg.shared.global") < ptx.index("griddepcontrol.wait")

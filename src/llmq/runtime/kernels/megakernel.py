@@ -27,7 +27,9 @@ from llmq.runtime.kernels.w8a8 import Weight8, w8a8_matmul
 
 HOPPER = 9
 MOST_ROWS = 8
-"""Of 8 bits only one: every program norms and rounds all rows, and more take as long as the one kernel saves."""
+MOST_VALUES = 8192
+"""Rows · hidden: every program norms and rounds all rows, and of more that takes as long as the one kernel saves. Two
+rows take as long as MOST_ROWS."""
 PROGRAMS = 128
 """Each has the same share of the rows of every weight, ``ROWS`` at a time,"""
 ROWS = 32
@@ -78,7 +80,8 @@ def takes(rows: int, dtype: torch.dtype, between: Between) -> bool:
     values = [o, gate_up, down, *([between.following[1].values] if between.following else [])]
     chunks = [-(-len(v) // PROGRAMS // ROWS) * v.shape[1] * v.itemsize // CHUNK_BYTES for v in values]
     return (
-        0 < rows <= (MOST_ROWS if o.itemsize > 1 else 1)
+        0 < rows <= MOST_ROWS
+        and (1 if rows == 1 else MOST_ROWS) * len(o) <= MOST_VALUES
         and dtype.itemsize == 2
         and o.dtype in (dtype, *CODES.values())
         and all(v.dtype == o.dtype for v in values)

@@ -222,30 +222,31 @@ def multiply(
             n_scales_1 = gl.load(scales + n + SECOND, mask=n < first_n + SHARE, other=0.0)
         acc_0 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
         acc_1 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
-        for chunk in range(CHUNKS):
+        for block in range((CHUNKS + BLOCK_CHUNKS - 1) // BLOCK_CHUNKS):
+            first = block * BLOCK_CHUNKS
             if source is not None:
-                if chunk % BLOCK_CHUNKS == 0:
-                    put(x, values, most, BLOCK_M, LARGEST)
-                    values = load_rows(source, (chunk + BLOCK_CHUNKS) * (WARPS * LANE), rows, WIDTH, K, BLOCK_M)
-            async_copy.wait_group(STAGES - 1)
-            tl.debug_barrier()
-            these = in_slices.index(chunk % BLOCK_CHUNKS).permute((0, 2, 1)).load(operand(1, WIDTH))
-            w = ring.index(slot)
-            w_0 = w.slice(0, HALF, dim=1).load(operand(0, WIDTH))
-            w_1 = w.slice(HALF, HALF, dim=1).load(operand(0, WIDTH))
-            tl.debug_barrier()  # all have the chunk in registers: its slot is free
-            ahead = tile * CHUNKS + chunk + STAGES
-            if ahead < PIECES:
-                fetch(ring, weight, ahead, slot, K, SHARE, GATED)
-            elif next_weight is not None:
-                if ahead - PIECES < NEXT_PIECES:
-                    fetch(ring, next_weight, ahead - PIECES, slot, NEXT_K, NEXT_SHARE, NEXT_GATED)
-            async_copy.commit_group()
-            if WIDTH == 1 and TOTAL == gl.float32:  # the small instruction has no FP8 on Hopper
-                these, w_0, w_1 = these.to(gl.float16), w_0.to(gl.float16), w_1.to(gl.float16)
-            acc_0 = mma_v2(w_0, these, acc_0)
-            acc_1 = mma_v2(w_1, these, acc_1)
-            slot = (slot + 1) % STAGES
+                put(x, values, most, BLOCK_M, LARGEST)
+                values = load_rows(source, (block + 1) * BLOCK, rows, WIDTH, K, BLOCK_M)
+            for chunk in range(first, gl.minimum(first + BLOCK_CHUNKS, CHUNKS)):
+                async_copy.wait_group(STAGES - 1)
+                tl.debug_barrier()
+                these = in_slices.index(chunk - first).permute((0, 2, 1)).load(operand(1, WIDTH))
+                w = ring.index(slot)
+                w_0 = w.slice(0, HALF, dim=1).load(operand(0, WIDTH))
+                w_1 = w.slice(HALF, HALF, dim=1).load(operand(0, WIDTH))
+                tl.debug_barrier()  # all have the chunk in registers: its slot is free
+                ahead = tile * CHUNKS + chunk + STAGES
+                if ahead < PIECES:
+                    fetch(ring, weight, ahead, slot, K, SHARE, GATED)
+                elif next_weight is not None:
+                    if ahead - PIECES < NEXT_PIECES:
+                        fetch(ring, next_weight, ahead - PIECES, slot, NEXT_K, NEXT_SHARE, NEXT_GATED)
+                async_copy.commit_group()
+                if WIDTH == 1 and TOTAL == gl.float32:  # the small instruction has no FP8 on Hopper
+                    these, w_0, w_1 = these.to(gl.float16), w_0.to(gl.float16), w_1.to(gl.float16)
+                acc_0 = mma_v2(w_0, these, acc_0)
+                acc_1 = mma_v2(w_1, these, acc_1)
+                slot = (slot + 1) % STAGES
         # Through shared memory at once: of a reduction across warps, Triton makes several turns.
         sums.slice(0, HALF, dim=1).store(acc_0)
         sums.slice(HALF, HALF, dim=1).store(acc_1)
