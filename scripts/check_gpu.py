@@ -48,6 +48,7 @@ from llmq.runtime.kernels.grouped import GroupedWeight, block_m_for, grouped_mat
 from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
 from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.kv_write import Scales, write_kv, write_kv_reference
+from llmq.runtime.kernels.megakernel import Between, Weight, megakernel, megakernel_reference, takes
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows, quantize_rows_reference
 from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
@@ -586,6 +587,54 @@ class RoundedCase:
 
 
 @dataclass
+class BetweenCase:
+    """From one attention to the next, for batches smaller than it takes too: no further from float64 than 1.2 × the
+    kernels one by one are."""
+
+    batch: int
+    heads: int
+    hidden: int
+    inner: int
+    qkv: int
+    number: str | None
+    last: bool = False
+
+    def check(self) -> Outcome:
+        def draw(out_features: int, in_features: int) -> Weight:
+            if self.number is None:
+                return Weight(torch.randn(out_features, in_features, device="cuda").to(BF16) / 50, None)
+            packed = pack_w8a8(draw_weight(out_features, in_features, w8a8_scheme(self.number)))
+            return Weight(packed.codes, packed.scales)
+
+        norm, next_norm = (torch.randn(self.hidden, device="cuda").to(BF16) for _ in range(2))
+        following = None if self.last else (next_norm, draw(self.qkv, self.hidden))
+        between = Between(
+            draw(self.hidden, self.heads), norm, draw(2 * self.inner, self.hidden), draw(self.hidden, self.inner),
+            following, 1e-5,
+        )  # fmt: skip
+        mixed = torch.randn(self.batch, self.heads, device="cuda").to(BF16)
+        residual = torch.randn(self.batch, self.hidden, device="cuda").to(BF16)
+        assert takes(self.batch, BF16, between)
+        exact = residual.double()
+        wide = (each.values.double() * (1 if each.scales is None else each.scales.double()[:, None]) for each in
+                (between.o, between.gate_up, between.down, *([] if following is None else [following[1]])))  # fmt: skip
+        exact = exact + mixed.double() @ next(wide).t()
+        gate, up = (F.rms_norm(exact, (self.hidden,), norm.double(), 1e-5) @ next(wide).t()).chunk(2, dim=1)
+        exact = exact + (F.silu(gate) * up) @ next(wide).t()
+        if following is not None:
+            exact = torch.cat((exact, F.rms_norm(exact, (self.hidden,), next_norm.double(), 1e-5) @ next(wide).t()), 1)
+
+        def run(kernels: Callable[[Tensor, Tensor, Between], Tensor | None]) -> Tensor:
+            total = residual.clone()
+            out = kernels(mixed, total, between)
+            return total if out is None else torch.cat((total, out), 1)
+
+        error = relative_error(run(megakernel_reference), exact)
+        outcome = compare(lambda: run(megakernel), exact)
+        return replace(outcome, error=outcome.error / error, tolerance=1.2)
+
+
+@dataclass
 class RowsCase:
     """Rounding to 8 bits, alone and in the pass that computes what is rounded: the codes are those of a CPU."""
 
@@ -942,6 +991,11 @@ def all_cases() -> list[Case]:
                 cases.append(DenseCase(batch, out_features, in_features, dtype))
         cases += [FirstCase(tokens, 3000, 40, dtype) for tokens in (1, 200)]
         cases += [DrawCase(vocabulary, dtype) for vocabulary in (100, 4096, 128_256, 151_936)]
+    for last in (False, True):
+        cases += [BetweenCase(batch, 2048, 1024, 3072, 4096, None, last) for batch in (1, 2, 5, 8)]
+        for shape in ((4096, 4096, 14336, 6144), (2048, 2048, 6144, 4096)):
+            cases += [BetweenCase(1, *shape, one, last) for one in (None, INT, E4M3)]
+    cases.append(BetweenCase(1, 4096, 2560, 9728, 6144, None))
     return [
         *map(ModelCase, VARIANTS), *cases, AloneCase(), InvariantCase(), GraphCase()
     ]  # fmt: skip

@@ -23,6 +23,7 @@ from llmq.runtime.kernels import (  # noqa: E402
     grouped_triton,
     grouped_wna16_triton,
     gumbel_triton,
+    megakernel_triton,
     norm_triton,
     rope_triton,
     round_columns_triton,
@@ -35,11 +36,14 @@ from llmq.runtime.kernels import (  # noqa: E402
     wna16_triton,
 )
 from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
+from llmq.runtime.kernels.megakernel import PROGRAMS  # noqa: E402
 from llmq.runtime.kernels.split_k_triton import REDUCE_ROWS  # noqa: E402
 from llmq.scheme import E4M3, INT, NF4  # noqa: E402
 
 CACHES = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn, "i8": torch.int8}
 SKINNY = {"bf16": torch.bfloat16, "fp16": torch.float16, "i8": torch.int8, "fp8e4nv": torch.float8_e4m3fn}
+SHARED_MEMORY = 227 * 1024
+"""What a program can have of it on Hopper."""
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -197,6 +201,39 @@ def skinny_hopper(launch: skinny_hopper_triton.Launch, code: str, split: bool) -
     constants |= {} if split else {"sums": None}
     constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
     return compile_for(90, kernel, types, launch.warps, launch.stages, source=gluon.GluonASTSource, **constants)
+
+
+def megakernel(number: str | None, rows: int, hidden: int, inner: int, last: bool) -> Any:
+    code, largest = {None: ("bf16", 0.0), INT: ("i8", 127.0), E4M3: ("fp8e4nv", 448.0)}[number]
+    weights = dict.fromkeys(("o", "gate_up", "down", "qkv"), f"*{code}")
+    scales = dict.fromkeys(("o_scales", "gate_up_scales", "down_scales", "qkv_scales"))
+    constants: dict[str, Any] = {} if number else scales
+    if last:
+        constants |= {"next_norm": None, "qkv": None, "qkv_scales": None}
+    pointers = dict.fromkeys(("mixed", "residual", "gated", "out", "norm", "next_norm"), "*bf16")
+    pointers |= weights | dict.fromkeys(scales, "*fp32") | {"maxima": "*i32", "ticket": "*i32", "eps": "fp32"}
+    return compile_for(
+        90, megakernel_triton.megakernel, pointers, megakernel_triton.WARPS.value, 1, source=gluon.GluonASTSource,
+        HEADS=hidden, HIDDEN=hidden, INNER=inner, QKV=0 if last else 6144, BLOCK_M=rows, LARGEST=largest,
+        STAGES=megakernel_triton.STAGES[1 if number else 2], PROGRAMS=PROGRAMS, PDL=True, **constants,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "rows", "hidden", "inner", "last"),
+    [(None, 1, 4096, 14336, False), (None, 8, 1024, 3072, False), (INT, 1, 4096, 14336, True),
+     (INT, 1, 4096, 14336, False), (E4M3, 1, 4096, 14336, False)],
+)  # fmt: skip
+def test_from_attention_to_attention_each_multiprocessor_has_one_program(
+    number: str | None, rows: int, hidden: int, inner: int, last: bool, tmp_path: Path
+) -> None:
+    compiled = megakernel(number, rows, hidden, inner, last)
+    assert SHARED_MEMORY // 2 < compiled.metadata.shared <= SHARED_MEMORY
+    assert spilled_bytes(compiled, tmp_path) <= 16  # what depends on the compiler's version, and is as good as none
+    ptx = compiled.asm["ptx"]
+    # The first weights are asked for before the activations are there, and by 16 bytes.
+    assert ptx.index("cp.async.cg.shared.global") < ptx.index("griddepcontrol.wait")
+    assert "cp.async.ca" not in ptx
 
 
 def w8a8(capability: int, kernel: Any, launch: w8a8_triton.Launch, number: str) -> Any:

@@ -20,12 +20,13 @@ from llmq.runtime.kernels import triton_runs_on
 from llmq.runtime.kernels.attention import dot_product_attention
 from llmq.runtime.kernels.embedding import embedding
 from llmq.runtime.kernels.gelu import gelu_mul
+from llmq.runtime.kernels.megakernel import MOST_ROWS, Between, megakernel, takes
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.kernels.routing import choose, combine
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
-from llmq.runtime.linear import DenseLinear, input_number, merge
+from llmq.runtime.linear import DenseLinear, input_number, merge, plain_weight
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 
@@ -97,7 +98,10 @@ class Attention(nn.Module):
 
     def mix(self, x: Tensor | QuantizedRows, rotation: Rotation, attend: Attend) -> Tensor:
         """What the heads gather from all tokens, [tokens, heads · head_dim]: the input of ``o_proj``."""
-        parts = project(self, self.qkv, x, self.sizes)
+        return self.gather(project(self, self.qkv, x, self.sizes), rotation, attend)
+
+    def gather(self, parts: Sequence[Tensor], rotation: Rotation, attend: Attend) -> Tensor:
+        """``mix`` of queries, keys and values as they are projected, each [tokens, its heads · head_dim]."""
         query, key, value = (part.view(part.shape[0], -1, self.head_dim) for part in parts)
         return attend(self, query, key, value, rotation).reshape(query.shape[0], -1)
 
@@ -260,6 +264,28 @@ class DecoderLayer(nn.Module):
             out = self.feed_forward(self.post_attention_layernorm(residual, x, number))
         return out
 
+    def until(self, following: DecoderLayer | None) -> Between | None:
+        """The weights of ``finish``, and of the projections in the next layer's ``mix``; None if ``megakernel`` has no
+        form for one of them."""
+        mlp = self.feed_forward
+        if not isinstance(mlp, MLP) or mlp.gelu or self.post_norms or len(mlp.gate_up) > 1:
+            return None
+        o, gate_up, down = (
+            plain_weight(layer)
+            for layer in (self.self_attn.o_proj, mlp.get_submodule(*mlp.gate_up), mlp.get_submodule(mlp.down))
+        )
+        if o is None or gate_up is None or down is None:
+            return None
+        behind = None
+        if following is not None:
+            attention = following.self_attn
+            qkv = plain_weight(attention.get_submodule(*attention.qkv)) if len(attention.qkv) == 1 else None
+            if qkv is None:
+                return None
+            behind = following.input_layernorm.weight, qkv
+        norm = self.post_attention_layernorm
+        return Between(o, norm.weight, gate_up, down, behind, norm.eps)
+
 
 class Decoder(nn.Module):
     """Token ids and positions → hidden states → logits."""
@@ -283,9 +309,19 @@ class Decoder(nn.Module):
         """Hidden states [tokens, hidden] of ``token_ids`` [tokens] at ``positions`` [tokens], after the last norm."""
         residual, x = embedding(token_ids, self.embed_tokens.weight, self.config.embedding_scale), None
         rotations = rotary_angles(self.config, positions)
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
-            x = layer.finish(residual, layer.mix(residual, x, rotations[layer.self_attn.rope], attend))
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        qkv: Tensor | None = None
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            rotation = rotations[layer.self_attn.rope]
+            if qkv is None:
+                mixed = layer.mix(residual, x, rotation, attend)
+            else:
+                mixed = layer.self_attn.gather(torch.split(qkv, list(layer.self_attn.sizes), 1), rotation, attend)
+            between = layer.until(following) if len(mixed) <= MOST_ROWS else None
+            if between is not None and takes(len(mixed), mixed.dtype, between):
+                x, qkv = None, megakernel(mixed, residual, between)
+            else:
+                x, qkv = layer.finish(residual, mixed), None
         out: Tensor = self.norm(residual, x)
         return out
 

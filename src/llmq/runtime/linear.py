@@ -14,6 +14,7 @@ from llmq.runtime.device import multiplies_fp8
 from llmq.runtime.kernels import triton_runs_on
 from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.invariant import invariant_matmul
+from llmq.runtime.kernels.megakernel import Weight
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
 from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
@@ -94,6 +95,15 @@ def quantized_linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.
 def input_number(layer: nn.Module) -> str | None:
     """The number that ``layer`` rounds its inputs to; None if it takes them as they come."""
     return layer.packed.number if isinstance(layer, W8A8Linear) else None
+
+
+def plain_weight(layer: nn.Module) -> Weight | None:
+    """The weight of ``layer`` if there is nothing else to it; None with a bias, in fewer bits, or batch-invariant."""
+    if not isinstance(layer, DenseLinear | W8A8Linear) or layer.bias is not None or layer.batch_invariant:
+        return None
+    return (
+        Weight(layer.packed.codes, layer.packed.scales) if isinstance(layer, W8A8Linear) else Weight(layer.weight, None)
+    )
 
 
 def merge(layers: Sequence[nn.Module]) -> Linear | None:
