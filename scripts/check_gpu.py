@@ -867,7 +867,7 @@ def all_cases() -> list[Case]:
         cases.append(AttentionCase(chunks + edges, 32, 1, 128, 64, dtype))
         cases.append(AttentionCase([(1, 32768), (1, 32767), (1, 31000), (1, 5)], 32, 8, 128, 64, dtype))
         cases.append(AttentionCase([(256, 32768)], 32, 8, 128, 64, dtype))
-        for heads, kv_heads, head_dim in ((32, 8, 128), (28, 4, 128), (24, 8, 128), (16, 2, 64)):  # prompts alone
+        for heads, kv_heads, head_dim in ((32, 8, 128), (28, 4, 128), (24, 8, 128), (16, 2, 64)):  # all prompts
             cases.append(AttentionCase([(1024, 1024), (300, 900), (77, 77)], heads, kv_heads, head_dim, 64, dtype))
         cases.append(AttentionCase([(1, 32768), (200, 20000)], 32, 8, 128, 64, dtype, window=4096))
         cases.append(AttentionCase(chunks, 32, 8, 128, 64, dtype, interleaved=True))

@@ -45,7 +45,7 @@ STAGES = 2  # tiles of keys, and as many of values, in shared memory
 QUERIES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 PAGES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
-# A mask of all lanes, from numbers that have to be there first.
+# The two numbers as they are; what they come from is done before what follows, as the mask of all lanes takes them in.
 SETTLE = gl.constexpr("""{
     .reg .b32 mask;
     activemask.b32 mask;
@@ -200,7 +200,8 @@ def attend_half(
     batch, q, keys, values, value_pieces, out, scale,
     HALF: gl.constexpr, GROUP: gl.constexpr, GROUP_PADDED: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """One half of the rows of all tiles of queries of the program."""
+    """One half of the rows of all tiles of queries of the program: the product of the next keys is under way before
+    that of the values at hand, and both are while the softmax is taken."""
     q_halves, q_ready, q_free = q
     _starts, _lengths, _rows, _tiles, turns, _few, KV_HEADS = batch
     key_tiles, keys_ready, keys_free = keys
@@ -384,6 +385,6 @@ def attention_hopper_kernel(
                 BLOCK_Q, BLOCK_SIZE, HEAD_DIM, TILE, STAGES,
             )),
         ],
-        [4, 1],
-        [232, 40],
+        [4, 1],  # warps of the other half, and of the reader
+        [232, 40],  # their registers; the first half has what is left, 232 again
     )  # fmt: skip
