@@ -108,8 +108,7 @@ def decode_launch(group: int, head_dim: int, element_size: int, cache: torch.dty
     if head_dim > 128:
         return Launch(block_m, 64, 4, 2)
     if writes:
-        # No more than two fit on a multiprocessor: where the kernel before leaves room for a third, it has to do three
-        # programs' work, and others do one's.
+        # At 32 rows the half of a layer of Qwen3 0.6B that has attention takes 50 µs so, as below 61.
         return Launch(block_m, 64, 4, 3)
     # A bigger tile of queries does not fit into the registers of two warps.
     if head_dim > 64 and block_m <= 32:
