@@ -99,11 +99,13 @@ def input_number(layer: nn.Module) -> str | None:
 
 def plain_weight(layer: nn.Module) -> Weight | None:
     """The weight of ``layer`` if there is nothing else to it; None with a bias, in fewer bits, or batch-invariant."""
-    if not isinstance(layer, DenseLinear | W8A8Linear) or layer.bias is not None or layer.batch_invariant:
+    if isinstance(layer, DenseLinear):
+        weight = Weight(layer.weight, None)
+    elif isinstance(layer, W8A8Linear):
+        weight = Weight(layer.packed.codes, layer.packed.scales)
+    else:
         return None
-    return (
-        Weight(layer.packed.codes, layer.packed.scales) if isinstance(layer, W8A8Linear) else Weight(layer.weight, None)
-    )
+    return None if layer.bias is not None or layer.batch_invariant else weight
 
 
 def merge(layers: Sequence[nn.Module]) -> Linear | None:

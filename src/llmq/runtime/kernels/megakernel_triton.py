@@ -49,7 +49,8 @@ OUT = gl.constexpr(gl.SliceLayout(0, SUMS))
 
 @gluon.constexpr_function
 def operand(index, width):
-    return gl.DotOperandLayout(index, MMA, 4 // width if width < 4 else 1)
+    """Of numbers of so many bytes, as the instruction takes them."""
+    return gl.DotOperandLayout(index, MMA, 4 // width)
 
 
 @gluon.constexpr_function
@@ -67,6 +68,7 @@ def spread(width, rows):
 
 @gluon.constexpr_function
 def block_of(channels):
+    """So many of a row's channels are in registers at once."""
     return min(int(BLOCK), triton.next_power_of_2(int(channels)))
 
 
