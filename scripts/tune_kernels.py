@@ -61,8 +61,8 @@ class Entry(NamedTuple):
                 yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         elif self.module is wna16_hopper_triton:
             tiles = sorted({now.block_m, 128})
-            for block_m, block_n, warpgroups, stages in itertools.product(tiles, (128, 256), (1, 2), (2, 3, 4)):
-                yield now._replace(block_m=block_m, block_n=block_n, warpgroups=warpgroups, stages=stages)
+            for block_m, block_n, warps, stages in itertools.product(tiles, (128, 256), (4, 8), (2, 3, 4)):
+                yield now._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         elif self.module is skinny_hopper_triton:
             for block_n, stages, programs in itertools.product((64, 128), (3, 4, 5, 6, 8), (132, 264)):
                 yield now._replace(block_n=block_n, stages=stages, programs=programs)

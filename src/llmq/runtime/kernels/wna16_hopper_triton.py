@@ -5,14 +5,7 @@ threads that asked for it go on. They unpack the next weights meanwhile:
     matrix unit               │           │ planes 0 1 │ planes 2 3                         │           │ planes 0 1 …
     copies         words and x of STAGES − 1 steps on → shared memory; the first words before x is there
 
-A big tile is for two warpgroups, of four warps each: while one scales its half of the sums, the matrix unit multiplies
-for the other. Each goes its own way, and only where a slot of shared memory is filled again they meet:
-
-    warpgroup 0    … multiply │ until 1 is done with the step before │ fetch into its slot │ wait │ scale acc …
-    warpgroup 1    … multiply │ wait │ done with that step │ scale acc │ multiply …
-
-Triton waits for each product, and all its warps do the same, so that this is Gluon, the level below, where layouts,
-waiting and the warps' tasks are written out.
+Triton waits for each product, so that this is Gluon, the level below, where layouts and waiting are written out.
 
 The sum of a tile is kept in units of the scale that the step's channels have:
 
@@ -54,15 +47,13 @@ class Launch(NamedTuple):
 
     block_m: int
     block_n: int
-    warpgroups: int
+    warps: int
     stages: int
     programs: int
 
 
 # rows up to → launch parameters, measured on an H200.
-LAUNCHES = {64: Launch(64, 128, 1, 3, 264), 128: Launch(128, 128, 1, 3, 132), 256: Launch(256, 128, 2, 3, 132)}
-WIDE = Launch(128, 256, 2, 3, 132)  # of 65 to 128 rows, where whole tiles keep most multiprocessors busy
-REGISTERS = gl.constexpr(248)  # of a thread: those of two warpgroups fill a multiprocessor
+LAUNCHES = {64: Launch(64, 128, 4, 3, 264), 128: Launch(128, 128, 4, 3, 132), 256: Launch(256, 128, 8, 3, 132)}
 FEWEST_ROWS = 33  # for fewer, the kernel of every GPU is faster
 SMALLEST = gl.constexpr(2.0**-64)  # a smaller scale is taken for this, which is nothing beside others
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
@@ -83,17 +74,10 @@ def takes(x: Tensor, packed: PackedWeight) -> bool:
     )
 
 
-def launch_for(rows: int, out_features: int) -> Launch:
-    """Launch parameters of a product of ``rows`` by a weight [out_features, K]."""
-    launch = next((launch for most, launch in LAUNCHES.items() if rows <= most), LAUNCHES[256])
-    enough = out_features // WIDE.block_n >= WIDE.programs * 3 // 4
-    return WIDE if launch.block_m == WIDE.block_m and enough else launch
-
-
 def wna16_matmul_hopper(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """``wna16_matmul`` of what it ``takes``; ``x`` is in packed order."""
     (rows, in_features), out_features = x.shape, packed.out_features
-    launch = launch_for(rows, out_features)
+    launch = next((launch for most, launch in LAUNCHES.items() if rows <= most), LAUNCHES[256])
     steps = in_features // STEP
     per_split = steps_per_split(triton.cdiv(out_features, launch.block_n), steps, launch.programs)
     splits = triton.cdiv(steps, per_split)
@@ -106,8 +90,7 @@ def wna16_matmul_hopper(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         packed.meta, bias, out, sums, rows, out_features, steps, per_split, tiles_m,
         STEPS_PER_GROUP=steps if packed.group_length >= in_features else packed.group_length // STEP,
         BF16_SCALE=packed.scale_dtype == torch.bfloat16, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
-        WARPGROUPS=launch.warpgroups, STAGES=launch.stages, num_warps=4,
-        maxnreg=REGISTERS.value if launch.warpgroups == 2 else None, launch_pdl=True,
+        STAGES=launch.stages, num_warps=launch.warps, launch_pdl=True,
     )  # fmt: skip
     if sums is not None:
         reduce_splits(sums, None, None, bias, out)
@@ -156,27 +139,40 @@ def multiply(plane, x, slot, INDEX: gl.constexpr, acc):
     return warpgroup_mma(plane, x_plane.permute((1, 0)), acc, is_async=True)
 
 
-@gluon.jit
-def multiply_part(
-    inputs, slots, outputs, size, tile, PART: gl.constexpr, PARTS: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, STEPS_PER_GROUP: gl.constexpr, BF16_SCALE: gl.constexpr,
+@gluon.jit(do_not_specialize=["rows", "steps", "steps_per_split", "tiles_m"])
+def wna16_hopper_kernel(
+    at_x, at_words, meta, bias, out, sums, rows, out_features, steps, steps_per_split, tiles_m,
+    STEPS_PER_GROUP: gl.constexpr, BF16_SCALE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What a warpgroup does: a part of the tile's channels. The first one also fetches what all of them multiply."""
-    at_x, at_words, meta, bias = inputs
-    x, words, ready, done = slots
-    out, sums = outputs
-    rows, out_features, steps = size
-    first_m, first_n, first, last = tile
+    """One tile of outputs, summed over one split of K; of x [M, K] and words [tiles · N, 32] there are descriptors."""
     TYPE: gl.constexpr = at_x.dtype
     BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
-    ROWS: gl.constexpr = BLOCK_N // PARTS
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    WARPS: gl.constexpr = gl.num_warps()
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     PLANE: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    n = first_n + PART * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+    # Programs that share a tile of the weight are neighbours, so that all but one find it in the cache.
+    first_n = gl.program_id(0) // tiles_m * BLOCK_N
+    first_m = gl.program_id(0) % tiles_m * BLOCK_M
+    first = gl.program_id(1) * steps_per_split
+    last = gl.minimum(first + steps_per_split, steps)
+    x = gl.allocate_shared_memory(TYPE, [2 * STAGES, BLOCK_M, 64], at_x.layout)
+    words = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, 32], at_words.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    for stage in gl.static_range(STAGES - 1):
+        fetch_words(at_words, words, ready, first + stage, last, stage, first_n, out_features, BYTES)
+    wait(True)
+    for stage in gl.static_range(STAGES - 1):
+        fetch_x(at_x, x, ready, first + stage, last, stage, first_m)
+
+    n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
     is_n = n < out_features
     of_group = gl.load(meta + first // STEPS_PER_GROUP * out_features + n, mask=is_n, other=0)
-    unit = gl.full([ROWS], 1.0, gl.float32, layout=gl.SliceLayout(1, MMA))
-    acc = warpgroup_mma_init(gl.zeros([ROWS, BLOCK_M], gl.float32, layout=MMA))
+    unit = gl.full([BLOCK_N], 1.0, gl.float32, layout=gl.SliceLayout(1, MMA))
+    acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=MMA))
     for step in range(first, last):
         slot = (step - first) % STAGES
         scale = scale_of(of_group, "int", BF16_SCALE)
@@ -186,28 +182,23 @@ def multiply_part(
             meta + gl.minimum(step + 1, steps - 1) // STEPS_PER_GROUP * out_features + n, mask=is_n, other=0
         )
         mbarrier.wait(ready.index(slot), (step - first) // STAGES & 1)
-        packed, offsets = gl.broadcast(words.index(slot).slice(PART * ROWS, ROWS).load(PLANE), offset[:, None])
+        packed, offsets = gl.broadcast(words.index(slot).load(PLANE), offset[:, None])
         plane0, plane1 = unpack(packed, offsets, False, TYPE)
         total = warpgroup_mma_wait(0, [acc]) * (unit / scale)[:, None]
-        # The slot of the step before is the one that the step STAGES − 1 ahead takes.
-        ahead, free = step + STAGES - 1, (step - first + STAGES - 1) % STAGES
-        if PART == 1:
-            tl.debug_barrier()
-            mbarrier.arrive(done.index(free), count=1, pred=step > first)
         unit = scale
         acc = multiply(plane0, x, slot, 0, total)
         acc = multiply(plane1, x, slot, 1, acc)
         plane2, plane3 = unpack(packed, offsets, True, TYPE)
         acc = multiply(plane2, x, slot, 2, acc)
         acc = multiply(plane3, x, slot, 3, acc)
-        if PART == 0:
-            # All warps have waited for their products of the step before.
-            tl.debug_barrier()
-            if PARTS == 2:
-                mbarrier.wait(done.index(free), (step - first - 1) // STAGES & 1, pred=step > first)
-            fetch_words(at_words, words, ready, ahead, last, free, first_n, out_features, BYTES)
-            fetch_x(at_x, x, ready, ahead, last, free, first_m)
+        # All warps have waited for their products of the step before, and its slot is free.
+        tl.debug_barrier()
+        ahead, free = step + STAGES - 1, (step - first + STAGES - 1) % STAGES
+        fetch_words(at_words, words, ready, ahead, last, free, first_n, out_features, BYTES)
+        fetch_x(at_x, x, ready, ahead, last, free, first_m)
     total = warpgroup_mma_wait(0, [acc]) * unit[:, None]
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(ready.index(stage))
     m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
     inside = (m < rows)[None, :] & is_n[:, None]
     at_out = m[None, :].to(gl.int64) * out_features + n[:, None]
@@ -217,46 +208,3 @@ def multiply_part(
         if bias is not None:
             total += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[:, None]
         gl.store(out + at_out, total.to(TYPE), mask=inside)
-
-
-@gluon.jit(do_not_specialize=["rows", "steps", "steps_per_split", "tiles_m"])
-def wna16_hopper_kernel(
-    at_x, at_words, meta, bias, out, sums, rows, out_features, steps, steps_per_split, tiles_m,
-    STEPS_PER_GROUP: gl.constexpr, BF16_SCALE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """One tile of outputs, summed over one split of K; of x [M, K] and words [tiles · N, 32] there are descriptors."""
-    BYTES: gl.constexpr = BLOCK_N * 64 + BLOCK_M * 256
-    # Programs that share a tile of the weight are neighbours, so that all but one find it in the cache.
-    first_n = gl.program_id(0) // tiles_m * BLOCK_N
-    first_m = gl.program_id(0) % tiles_m * BLOCK_M
-    first = gl.program_id(1) * steps_per_split
-    last = gl.minimum(first + steps_per_split, steps)
-    x = gl.allocate_shared_memory(at_x.dtype, [2 * STAGES, BLOCK_M, 64], at_x.layout)
-    words = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, 32], at_words.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(done.index(stage), count=1)
-    fence_async_shared()
-    for stage in gl.static_range(STAGES - 1):
-        fetch_words(at_words, words, ready, first + stage, last, stage, first_n, out_features, BYTES)
-    wait(True)
-    for stage in gl.static_range(STAGES - 1):
-        fetch_x(at_x, x, ready, first + stage, last, stage, first_m)
-    inputs = (at_x, at_words, meta, bias)
-    slots = (x, words, ready, done)
-    outputs = (out, sums)
-    size = (rows, out_features, steps)
-    tile = (first_m, first_n, first, last)
-    if WARPGROUPS == 1:
-        multiply_part(inputs, slots, outputs, size, tile, 0, 1, BLOCK_M, BLOCK_N, STAGES, STEPS_PER_GROUP, BF16_SCALE)
-    else:
-        gl.warp_specialize(
-            [(multiply_part, (inputs, slots, outputs, size, tile, 0, 2, BLOCK_M, BLOCK_N, STAGES, STEPS_PER_GROUP,
-                              BF16_SCALE)),
-             (multiply_part, (inputs, slots, outputs, size, tile, 1, 2, BLOCK_M, BLOCK_N, STAGES, STEPS_PER_GROUP,
-                              BF16_SCALE))],
-            [4], [REGISTERS],
-        )  # fmt: skip
