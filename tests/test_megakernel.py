@@ -64,5 +64,6 @@ def test_from_attention_to_attention_logits_are_those_of_the_layers(
     model = change(load(tmp_path, "qwen3"))
     assert all(spans(model))
     by_layer = logits(model)
+    monkeypatch.setattr(decoder, "has_room", lambda device: True)
     monkeypatch.setattr(decoder, "takes", lambda rows, dtype, between: True)
     assert torch.equal(logits(model), by_layer)

@@ -20,7 +20,7 @@ from llmq.runtime.kernels import triton_runs_on
 from llmq.runtime.kernels.attention import dot_product_attention
 from llmq.runtime.kernels.embedding import embedding
 from llmq.runtime.kernels.gelu import gelu_mul
-from llmq.runtime.kernels.megakernel import MOST_ROWS, Between, megakernel, takes
+from llmq.runtime.kernels.megakernel import MOST_ROWS, Between, has_room, megakernel, takes
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
@@ -310,6 +310,7 @@ class Decoder(nn.Module):
         residual, x = embedding(token_ids, self.embed_tokens.weight, self.config.embedding_scale), None
         rotations = rotary_angles(self.config, positions)
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        few = len(token_ids) <= MOST_ROWS and has_room(residual.device)
         qkv: Tensor | None = None
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             rotation = rotations[layer.self_attn.rope]
@@ -317,7 +318,7 @@ class Decoder(nn.Module):
                 mixed = layer.mix(residual, x, rotation, attend)
             else:
                 mixed = layer.self_attn.gather(torch.split(qkv, list(layer.self_attn.sizes), 1), rotation, attend)
-            between = layer.until(following) if len(mixed) <= MOST_ROWS else None
+            between = layer.until(following) if few else None
             if between is not None and takes(len(mixed), mixed.dtype, between):
                 x, qkv = None, megakernel(mixed, residual, between)
             else:

@@ -90,12 +90,12 @@ def takes(rows: int, dtype: torch.dtype, between: Between) -> bool:
         and max(o.shape) <= LONGEST
         and min(chunks) > 1
         and min(chunks[1:3]) >= STAGES[o.itemsize]  # what is on its way is of one weight and the next
-        and _has_room(o.device)
+        and has_room(o.device)
     )
 
 
 @cache
-def _has_room(device: torch.device) -> bool:
+def has_room(device: torch.device) -> bool:
     """Whether PROGRAMS run at once, each on a multiprocessor of its own with as much shared memory as Hopper's."""
     hopper = capability(device)[0] == HOPPER
     return hopper and torch.cuda.get_device_properties(device).multi_processor_count >= PROGRAMS
