@@ -30,11 +30,12 @@ from llmq.bench.kernels import seconds_each
 from llmq.runtime.kernels import skinny_hopper_triton, w8a8_triton, wna16_hopper_triton, wna16_triton
 from llmq.runtime.kernels.quantize_rows import quantize_rows
 from llmq.runtime.kernels.silu import silu_mul
+from llmq.runtime.kernels.split_k_triton import Launch as SplitLaunch
 from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
 from llmq.scheme import E4M3, INT, Scheme
 
-Launch = wna16_triton.Launch | wna16_hopper_triton.Launch | w8a8_triton.Launch | skinny_hopper_triton.Launch
+Launch = wna16_triton.Launch | w8a8_triton.Launch | SplitLaunch
 NAMES = ["w4", "w8", "w8a8", "fp8"]
 
 

@@ -37,7 +37,7 @@ from llmq.runtime.kernels import (  # noqa: E402
 )
 from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
 from llmq.runtime.kernels.megakernel import PROGRAMS  # noqa: E402
-from llmq.runtime.kernels.split_k_triton import REDUCE_ROWS  # noqa: E402
+from llmq.runtime.kernels.split_k_triton import REDUCE_ROWS, Launch  # noqa: E402
 from llmq.scheme import E4M3, INT, NF4  # noqa: E402
 
 CACHES = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn, "i8": torch.int8}
@@ -171,7 +171,7 @@ def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, num
     )  # fmt: skip
 
 
-def wna16_hopper(launch: wna16_hopper_triton.Launch, dtype: str) -> Any:
+def wna16_hopper(launch: Launch, dtype: str) -> Any:
     kernel = wna16_hopper_triton.wna16_hopper_kernel
     constants = {"sums": None, "STEPS_PER_GROUP": 1, "BF16_SCALE": False, "STAGES": launch.stages}
     constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
@@ -181,7 +181,7 @@ def wna16_hopper(launch: wna16_hopper_triton.Launch, dtype: str) -> Any:
     return compile_for(90, kernel, types, launch.warps, launch.stages, source=gluon.GluonASTSource, **constants)
 
 
-def skinny_hopper(launch: skinny_hopper_triton.Launch, code: str, split: bool) -> Any:
+def skinny_hopper(launch: Launch, code: str, split: bool) -> Any:
     kernel = skinny_hopper_triton.skinny_kernel
     bits, total = (16, "fp32") if code in ("bf16", "fp16") else (8, "i32" if code == "i8" else "fp32")
     tile = f"{1024 // bits}],{skinny_hopper_triton.tile_layout(bits)!r}>"
@@ -346,9 +346,7 @@ def test_a_step_of_int4_is_one_product() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("launch", wna16_hopper_triton.LAUNCHES.values())
-def test_int4_of_many_rows_is_unpacked_while_others_are_multiplied(
-    launch: wna16_hopper_triton.Launch, dtype: str, tmp_path: Path
-) -> None:
+def test_int4_of_many_rows_is_unpacked_while_others_are_multiplied(launch: Launch, dtype: str, tmp_path: Path) -> None:
     compiled = wna16_hopper(launch, dtype)
     assert spilled_bytes(compiled, tmp_path) == 0
     ptx = compiled.asm["ptx"]
@@ -366,7 +364,7 @@ def test_int4_of_many_rows_is_unpacked_while_others_are_multiplied(
      if (launch := skinny_hopper_triton.launch_for(rows, 1024, 1024, dtype)) is not None],
 )  # fmt: skip
 def test_weights_of_few_rows_are_asked_for_before_the_rows_are_there(
-    code: str, launch: skinny_hopper_triton.Launch, split: bool, tmp_path: Path
+    code: str, launch: Launch, split: bool, tmp_path: Path
 ) -> None:
     compiled = skinny_hopper(launch, code, split)
     assert spilled_bytes(compiled, tmp_path) == 0

@@ -31,6 +31,17 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device's matrix unit is Hopper's, which no other card has: some kernels are written for it alone."""
+    return capability(device)[0] == 9
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a CUDA device has, 132 an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 # MKL before 2025 looks a function's code up at its first call. Of several threads that make it at once, one may get
 # that of 11 bits (https://github.com/pytorch/pytorch/issues/188792); one number is one thread's.
 for _function in (torch.cos, torch.sin, torch.log, torch.log1p, torch.tanh):

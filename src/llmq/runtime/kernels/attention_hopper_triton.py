@@ -19,9 +19,7 @@ Triton waits for each product, so that this is Gluon; see ``wna16_hopper_triton`
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 import math
-from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from llmq.runtime.kernels import capability
+from llmq.runtime.kernels import is_hopper, multiprocessors
 from llmq.runtime.kernels.pdl_triton import wait
 
 BLOCK_M = 128  # packed queries in a tile, 64 for each half
@@ -61,7 +59,7 @@ def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
     """Whether ``attend_hopper`` has a kernel for such queries over such a cache."""
     group = query.shape[1] // key_cache.shape[2]
     return (
-        capability(query.device)[0] == 9
+        is_hopper(query.device)
         and query.shape[2] == 128  # for heads of 64 the kernel of every GPU is as fast
         and query.element_size() == 2
         and query.dtype == key_cache.dtype
@@ -72,11 +70,6 @@ def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
         and key_cache.is_contiguous()
         and value_cache.is_contiguous()
     )
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def attend_hopper(

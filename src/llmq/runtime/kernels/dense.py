@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmq.runtime.kernels import capability, runs_triton
+from llmq.runtime.kernels import capability, is_hopper, runs_triton
 
 FEW_ROWS = 32
 """Up to here a product is the time it takes to read the weight, and the library's leaves bandwidth unused."""
@@ -29,7 +29,7 @@ def dense_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     rows = x.shape[0]
     if not (0 < rows <= SKINNY_ROWS and x.element_size() == 2 and runs_triton(x)):
         return F.linear(x, weight, bias)
-    if capability(x.device)[0] == 9:
+    if is_hopper(x.device):
         from llmq.runtime.kernels.skinny_hopper_triton import launch_for, skinny_matmul, takes
 
         launch = launch_for(rows, weight.shape[0], weight.shape[1], x.dtype)

@@ -12,20 +12,18 @@ Every product, sum and norm is rounded as by the kernel of its own, and rows to 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmq.runtime.kernels import capability, runs_triton
+from llmq.runtime.kernels import is_hopper, multiprocessors, runs_triton
 from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import CODES, QuantizedRows, quantize_rows
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.kernels.w8a8 import Weight8, w8a8_matmul
 
-HOPPER = 9
 MOST_ROWS = 8
 MOST_VALUES = 8192
 """Rows · hidden: every program norms and rounds all rows, and of more that takes as long as the one kernel saves. Two
@@ -94,11 +92,9 @@ def takes(rows: int, dtype: torch.dtype, between: Between) -> bool:
     )
 
 
-@cache
 def has_room(device: torch.device) -> bool:
     """Whether PROGRAMS run at once, each on a multiprocessor of its own with as much shared memory as Hopper's."""
-    hopper = capability(device)[0] == HOPPER
-    return hopper and torch.cuda.get_device_properties(device).multi_processor_count >= PROGRAMS
+    return is_hopper(device) and multiprocessors(device) >= PROGRAMS
 
 
 def megakernel(mixed: Tensor, residual: Tensor, between: Between) -> Tensor | None:

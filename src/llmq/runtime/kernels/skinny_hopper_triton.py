@@ -13,8 +13,6 @@ layout of shared memory is swizzled in. This is Gluon, as Triton copies nothing 
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -31,20 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import wait
-from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
+from llmq.runtime.kernels.split_k_triton import Launch, reduce_splits, steps_per_split
 
 STEP_BYTES = 128  # of K
 WHOLE = 16  # steps that are not worth a sum of splits
-
-
-class Launch(NamedTuple):
-    """What a program takes; K is split so that there are about so many of them."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    programs: int
 
 
 # Rows up to → launch parameters, measured on an H200.

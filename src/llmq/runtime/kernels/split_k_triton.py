@@ -9,6 +9,7 @@ one by reduce_kernel, which has all multiprocessors to do it.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +19,16 @@ from torch import Tensor
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 
 REDUCE_ROWS = 8  # above, a kernel of its own adds the splits
+
+
+class Launch(NamedTuple):
+    """What a program takes; K is split so that there are about so many of them."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    programs: int
 
 
 def steps_per_split(tiles: int, steps: int, programs: int) -> int:

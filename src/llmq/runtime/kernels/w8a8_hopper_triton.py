@@ -30,13 +30,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from llmq.runtime.kernels import multiprocessors
 from llmq.runtime.kernels.pdl_triton import wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import INT
 
 FEWEST_ROWS = 257  # fewer are short of programs, not of arithmetic
-MULTIPROCESSORS = 132  # of an H200
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a consumer
 COLUMNS = gl.constexpr(256)
@@ -62,7 +62,7 @@ def w8a8_matmul_hopper(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
     tiles = triton.cdiv(rows, CONSUMERS.value * ROWS.value) * triton.cdiv(out_features, COLUMNS.value)
-    w8a8_hopper_kernel[min(tiles, MULTIPROCESSORS),](
+    w8a8_hopper_kernel[min(tiles, multiprocessors(out.device)),](
         TensorDescriptor.from_tensor(x.codes, [ROWS.value, STEP.value], CODES),
         TensorDescriptor.from_tensor(weight.codes, [BOX.value, STEP.value], CODES),
         TensorDescriptor.from_tensor(out, [ROWS.value, PART.value], OUT),

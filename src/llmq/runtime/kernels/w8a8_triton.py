@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmq.runtime.kernels import capability, skinny_hopper_triton, w8a8_hopper_triton
+from llmq.runtime.kernels import is_hopper, skinny_hopper_triton, w8a8_hopper_triton
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
@@ -81,9 +81,9 @@ CACHED = 2**25  # bytes
 def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``w8a8_matmul`` through Triton, or PyTorch's product."""
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
-    is_hopper = capability(x.codes.device)[0] == 9
+    on_hopper = is_hopper(x.codes.device)
     skinny = skinny_hopper_triton.launch_for(rows, out_features, in_features, x.codes.dtype)
-    if is_hopper and skinny is not None and skinny_hopper_triton.takes(x.codes, weight.codes):
+    if on_hopper and skinny is not None and skinny_hopper_triton.takes(x.codes, weight.codes):
         return skinny_hopper_triton.skinny_matmul(
             x.codes, weight.codes, x.scales, weight.scales, bias, dtype, skinny
         )  # fmt: skip
@@ -91,7 +91,7 @@ def w8a8_matmul_triton(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
     kernel, launch = kernel_for(rows, out_features, in_features, weight.number)
     if kernel is large_kernel and not whole:
         kernel, launch = split_kernel, max(SPLIT[weight.number].items())[1]
-    if kernel is large_kernel and is_hopper and w8a8_hopper_triton.takes(x, weight, dtype):
+    if kernel is large_kernel and on_hopper and w8a8_hopper_triton.takes(x, weight, dtype):
         return w8a8_hopper_triton.w8a8_matmul_hopper(x, weight, bias, dtype)
     if kernel is large_kernel and weight.number == E4M3 and dtype == torch.bfloat16 and x.codes.is_cuda:
         return torch._scaled_mm(

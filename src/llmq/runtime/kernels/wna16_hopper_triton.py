@@ -17,8 +17,6 @@ which takes no registers for the sum of a group, so that a program has a tile of
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -36,21 +34,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import wait
-from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
+from llmq.runtime.kernels.split_k_triton import Launch, reduce_splits, steps_per_split
 from llmq.runtime.kernels.wna16 import STEP, PackedWeight
 from llmq.runtime.kernels.wna16_triton import offset_of, scale_of, unpack_asm
 from llmq.scheme import INT
-
-
-class Launch(NamedTuple):
-    """What a program takes; K is split so that there are about so many of them."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    programs: int
-
 
 # rows up to → launch parameters, measured on an H200.
 LAUNCHES = {64: Launch(64, 128, 4, 3, 264), 128: Launch(128, 128, 4, 3, 132), 256: Launch(256, 128, 8, 3, 132)}

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import numbers
 from llmq.memory import FUSED_ROWS
-from llmq.runtime.kernels import capability
+from llmq.runtime.kernels import is_hopper
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.split_k_triton import (
     REDUCE_ROWS,
@@ -80,7 +80,7 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         return F.linear(x, dequantize(packed, x.dtype), bias)
     if x.stride(1) != 1:
         x = x.contiguous()
-    if capability(x.device)[0] == 9:
+    if is_hopper(x.device):
         from llmq.runtime.kernels.wna16_hopper_triton import takes, wna16_matmul_hopper
 
         if takes(x, packed):
