@@ -50,15 +50,10 @@ def test_fp32_greedy_tokens_are_those_of_a_cpu(variant: str, tmp_path: Path) -> 
     assert greedy(folder, "cuda") == pressed == greedy(folder, "cpu")
 
 
-@pytest.mark.parametrize(("dtype", "deterministic"), [("float32", False), ("bfloat16", True)])
-def test_a_replayed_graph_gives_the_tokens_of_kernels_launched_one_by_one(
-    dtype: str, deterministic: bool, tmp_path: Path
-) -> None:
-    """In 16 bits only where a row's bits do not depend on the step: a graph's rows are padded, which divides a long
-    row's positions among other numbers of programs."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_replayed_graph_gives_the_tokens_of_kernels_launched_one_by_one(dtype: str, tmp_path: Path) -> None:
     folder = save_variant(tmp_path / "model", "qwen3")
-    options = {"deterministic": deterministic}
-    assert greedy(folder, "cuda", dtype, **options) == greedy(folder, "cuda", dtype, enforce_eager=True, **options)
+    assert greedy(folder, "cuda", dtype) == greedy(folder, "cuda", dtype, enforce_eager=True)
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
