@@ -66,7 +66,7 @@ class CountingDecoder:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
 
-    def __call__(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, token_ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
         values = token_ids.float()[:, None, None].expand(-1, 1, HEAD_DIM).contiguous()
         half = (len(token_ids), 1, HEAD_DIM // 2)
         unturned = (torch.ones(half), torch.zeros(half))
@@ -78,7 +78,8 @@ class CountingDecoder:
             found = attend(_Layer(layer, window), query, key, values, unturned)[:, 0, 0]  # type: ignore[arg-type]
             nexts.append(found.round() + back + 1)
         agreed = torch.stack(nexts)
-        return torch.where((agreed == agreed[0]).all(0), agreed[0], torch.zeros(()))[:, None]
+        hidden = torch.where((agreed == agreed[0]).all(0), agreed[0], torch.zeros(()))[:, None]
+        return hidden if wanted is None else hidden[wanted]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return -(torch.arange(VOCABULARY).float() - hidden).abs()

@@ -147,12 +147,12 @@ def test_every_answer_counts_on_in_padded_steps_and_in_parts_of_steps(settings: 
     else:
         forward = runner._forward
 
-        def with_little_memory(batch: Batch) -> Tensor:
+        def with_little_memory(batch: Batch, whole: bool) -> Tensor:
             nonlocal largest
             if batch.shape.tokens > 5:
                 raise torch.OutOfMemoryError("5 tokens are what there is room for")
             largest = max(largest, batch.shape.tokens)
-            return forward(batch)
+            return forward(batch, whole)
 
         runner._forward = with_little_memory  # type: ignore[method-assign]
     asked = requests(random.Random(settings))
@@ -174,7 +174,7 @@ def test_no_memory_for_one_token_is_an_error_that_says_what_to_lower() -> None:
     cache = KVCache(decoder.config, 11, 16, torch.float32, "cpu")
     runner = Runner(decoder, cache, "cpu", max_sequences=64, max_tokens=2048)
 
-    def without_memory(batch: Batch) -> Tensor:
+    def without_memory(batch: Batch, whole: bool) -> Tensor:
         raise torch.OutOfMemoryError("no room")
 
     runner._forward = without_memory  # type: ignore[method-assign]

@@ -53,6 +53,14 @@ def test_fp32_logits_are_those_of_transformers(variant: tuple[Path, Tensor]) -> 
     assert error(our_logits(folder, torch.float32, token_ids(LENGTH)), exact) < 1e-5
 
 
+@torch.inference_mode()
+def test_hidden_states_of_some_tokens_are_theirs_among_all(variant: tuple[Path, Tensor]) -> None:
+    model = load_decoder(open_source(variant[0], "cpu", torch.float32, LENGTH))
+    step = token_ids(LENGTH).flatten(), torch.arange(LENGTH).repeat(SEQUENCES), CausalAttention(LENGTH)
+    wanted = torch.arange(1, SEQUENCES + 1, dtype=torch.int32) * LENGTH - 1
+    assert error(model(*step, wanted), model(*step)[wanted]) < 1e-6
+
+
 def test_bf16_logits_err_no_more_than_those_of_transformers(variant: tuple[Path, Tensor]) -> None:
     folder, exact = variant
     ids = token_ids(LENGTH)

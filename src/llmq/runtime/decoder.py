@@ -305,8 +305,9 @@ class Decoder(nn.Module):
         """Whether a step needs to know how many tokens each expert has, which no CUDA graph can wait for."""
         return any(isinstance(module, MixtureOfExperts) and module.grouped is None for module in self.modules())
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [tokens, hidden] of ``token_ids`` [tokens] at ``positions`` [tokens], after the last norm."""
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """Hidden states [tokens, hidden] of ``token_ids`` [tokens] at ``positions`` [tokens], after the last norm; or
+        of the tokens ``wanted`` alone, integers: behind the last attention the others are not computed."""
         residual, x = embedding(token_ids, self.embed_tokens.weight, self.config.embedding_scale), None
         rotations = rotary_angles(self.config, positions)
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
@@ -318,6 +319,8 @@ class Decoder(nn.Module):
                 mixed = layer.mix(residual, x, rotation, attend)
             else:
                 mixed = layer.self_attn.gather(torch.split(qkv, list(layer.self_attn.sizes), 1), rotation, attend)
+            if following is None and wanted is not None:
+                mixed, residual = mixed[wanted], residual[wanted]
             between = layer.until(following) if few else None
             if between is not None and takes(len(mixed), mixed.dtype, between):
                 x, qkv = None, megakernel(mixed, residual, between)

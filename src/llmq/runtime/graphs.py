@@ -26,7 +26,7 @@ NOBODY = -1
 """The sequence id of a row of padding."""
 
 Forward = Callable[[Batch, bool], tuple[Tensor, Tensor | None]]
-"""The hidden states of a batch, and where asked for, a token drawn for each of its rows."""
+"""The hidden states of the last token of each row of a batch, and where asked for, a token drawn for each."""
 
 
 def padded_size(size: int) -> int:

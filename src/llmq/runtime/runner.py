@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -129,12 +130,13 @@ class Runner:
     def _compute(self, rows: Sequence[PlanRow]) -> _Part:
         drawing = [index for index, row in enumerate(rows) if row.sampling is not None]
         draws = bool(drawing) and all(row.plain for row in rows)
-        hidden, drawn = self._run(rows, draws)
+        scored = any(row.prompt_targets for row in rows)
+        hidden, drawn = self._run(rows, draws=draws, whole=scored)
         scores = self._score_prompts(rows, hidden)
         if not drawing:
             return _Part(None, list, scores)
         if drawn is None:
-            logits = self.decoder.logits(self._last(rows, hidden))
+            logits = self.decoder.logits(self._last(rows, hidden, whole=scored))
             samples = sample(logits, [rows[index] for index in drawing], self._drawn)
         else:
             all_draw = len(drawing) == len(rows)
@@ -142,32 +144,32 @@ class Runner:
             samples = _on_its_way(drawn, [rows[index].sequence_id for index in drawing])
         return _Part(samples.token_ids, samples.collect, scores)
 
-    def _run(self, rows: Sequence[PlanRow], draws: bool) -> tuple[Tensor, Tensor | None]:
-        """The hidden states of the tokens of ``rows``, perhaps followed by those of padding; and a token for each row,
-        if a graph ``draws`` them."""
+    def _run(self, rows: Sequence[PlanRow], *, draws: bool, whole: bool) -> tuple[Tensor, Tensor | None]:
+        """The hidden states of the last token of each of ``rows``, perhaps followed by those of padding, or of their
+        ``whole`` chunks; and a token for each row, if a graph ``draws`` them."""
         block_size = self.cache.block_size
-        if self._graphs is not None and sum(len(row.tokens) for row in rows) <= MAX_TOKENS:
+        if self._graphs is not None and not whole and sum(len(row.tokens) for row in rows) <= MAX_TOKENS:
             padded = padded_rows(rows)
             self._update_tables(padded)
             return self._graphs.run(padded, block_size, draws)
         self._update_tables(rows)
         shape = batch_shape(rows, len(self._drawn))
         ints = on_device(fill(rows, shape, block_size), torch.int32, self.device)
-        return self._forward(view(torch.cat((self._drawn, ints)), shape)), None
+        return self._forward(view(torch.cat((self._drawn, ints)), shape), whole), None
 
     def _step(self, batch: Batch, draws: bool) -> tuple[Tensor, Tensor | None]:
         """What a graph holds."""
         hidden = self._forward(batch)
         if not draws:
             return hidden, None
-        last = hidden if batch.shape.max_query_length == 1 else hidden[batch.last]
-        return hidden, draw_gumbel(self.decoder.narrow_logits(last), batch.temperatures, batch.seeds, batch.kv_lengths)
+        logits = self.decoder.narrow_logits(hidden)
+        return hidden, draw_gumbel(logits, batch.temperatures, batch.seeds, batch.kv_lengths)
 
     def _update_tables(self, rows: Sequence[PlanRow]) -> None:
         for group, tables in enumerate(self._tables):
             tables.update([row.block_tables[group] for row in rows])
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch, whole: bool = False) -> Tensor:
         def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
             keys, values, scales = self.cache.layer(attention.layer)
             group = self.cache.group_of(attention.layer)
@@ -191,18 +193,16 @@ class Runner:
                 fresh=Fresh(key, value, rotation, batch.slots[group], attention.norms, attention.eps),
             )
 
-        return self.decoder(batch.ints.index_select(0, batch.sources), batch.positions, attend)  # type: ignore[no-any-return]
+        token_ids = batch.ints.index_select(0, batch.sources)
+        wanted = None if whole or batch.shape.max_query_length == 1 else batch.last
+        return self.decoder(token_ids, batch.positions, attend, wanted)  # type: ignore[no-any-return]
 
-    def _last(self, rows: Sequence[PlanRow], hidden: Tensor) -> Tensor:
-        """Of ``hidden``, the last of each row that draws."""
-        places: list[int] = []
-        end = 0
-        for row in rows:
-            end += len(row.tokens)
-            if row.sampling is not None:
-                places.append(end - 1)
-        if len(places) == end:
-            return hidden[:end]
+    def _last(self, rows: Sequence[PlanRow], hidden: Tensor, *, whole: bool) -> Tensor:
+        """Of ``hidden``, as ``_run`` gives it, the last of each row that draws."""
+        ends = accumulate(len(row.tokens) if whole else 1 for row in rows)
+        places = [end - 1 for row, end in zip(rows, ends, strict=True) if row.sampling is not None]
+        if places[-1] + 1 == len(places):
+            return hidden[: len(places)]
         return hidden[on_device(places, torch.int32, self.device)]
 
     def _score_prompts(
