@@ -123,6 +123,9 @@ class Padded:
     def __init__(self, runner: Runner) -> None:
         self.runner, self.drawn, self.mixed = runner, runner._drawn, 0
 
+    def take(self, tokens: int) -> bool:
+        return True
+
     def run(self, rows: list[PlanRow], block_size: int, draws: bool) -> tuple[Tensor, Tensor | None]:
         shape = padded_shape(rows, len(self.drawn))
         self.mixed += shape.max_query_length > 1

@@ -3,6 +3,7 @@
 A step, of new tokens alone or with chunks of prompts among them, is padded to one of a few numbers of tokens, and of
 rows; padding reads and writes block 0. For each such shape, and power of two above the longest row, a graph is captured
 when it comes for the second time. All share one pool of memory, and read what they are given from the same ints.
+Long steps have one only of small models, and only those that need no padding: full ones, where prompts wait.
 
     rows of the plan   | row 0 | row 1: a chunk of a prompt | … | padding | … | nothing | … |
     tokens in each         1       many                             1               0
@@ -20,7 +21,10 @@ from llmq.plan import PlanRow
 from llmq.runtime.batch import Batch, Shape, batch_shape, fill, view
 
 MAX_TOKENS = 512
-"""A longer step takes the device longer than launching its kernels one by one takes the host."""
+"""A longer step takes the device longer than launching its kernels one by one takes the host …"""
+MAX_HIDDEN = 2**23
+"""… unless its hidden states, tokens × hidden size, are so few: on an H200 8,192 tokens of Qwen3-0.6B take 15 ms, and
+launching their kernels 16 to 33."""
 MIN_KV_LENGTH = 1024
 NOBODY = -1
 """The sequence id of a row of padding."""
@@ -63,9 +67,11 @@ def padded_shape(rows: Sequence[PlanRow], drawn: int) -> Shape:
 class StepGraphs:
     """The graphs of ``forward``."""
 
-    def __init__(self, forward: Forward, drawn: int, groups: int, device: str) -> None:
+    def __init__(self, forward: Forward, drawn: int, groups: int, hidden_size: int, device: str) -> None:
+        """For steps of up to ``drawn`` rows, a power of two."""
         self._forward = forward
-        largest = Shape(drawn, MAX_TOKENS, MAX_TOKENS, groups, 0, 1, 1)
+        self._longest = max(MAX_TOKENS, MAX_HIDDEN // hidden_size)
+        largest = Shape(drawn, self._longest, drawn, groups, 0, 1, 1)
         self._ints = torch.zeros(largest.starts[-1], dtype=torch.int32, device=device)
         self.drawn = self._ints[:drawn]
         """Where the graphs look for the tokens that were drawn last."""
@@ -73,8 +79,12 @@ class StepGraphs:
         self._graphs: dict[tuple[Shape, bool], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
+    def take(self, tokens: int) -> bool:
+        """Whether a step of so many tokens is replayed."""
+        return tokens <= MAX_TOKENS or tokens == padded_size(tokens) <= self._longest
+
     def run(self, rows: Sequence[PlanRow], block_size: int, draws: bool) -> tuple[Tensor, Tensor | None]:
-        """What ``forward`` makes of ``padded_rows``, of at most MAX_TOKENS tokens."""
+        """What ``forward`` makes of ``padded_rows``, of a step that the graphs ``take``."""
         drawn = len(self.drawn)
         shape = padded_shape(rows, drawn)
         ints = torch.frombuffer(fill(rows, shape, block_size), dtype=torch.int32).pin_memory()

@@ -17,7 +17,7 @@ from torch import Tensor
 from llmq.errors import CHECK_FAILED, LlmqError
 from llmq.memory import blocks_for
 from llmq.plan import PlanRow, SampledToken, StepOutput, StepPlan, TokenLogprobs
-from llmq.runtime.batch import ALIGNMENT, Batch, batch_shape, fill, view
+from llmq.runtime.batch import Batch, batch_shape, fill, view
 from llmq.runtime.block_tables import BlockTables
 from llmq.runtime.decoder import Attention, Decoder
 from llmq.runtime.device import ToHost, on_device
@@ -72,11 +72,12 @@ class Runner:
         self._deterministic = deterministic
         if deterministic:
             make_batch_invariant(decoder)
-        rows, columns = max(ROWS_PER_SEQUENCE * max_sequences, MAX_TOKENS), blocks_for(max_tokens, cache.block_size)
-        rows += -rows % ALIGNMENT
+        columns = blocks_for(max_tokens, cache.block_size)
+        rows = 1 << (max(ROWS_PER_SEQUENCE * max_sequences, MAX_TOKENS) - 1).bit_length()  # as graphs pad them
         self._tables = [BlockTables(rows, columns, device) for _ in cache.groups]
         graphed = device != "cpu" and not enforce_eager and not decoder.waits_for_host
-        self._graphs = StepGraphs(self._step, rows, len(cache.groups), device) if graphed else None
+        hidden_size = decoder.config.hidden_size
+        self._graphs = StepGraphs(self._step, rows, len(cache.groups), hidden_size, device) if graphed else None
         none_drawn = torch.zeros(rows, dtype=torch.int32, device=device)
         self._drawn = none_drawn if self._graphs is None else self._graphs.drawn
         self._most_tokens: int | None = None
@@ -148,7 +149,7 @@ class Runner:
         """The hidden states of the last token of each of ``rows``, perhaps followed by those of padding, or of their
         ``whole`` chunks; and a token for each row, if a graph ``draws`` them."""
         block_size = self.cache.block_size
-        if self._graphs is not None and not whole and sum(len(row.tokens) for row in rows) <= MAX_TOKENS:
+        if self._graphs is not None and not whole and self._graphs.take(sum(len(row.tokens) for row in rows)):
             padded = padded_rows(rows)
             self._update_tables(padded)
             return self._graphs.run(padded, block_size, draws)
