@@ -12,6 +12,7 @@ from llmq.plan import PlanRow, RowSampling
 from llmq.runtime.batch import batch_shape, fill, view
 from llmq.runtime.block_tables import BlockTables
 from llmq.runtime.graphs import (
+    CHUNK,
     MAX_TOKENS,
     MIN_KV_LENGTH,
     NOBODY,
@@ -82,13 +83,13 @@ def test_padding_is_little_and_sizes_are_few() -> None:
     assert padded_kv_length(MIN_KV_LENGTH + 1) == 2 * MIN_KV_LENGTH
 
 
-chunks = st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=12)
+chunks = st.lists(st.one_of(st.just(1), st.integers(1, 40), st.just(CHUNK)), min_size=1, max_size=8)
 
 
 def some_rows(lengths: list[int]) -> list[PlanRow]:
     sampling = RowSampling(0.5, 0, 1.0, 7, None)
     return [
-        PlanRow(number, 0, tuple(range(length)), ([1, 2, 3],), sampling, prompt_targets=tuple(range(1, length + 1)))
+        PlanRow(number, 0, tuple(range(length)), ([1, 2, 3, 4],), sampling, prompt_targets=tuple(range(1, length + 1)))
         for number, length in enumerate(lengths)
     ]
 
@@ -103,6 +104,7 @@ def test_a_step_is_padded_to_one_of_a_few_numbers_of_tokens_and_of_rows(lengths:
     assert shape.tokens == padded_size(sum(lengths))
     assert shape.rows == (shape.tokens if max(lengths) == 1 else 1 << (shape.rows - 1).bit_length()) <= MAX_TOKENS
     assert shape.max_query_length == (1 if max(lengths) == 1 else shape.tokens)
+    assert shape.min_query_length <= min(len(row.tokens) for row in padded if row.tokens)
     batch = view(torch.cat((torch.zeros(8), torch.frombuffer(fill(padded, shape, 16), dtype=torch.int32))).int(), shape)
     assert {slot // 16 for slot in batch.slots[0].tolist()[sum(lengths) :]} <= {0}
     assert batch.last[: len(rows)].tolist() == [end - 1 for end in accumulate(lengths)]

@@ -26,6 +26,8 @@ MAX_HIDDEN = 2**23
 """… unless its hidden states, tokens × hidden size, are so few: on an H200 8,192 tokens of Qwen3-0.6B take 15 ms, and
 launching their kernels 16 to 33."""
 MIN_KV_LENGTH = 1024
+CHUNK = 64
+"""Where all rows have as many tokens, no kernel of few queries is launched for nobody."""
 NOBODY = -1
 """The sequence id of a row of padding."""
 
@@ -59,9 +61,10 @@ def padded_rows(rows: Sequence[PlanRow]) -> list[PlanRow]:
 def padded_shape(rows: Sequence[PlanRow], drawn: int) -> Shape:
     """The shape of a step of ``padded_rows``, with bounds that many steps share."""
     exact = batch_shape(rows, drawn)
+    shortest = CHUNK if all(len(row.tokens) >= CHUNK for row in rows if row.tokens) else 0
     longest = 1 if exact.max_query_length == 1 else exact.tokens
     kv_length = padded_kv_length(exact.max_kv_length)
-    return replace(exact, min_query_length=0, max_query_length=longest, max_kv_length=kv_length)
+    return replace(exact, min_query_length=shortest, max_query_length=longest, max_kv_length=kv_length)
 
 
 class StepGraphs:
