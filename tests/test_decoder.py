@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmq import LLM, SamplingParams
 from llmq.engine.options import EngineOptions
+from llmq.runtime import decoder
 from llmq.runtime.decoder import CausalAttention
 from llmq.runtime.loader import load_decoder, open_source
 
@@ -49,6 +50,14 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_fp32_logits_are_those_of_transformers(variant: tuple[Path, Tensor]) -> None:
+    folder, exact = variant
+    assert error(our_logits(folder, torch.float32, token_ids(LENGTH)), exact) < 1e-5
+
+
+def test_so_they_are_where_products_add_the_hidden_state(
+    variant: tuple[Path, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "ADDING_TOKENS", 1)
     folder, exact = variant
     assert error(our_logits(folder, torch.float32, token_ids(LENGTH)), exact) < 1e-5
 

@@ -29,6 +29,10 @@ from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.linear import DenseLinear, input_number, merge, plain_weight
 from llmq.runtime.rotary import Rotation, rotary_angles
 
+ADDING_TOKENS = 1024
+"""From here on the library's product adds the hidden state in less time than the next norm does. Of few tokens the norm
+has it at no cost."""
+
 
 class Attend(Protocol):
     """How tokens of the same sequence see each other: what the caller brings to the decoder."""
@@ -126,16 +130,16 @@ class MLP(nn.Module):
         self.gate_up = stack(self, self.gate_up, "gate_up_proj")
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        gate, up = project(self, self.gate_up, x, self.sizes)
-        down = getattr(self, self.down)
-        number = input_number(down)
-        gated: Tensor | QuantizedRows
-        if self.gelu:
-            gated = gelu_mul(gate, up)
-        else:
-            gated = silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
-        out: Tensor = down(gated)
+        out: Tensor = getattr(self, self.down)(self.gated(x))
         return out
+
+    def gated(self, x: Tensor | QuantizedRows) -> Tensor | QuantizedRows:
+        """The input of ``down``."""
+        gate, up = project(self, self.gate_up, x, self.sizes)
+        number = input_number(getattr(self, self.down))
+        if self.gelu:
+            return gelu_mul(gate, up)
+        return silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
 
 
 class MixtureOfExperts(nn.Module):
@@ -264,6 +268,21 @@ class DecoderLayer(nn.Module):
             out = self.feed_forward(self.post_attention_layernorm(residual, x, number))
         return out
 
+    def add(self, residual: Tensor, mixed: Tensor) -> bool:
+        """``finish``, and add the MLP's output too, where both products are the library's: it adds to what is there.
+        False, and nothing is done, where they are not."""
+        mlp = self.feed_forward
+        if not isinstance(mlp, MLP) or self.post_norms:
+            return False
+        o, down = (plain_weight(layer) for layer in (self.self_attn.o_proj, mlp.get_submodule(mlp.down)))
+        if o is None or down is None or o.scales is not None or down.scales is not None:
+            return False
+        residual.addmm_(mixed, o.values.t())
+        gated = mlp.gated(self.post_attention_layernorm(residual, None, mlp.input_number))
+        assert isinstance(gated, Tensor)
+        residual.addmm_(gated, down.values.t())
+        return True
+
     def until(self, following: DecoderLayer | None) -> Between | None:
         """The weights of ``finish``, and of the projections in the next layer's ``mix``; None if ``megakernel`` has no
         form for one of them."""
@@ -324,6 +343,8 @@ class Decoder(nn.Module):
             between = layer.until(following) if few else None
             if between is not None and takes(len(mixed), mixed.dtype, between):
                 x, qkv = None, megakernel(mixed, residual, between)
+            elif len(mixed) >= ADDING_TOKENS and layer.add(residual, mixed):
+                x, qkv = None, None
             else:
                 x, qkv = layer.finish(residual, mixed), None
         out: Tensor = self.norm(residual, x)
