@@ -73,6 +73,21 @@ def test_a_step_gives_the_fp32_tokens_of_one_that_is_not_padded(tmp_path: Path) 
     assert greedy(folder, "cuda") == greedy(folder, "cuda", enforce_eager=True)
 
 
+def test_full_steps_of_prompts_are_replayed_to_the_tokens_of_launched_ones(tmp_path: Path) -> None:
+    folder = save_variant(tmp_path / "model", "qwen3")
+    prompts = torch.randint(0, 250, (10, 450), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def answers(**options: Any) -> tuple[list[list[int]], LLM]:
+        settings = EngineOptions(max_num_batched_tokens=1024, kv_cache_memory=2**28, **options)
+        llm = LLM(str(folder), device="cuda", dtype="float32", options=settings)
+        return [output.completions[0].token_ids for output in llm.generate(prompts, GREEDY)], llm
+
+    replayed, llm = answers()
+    assert llm._runner._graphs is not None
+    assert any(shape.tokens == 1024 for shape, _ in llm._runner._graphs._graphs)
+    assert replayed == answers(enforce_eager=True)[0]
+
+
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_preemption_changes_no_token(preemption: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "llama")
