@@ -249,14 +249,16 @@ def w8a8(capability: int, kernel: Any, launch: w8a8_triton.Launch, number: str) 
     )  # fmt: skip
 
 
-def w8a8_hopper(dtype: str) -> Any:
-    types = {"x_scales": "*fp32", "weight_scales": "*fp32", "bias": f"*{dtype}"}
+def w8a8_hopper(dtype: str, launch: w8a8_hopper_triton.Launch) -> Any:
+    types = {"x_scales": "*fp32", "weight_scales": "*fp32"}
+    biased: dict[str, Any] = {"bias": None} if launch == w8a8_hopper_triton.THREE else {}
+    types |= {} if biased else {"bias": f"*{dtype}"}
     types["at_x"] = f"tensordesc<i8[64, 128],{w8a8_hopper_triton.CODES!r}>"
     types["at_weight"] = f"tensordesc<i8[128, 128],{w8a8_hopper_triton.CODES!r}>"
     types["at_out"] = f"tensordesc<{dtype}[64, 64],{w8a8_hopper_triton.OUT!r}>"
     return compile_for(
         90, w8a8_hopper_triton.w8a8_hopper_kernel, types, 4, 3, source=gluon.GluonASTSource,
-        registers=w8a8_hopper_triton.REGISTERS,
+        CONSUMERS=launch.consumers, STAGES=launch.stages, registers=launch.registers, **biased,
     )  # fmt: skip
 
 
@@ -394,19 +396,24 @@ def test_w8a8_on_hopper(rows: int, shape: tuple[int, int], number: str, tmp_path
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= 2.2 * products
 
 
+@pytest.mark.parametrize("launch", [w8a8_hopper_triton.TWO, w8a8_hopper_triton.THREE])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_w8a8_of_many_rows_keeps_the_matrix_unit_busy(dtype: str, tmp_path: Path) -> None:
-    compiled = w8a8_hopper(dtype)
+def test_w8a8_of_many_rows_keeps_the_matrix_unit_busy(
+    dtype: str, launch: w8a8_hopper_triton.Launch, tmp_path: Path
+) -> None:
+    compiled = w8a8_hopper(dtype, launch)
     assert spilled_bytes(compiled, tmp_path) == 0
     ptx = compiled.asm["ptx"]
     assert re.search("wgmma.mma_async.*n128.*s8", ptx)
     # Of the two waits in a tile, that of a step leaves the step's products running.
-    assert ptx.count("wgmma.wait_group.sync.aligned 1") == ptx.count("wgmma.wait_group.sync.aligned 0") == 2
+    assert (
+        ptx.count("wgmma.wait_group.sync.aligned 1") == ptx.count("wgmma.wait_group.sync.aligned 0") == launch.consumers
+    )
     # Outputs leave by the copy engine: 16 bytes of a thread to shared memory, and not one of its own to global.
     assert "stmatrix.sync.aligned.m8n8.x4" in ptx
     assert "st.global" not in ptx
     registers = [int(number) for number in re.findall(r"setmaxnreg.inc.sync.aligned.u32 \t?(\d+)", ptx)]
-    assert 240 in registers
+    assert {2: 240, 3: 160}[launch.consumers] in registers
 
 
 def grouped(capability: int, gated: bool, block_m: int, code: str) -> tuple[Any, float]:

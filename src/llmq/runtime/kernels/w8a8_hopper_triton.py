@@ -1,19 +1,22 @@
 """Device code of ``w8a8`` for integers and many rows on Hopper: each warp has one task, and the matrix unit always has
 the next.
 
-    1 warp          asks for x and weight, step after step and tile after tile, up to STAGES steps ahead
-    2 · 4 warps     acc [64, 256] += x [64, STEP] · weight [256, STEP]ᵀ, each with rows of its own; after the last step
+    1 warp                  asks for x and weight, step after step and tile after tile, up to STAGES steps ahead
+    4 warps a consumer      acc [64, 256] += x [64, STEP] · weight [256, STEP]ᵀ, of rows of its own; after the last step
 
-                        acc → · scales + bias → shared memory → out
+                                acc → · scales + bias → shared memory → out
 
-                    by the copy engine, while the steps of the next tile arrive
+                            by the copy engine, while the steps of the next tile arrive
 
 There is a program for each multiprocessor, which does one tile after another. Its warps meet at barriers: ``ready``
-counts the bytes of a step, ``free`` who has multiplied it. Triton gives all warps the same task, so that this is Gluon,
-the level below. FP8 is PyTorch's: as fast as this there, and with less power, which is what a full card is short of.
+counts the bytes of a step, ``free`` the consumers that have multiplied it. Triton gives all warps the same task, so
+that this is Gluon, the level below. FP8 is PyTorch's: as fast as this there, and with less power, which is what a full
+card is short of.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,17 +40,35 @@ from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import INT
 
 FEWEST_ROWS = 257  # fewer are short of programs, not of arithmetic
-CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a consumer
 COLUMNS = gl.constexpr(256)
 BOX = gl.constexpr(128)  # rows of the weight in one copy
 STEP = gl.constexpr(128)  # channels
-STAGES = gl.constexpr(4)
 PART = gl.constexpr(64)  # columns that are stored in one go
 GROUP = gl.constexpr(8)  # tiles of M that are done one after another, while their rows of the weight are in the cache
-REGISTERS = 168  # of a thread, on the average of twelve warps: as many as there are
 CODES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 OUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+class Launch(NamedTuple):
+    """What a program takes; ``registers``: of a thread, on the average, as many as there are."""
+
+    consumers: int
+    stages: int
+    registers: int
+
+
+TWO, THREE = Launch(2, 4, 168), Launch(3, 3, 128)
+
+
+def launch_for(rows: int, tiles_n: int, programs: int, *, biased: bool) -> Launch:
+    """Three consumers read fewer bytes a product, and so take less power; two where with three the last programs would
+    keep the others waiting, or a bias would take the registers that there are."""
+    two, three = (
+        triton.cdiv(triton.cdiv(rows, launch.consumers * ROWS.value) * tiles_n, programs) * launch.consumers
+        for launch in (TWO, THREE)
+    )
+    return TWO if biased or three > 1.05 * two else THREE
 
 
 def takes(x: QuantizedRows, weight: Weight8, dtype: torch.dtype) -> bool:
@@ -61,19 +82,21 @@ def w8a8_matmul_hopper(x: QuantizedRows, weight: Weight8, bias: Tensor | None, d
     """``w8a8_matmul`` of what it ``takes``."""
     (rows, in_features), out_features = x.codes.shape, len(weight.codes)
     out = torch.empty(rows, out_features, dtype=dtype, device=x.codes.device)
-    tiles = triton.cdiv(rows, CONSUMERS.value * ROWS.value) * triton.cdiv(out_features, COLUMNS.value)
-    w8a8_hopper_kernel[min(tiles, multiprocessors(out.device)),](
+    tiles_n, programs = triton.cdiv(out_features, COLUMNS.value), multiprocessors(out.device)
+    launch = launch_for(rows, tiles_n, programs, biased=bias is not None)
+    tiles = triton.cdiv(rows, launch.consumers * ROWS.value) * tiles_n
+    w8a8_hopper_kernel[min(tiles, programs),](
         TensorDescriptor.from_tensor(x.codes, [ROWS.value, STEP.value], CODES),
         TensorDescriptor.from_tensor(weight.codes, [BOX.value, STEP.value], CODES),
         TensorDescriptor.from_tensor(out, [ROWS.value, PART.value], OUT),
         x.scales, weight.scales, bias, rows, out_features, triton.cdiv(in_features, STEP.value),
-        num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
+        CONSUMERS=launch.consumers, STAGES=launch.stages, num_warps=4, maxnreg=launch.registers, launch_pdl=True,
     )  # fmt: skip
     return out
 
 
 @gluon.jit
-def place_of(tile, tiles_m, tiles_n):
+def place_of(tile, tiles_m, tiles_n, CONSUMERS: gl.constexpr):
     """First row and first column of a tile: down GROUP tiles of M, then on to the next tile of N."""
     group = tile // (GROUP * tiles_n)
     within = tile % (GROUP * tiles_n)
@@ -92,12 +115,15 @@ def halves(tile):
 
 
 @gluon.jit
-def produce(at_x, at_weight, x, weight, ready, free, steps, tiles_m, tiles_n):
+def produce(at_x, at_weight, shared, sizes, CONSUMERS: gl.constexpr):
     """Ask for all steps of all tiles of this program, each as soon as its slot is free."""
+    x, weight, _, ready, free = shared
+    _, _, steps, tiles_m, tiles_n = sizes
+    STAGES: gl.constexpr = weight.shape[0]
     wait(True)
     count = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        first_m, first_n = place_of(tile, tiles_m, tiles_n)
+        first_m, first_n = place_of(tile, tiles_m, tiles_n, CONSUMERS)
         for step in range(steps):
             slot = count % STAGES
             mbarrier.wait(free.index(slot), (count // STAGES & 1) ^ 1)
@@ -116,17 +142,27 @@ def produce(at_x, at_weight, x, weight, ready, free, steps, tiles_m, tiles_n):
 
 
 @gluon.jit
+def scaled(sums, x_scales, weight_scales, bias, n, is_n):
+    """The outputs of columns ``n`` that these sums are."""
+    result = sums.to(gl.float32) * gl.load(weight_scales + n, mask=is_n, other=0.0)[None, :] * x_scales
+    if bias is not None:
+        result += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[None, :]
+    return result
+
+
+@gluon.jit
 def consume(
-    at_out, x, weight, stored, ready, free, x_scales, weight_scales, bias, rows, out_features, steps, tiles_m, tiles_n,
-    CONSUMER: gl.constexpr,
+    at_out, shared, x_scales, weight_scales, bias, sizes, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
 ):  # fmt: skip
     """Multiply, scale and store the rows of one consumer, of all tiles of this program."""
+    x, weight, stored, ready, free = shared
+    rows, out_features, steps, tiles_m, tiles_n = sizes
+    STAGES: gl.constexpr = weight.shape[0]
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    STORED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
     wait(True)
     count = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        first_m, first_n = place_of(tile, tiles_m, tiles_n)
-        first_m += CONSUMER * ROWS
         acc = gl.zeros([ROWS, COLUMNS], gl.int32, layout=MMA)
         for step in range(steps):
             slot = count % STAGES
@@ -139,24 +175,22 @@ def consume(
             acc = warpgroup_mma_wait(1, [acc])
             mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1, pred=step > 0)
             count += 1
-        # Scales are read while the last step is multiplied.
-        m = first_m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
-        n = first_n + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
-        is_n = n < out_features
-        m_scales = gl.load(x_scales + m, mask=m < rows, other=0.0)[:, None]
-        n_scales = gl.load(weight_scales + n, mask=is_n, other=0.0)[None, :]
         sums = warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
-        result = sums.to(gl.float32) * n_scales * m_scales
-        if bias is not None:
-            result += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[None, :]
-        left, right = halves(result.to(at_out.dtype))
+        first_m, first_n = place_of(tile, tiles_m, tiles_n, CONSUMERS)
+        first_m += CONSUMER * ROWS
+        m = first_m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
+        m_scales = gl.load(x_scales + m, mask=m < rows, other=0.0)[:, None]
+        left, right = halves(sums)
         parts = halves(left) + halves(right)
         for part in gl.static_range(len(parts)):
+            # Part by part: the scales of all columns would not fit into the registers of three consumers.
+            n = first_n + part * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, STORED))
+            result = scaled(parts[part], m_scales, weight_scales, bias, n, n < out_features)
             place = stored.index(CONSUMER * 2 + part % 2)
             tma.store_wait(1)
             tl.debug_barrier()
-            place.store(parts[part])
+            place.store(result.to(at_out.dtype))
             fence_async_shared()
             tl.debug_barrier()
             tma.async_copy_shared_to_global(at_out, [first_m, first_n + part * PART], place)
@@ -164,7 +198,10 @@ def consume(
 
 
 @gluon.jit(do_not_specialize=["rows", "steps"])
-def w8a8_hopper_kernel(at_x, at_weight, at_out, x_scales, weight_scales, bias, rows, out_features, steps):
+def w8a8_hopper_kernel(
+    at_x, at_weight, at_out, x_scales, weight_scales, bias, rows, out_features, steps,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """All tiles of outputs; of x [M, K], weight [N, K] and out [M, N] there are descriptors."""
     x = gl.allocate_shared_memory(at_x.dtype, [STAGES * CONSUMERS, ROWS, STEP], at_x.layout)
     weight = gl.allocate_shared_memory(at_x.dtype, [STAGES, COLUMNS, STEP], at_weight.layout)
@@ -175,16 +212,26 @@ def w8a8_hopper_kernel(at_x, at_weight, at_out, x_scales, weight_scales, bias, r
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=CONSUMERS)
     fence_async_shared()
-    tiles_m = gl.cdiv(rows, CONSUMERS * ROWS)
-    tiles_n = gl.cdiv(out_features, COLUMNS)
-    gl.warp_specialize(
-        [
-            (consume, (at_out, x, weight, stored, ready, free, x_scales, weight_scales, bias, rows, out_features, steps,
-                       tiles_m, tiles_n, 0)),
-            (consume, (at_out, x, weight, stored, ready, free, x_scales, weight_scales, bias, rows, out_features, steps,
-                       tiles_m, tiles_n, 1)),
-            (produce, (at_x, at_weight, x, weight, ready, free, steps, tiles_m, tiles_n)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    shared = (x, weight, stored, ready, free)
+    sizes = (rows, out_features, steps, gl.cdiv(rows, CONSUMERS * ROWS), gl.cdiv(out_features, COLUMNS))
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (at_out, shared, x_scales, weight_scales, bias, sizes, 0, CONSUMERS)),
+                (consume, (at_out, shared, x_scales, weight_scales, bias, sizes, 1, CONSUMERS)),
+                (produce, (at_x, at_weight, shared, sizes, CONSUMERS)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (at_out, shared, x_scales, weight_scales, bias, sizes, 0, CONSUMERS)),
+                (consume, (at_out, shared, x_scales, weight_scales, bias, sizes, 1, CONSUMERS)),
+                (consume, (at_out, shared, x_scales, weight_scales, bias, sizes, 2, CONSUMERS)),
+                (produce, (at_x, at_weight, shared, sizes, CONSUMERS)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
