@@ -60,7 +60,7 @@ REGISTERS = gl.constexpr(240)  # of a thread that multiplies, where another warp
 FETCHING = gl.constexpr(24)  # of one of that warp
 AVERAGE = 168  # of both warpgroups and the four warps that the fetching one counts as: all there are
 FEWEST_ROWS = 33  # for fewer, the kernel of every GPU is faster
-MOST_ROWS = 1024  # for more, widening the weight once and multiplying through the library is faster
+MOST_ROWS = 512  # for more, widening the weight once and multiplying through the library is faster
 SMALLEST = gl.constexpr(2.0**-64)  # a smaller scale is taken for this, which is nothing beside others
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 X = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -195,12 +195,9 @@ def multiply(plane, x, slot, INDEX: gl.constexpr, sums, TILE_M: gl.constexpr):
 def wait_for(RUNNING: gl.constexpr, sums, planes):
     """Wait until no more than RUNNING planes are being multiplied, and ``planes`` are not."""
     waited = warpgroup_mma_wait(RUNNING * len(sums), sums + planes)
-    if len(sums) + len(planes) == 1:
-        done = (waited,)
-    else:
-        done = ()
-        for part in gl.static_range(len(sums)):
-            done += (waited[part],)
+    done = ()
+    for part in gl.static_range(len(sums)):
+        done += (waited[part],)
     return done
 
 
