@@ -944,7 +944,7 @@ def all_cases() -> list[Case]:
     for out_features, in_features, group in (
         (40, 128, 128), (1000, 1024, 128), (65, 768, -1), (520, 4096, 128), (25352, 640, 128),
     ):  # fmt: skip
-        for batch in (33, 65, 128, 129, 200, 256):
+        for batch in (33, 80, 128, 129, 161, 200, 256, 300, 512):
             for dtype in (BF16, FP16):
                 scheme = Scheme(4, group, batch == 200)
                 cases.append(LinearCase(batch, out_features, in_features, scheme, dtype, bias=batch == 129))

@@ -82,8 +82,11 @@ def entries() -> list[Entry]:
         Entry(f"w{bits}", rows, wna16_triton, wna16_triton.LAUNCHES, (bits, rows), rf"\({bits}, {rows}\): ")
         for bits, rows in wna16_triton.LAUNCHES
     ]
-    for rows in wna16_hopper_triton.LAUNCHES:
-        found.append(Entry("w4", rows, wna16_hopper_triton, wna16_hopper_triton.LAUNCHES, rows, rf"\b{rows}: "))
+    for name in ("LAUNCHES", "WIDE"):
+        table = getattr(wna16_hopper_triton, name)
+        found += [
+            Entry("w4", rows, wna16_hopper_triton, table, rows, rf"{name} = {{[^}}]*\b{rows}: ") for rows in table
+        ]
     found += [Entry("w8a8", 8, w8a8_triton, w8a8_triton.SLICED, 8, r"SLICED = \{8: ")]
     for name, number, label in (("w8a8", INT, "INT"), ("fp8", E4M3, "E4M3")):
         table = w8a8_triton.SPLIT[number]

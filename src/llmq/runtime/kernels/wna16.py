@@ -128,8 +128,9 @@ def merge_wna16(weights: Sequence[PackedWeight]) -> PackedWeight | None:
 def wna16_matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """``x`` [M, K] times the packed weight [N, K], transposed, plus ``bias`` [N] → [M, N], of the type of ``x``.
 
-    On a GPU a batch of up to FUSED_ROWS goes through a kernel that unpacks in registers. For a longer one, whose time
-    goes into arithmetic, the weight is widened to the type of ``x`` and multiplied by the library.
+    On a GPU a batch of up to FUSED_ROWS, on Hopper of twice as many, goes through a kernel that unpacks in
+    registers. For a longer one, whose time goes into arithmetic, the weight is widened to the type of ``x`` and
+    multiplied by the library.
     Sums are fp32. Up to 32 rows their order depends on N and K, never on the batch: the same row, the same bits.
     """
     if packed.order is not None:

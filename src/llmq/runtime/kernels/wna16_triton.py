@@ -76,8 +76,6 @@ def launch_for(bits: int, rows: int, element_size: int) -> Launch:
 def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     """``wna16_matmul`` through Triton; ``x`` is in packed order."""
     rows, out_features = x.shape[0], packed.out_features
-    if rows > FUSED_ROWS:
-        return F.linear(x, dequantize(packed, x.dtype), bias)
     if x.stride(1) != 1:
         x = x.contiguous()
     if is_hopper(x.device):
@@ -85,6 +83,8 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
 
         if takes(x, packed):
             return wna16_matmul_hopper(x, packed, bias)
+    if rows > FUSED_ROWS:
+        return F.linear(x, dequantize(packed, x.dtype), bias)
     whole_groups = packed.group_length % STEP == 0 or packed.group_length >= packed.in_features
     launch = launch_for(packed.bits, rows, x.element_size())
     steps = triton.cdiv(packed.in_features, STEP)
