@@ -158,14 +158,17 @@ def attention_hopper(block_size: int, group: int, dtype: str) -> Any:
     )  # fmt: skip
 
 
-def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT) -> Any:
+def wna16(
+    capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT, *, gated: bool = False
+) -> Any:
     launch = wna16_triton.launch_for(bits, rows, 2)
     pointers = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | {"words": "*i16", "meta": "*i32", "table": "*fp32"}
     constants = {} if number == NF4 else {"table": None}
     return compile_for(
         capability, wna16_triton.wna16_kernel, pointers | {"sums": "*fp32", "counters": "*i32"}, launch.warps, 3,
-        **constants, WHOLE_STEPS=True, BITS=bits, NUMBER=number, PER_GROUP=per_group, BF16_SCALE=False, SPLIT=True,
-        REDUCED=rows > REDUCE_ROWS, ASM=True, JOINED=bits == 4 and rows > 8 and per_group in (0, 4),
+        **constants, WHOLE_STEPS=True, BITS=bits, NUMBER=number, PER_GROUP=per_group, BF16_SCALE=False,
+        SPLIT=not gated, REDUCED=not gated and rows > REDUCE_ROWS, GATED=gated, ASM=True,
+        JOINED=bits == 4 and rows > 8 and per_group in (0, 4),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         PDL=capability >= 90,
     )  # fmt: skip
@@ -338,6 +341,13 @@ def test_wna16_on_hopper(
     assert spilled_bytes(compiled, tmp_path) == 0
     launch = wna16_triton.launch_for(bits, rows, 2)
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * launch.block_n * wna16_triton.STEP
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_the_gate_of_an_int4_product_takes_no_memory(rows: int, tmp_path: Path) -> None:
+    compiled = wna16(90, 4, rows, 4, "bf16", gated=True)
+    assert spilled_bytes(compiled, tmp_path) == 0
+    assert compiled.metadata.shared == wna16(90, 4, rows, 4, "bf16").metadata.shared
 
 
 def test_a_step_of_int4_is_one_product() -> None:

@@ -26,7 +26,7 @@ from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.kernels.routing import choose, combine
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
-from llmq.runtime.linear import DenseLinear, input_number, merge, plain_weight
+from llmq.runtime.linear import DenseLinear, WeightOnlyLinear, input_number, merge, plain_weight
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 
@@ -126,16 +126,19 @@ class MLP(nn.Module):
         self.gate_up = stack(self, self.gate_up, "gate_up_proj")
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        gate, up = project(self, self.gate_up, x, self.sizes)
         down = getattr(self, self.down)
-        number = input_number(down)
-        gated: Tensor | QuantizedRows
-        if self.gelu:
-            gated = gelu_mul(gate, up)
-        else:
-            gated = silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
-        out: Tensor = down(gated)
+        out: Tensor = down(self.gated(x, input_number(down)))
         return out
+
+    def gated(self, x: Tensor | QuantizedRows, number: str | None) -> Tensor | QuantizedRows:
+        """What ``down`` multiplies, rounded to ``number``."""
+        merged = getattr(self, self.gate_up[0]) if len(self.gate_up) == 1 else None
+        if isinstance(merged, WeightOnlyLinear) and isinstance(x, Tensor) and not self.gelu and number is None:
+            return merged.gated(x)
+        gate, up = project(self, self.gate_up, x, self.sizes)
+        if self.gelu:
+            return gelu_mul(gate, up)
+        return silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)
 
 
 class MixtureOfExperts(nn.Module):

@@ -30,6 +30,7 @@ from llmq.checkpoint.quantized_weight import numbers
 from llmq.memory import FUSED_ROWS
 from llmq.runtime.kernels import is_hopper
 from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.silu_triton import silu_mul_triton, silu_product
 from llmq.runtime.kernels.split_k_triton import (
     REDUCE_ROWS,
     counters,
@@ -41,6 +42,7 @@ from llmq.runtime.kernels.split_k_triton import (
 from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
 from llmq.scheme import E4M3, INT
 
+MOST_GATED = 32  # rows whose gate is taken in the product
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -73,9 +75,17 @@ def launch_for(bits: int, rows: int, element_size: int) -> Launch:
     return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
 
-def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None, gated: bool) -> Tensor:
     """``wna16_matmul`` through Triton; ``x`` is in packed order."""
     rows, out_features = x.shape[0], packed.out_features
+    # They depend on the weight alone, so that a row's result does not depend on the batch.
+    steps = triton.cdiv(packed.in_features, STEP)
+    per_split = steps_per_split(triton.cdiv(out_features, 64), steps, PROGRAMS)
+    splits = triton.cdiv(steps, per_split)
+    reduced = splits > 1 and rows > REDUCE_ROWS
+    if gated and (rows > MOST_GATED or reduced):
+        gate, up = wna16_matmul_triton(x, packed, bias, False).chunk(2, dim=1)
+        return silu_mul_triton(gate, up)
     if rows > FUSED_ROWS:
         return F.linear(x, dequantize(packed, x.dtype), bias)
     if x.stride(1) != 1:
@@ -87,18 +97,14 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
             return wna16_matmul_hopper(x, packed, bias)
     whole_groups = packed.group_length % STEP == 0 or packed.group_length >= packed.in_features
     launch = launch_for(packed.bits, rows, x.element_size())
-    steps = triton.cdiv(packed.in_features, STEP)
-    # They depend on the weight alone, so that a row's result does not depend on the batch.
-    per_split = steps_per_split(triton.cdiv(out_features, 64), steps, PROGRAMS)
-    splits = triton.cdiv(steps, per_split)
-    reduced = splits > 1 and rows > REDUCE_ROWS
-    out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    width, block_n = (out_features // 2, launch.block_n // 2) if gated else (out_features, launch.block_n)
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
     tiles_m = triton.cdiv(rows, launch.block_m)
-    wna16_kernel[triton.cdiv(out_features, launch.block_n) * tiles_m, splits](
+    wna16_kernel[triton.cdiv(width, block_n) * tiles_m, splits](
         x, packed.words, packed.meta, table_of(packed.number, x.device), bias, out, sums, counters(x.device), rows,
         out_features, packed.in_features, x.stride(0), steps, per_split, tiles_m, **_format(packed), SPLIT=splits > 1,
-        REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2,
+        REDUCED=reduced, GATED=gated, ASM=not INTERPRETED and x.element_size() == 2,
         JOINED=packed.bits == 4 and launch.block_m > 8 and whole_groups,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
         num_warps=launch.warps, **pdl(x.device),
@@ -275,18 +281,25 @@ def wna16_kernel(
     x, words, meta, table, bias, out, sums, counters, rows, out_features, in_features, x_stride, steps,
     steps_per_split, tiles_m,
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr, PER_GROUP: tl.constexpr,
-    BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, ASM: tl.constexpr, JOINED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, GATED: tl.constexpr, ASM: tl.constexpr,
+    JOINED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     PLANES: tl.constexpr = 16 // BITS
     TYPE: tl.constexpr = x.dtype.element_ty
     # Programs that share a tile of the weight are neighbours, so that all but one find it in the cache.
-    n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, i = tl.program_id(0) // tiles_m, tl.arange(0, BLOCK_N)
+    if GATED:
+        # Half of the tile's rows are gate's, and half the same of up's.
+        HALF: tl.constexpr = BLOCK_N // 2
+        width = out_features // 2
+        n = i // HALF * width + tile * HALF + i % HALF
+        is_n = tile * HALF + i % HALF < width
+    else:
+        n = tile * BLOCK_N + i
+        is_n = n < out_features
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 32)
-    is_n = n < out_features
     is_x = (m < rows)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     tile_size = tl.cast(out_features, tl.int64) * 32  # words may have more than 2^31 elements
@@ -362,7 +375,14 @@ def wna16_kernel(
         acc = sum_splits(sums, at_out, inside, size, tl.num_programs(1))
     if bias is not None:
         acc += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
+    y = acc.to(TYPE)
+    if GATED:
+        gate, up = tl.split(y.reshape(2, HALF, BLOCK_M).permute(1, 2, 0))
+        y = silu_product(gate, up)
+        column = tile * HALF + tl.arange(0, HALF)
+        inside = is_x & (column < width)[:, None]
+        at_out = m[None, :].to(tl.int64) * width + column[:, None]
+    tl.store(out + at_out, y, mask=inside)
 
 
 @triton.jit
