@@ -169,7 +169,7 @@ def wna16(
         **constants, WHOLE_STEPS=True, BITS=bits, NUMBER=number, PER_GROUP=per_group, BF16_SCALE=False,
         SPLIT=not gated, REDUCED=not gated and rows > REDUCE_ROWS, GATED=gated, ASM=True,
         JOINED=bits == 4 and rows > 8 and per_group in (0, 4),
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, AHEAD=wna16_triton.AHEAD,
         PDL=capability >= 90,
     )  # fmt: skip
 
@@ -343,7 +343,7 @@ def test_wna16_on_hopper(
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * launch.block_n * wna16_triton.STEP
 
 
-@pytest.mark.parametrize("rows", [8, 32])
+@pytest.mark.parametrize("rows", [16, 32])
 def test_the_gate_of_an_int4_product_takes_no_memory(rows: int, tmp_path: Path) -> None:
     compiled = wna16(90, 4, rows, 4, "bf16", gated=True)
     assert spilled_bytes(compiled, tmp_path) == 0

@@ -30,6 +30,7 @@ from llmq.checkpoint.quantized_weight import numbers
 from llmq.memory import FUSED_ROWS
 from llmq.runtime.kernels import is_hopper
 from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.prefetch_triton import prefetch
 from llmq.runtime.kernels.silu_triton import silu_mul_triton, silu_product
 from llmq.runtime.kernels.split_k_triton import (
     REDUCE_ROWS,
@@ -42,8 +43,9 @@ from llmq.runtime.kernels.split_k_triton import (
 from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
 from llmq.scheme import E4M3, INT
 
-MOST_GATED = 32  # rows whose gate is taken in the product
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
+GATED_ROWS = range(9, 33)  # whose gate is taken in the product; for fewer a kernel behind it was faster on an H200
+AHEAD = 2  # steps whose words are brought into the L2 cache before there are activations
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -59,7 +61,7 @@ class Launch(NamedTuple):
 # (bits, rows up to) → launch parameters, measured on an H200.
 LAUNCHES = {
     (4, 8): Launch(8, 64, 2, 4),
-    (4, 16): Launch(32, 128, 4, 4),
+    (4, 16): Launch(16, 128, 4, 4),
     (4, 32): Launch(32, 128, 4, 4),
     (4, 64): Launch(64, 128, 4, 3),
     (8, 8): Launch(8, 128, 4, 3),
@@ -80,10 +82,10 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None, ga
     rows, out_features = x.shape[0], packed.out_features
     # They depend on the weight alone, so that a row's result does not depend on the batch.
     steps = triton.cdiv(packed.in_features, STEP)
-    per_split = steps_per_split(triton.cdiv(out_features, 64), steps, PROGRAMS)
+    per_split = evenly(steps, steps_per_split(triton.cdiv(out_features, 64), steps, PROGRAMS))
     splits = triton.cdiv(steps, per_split)
     reduced = splits > 1 and rows > REDUCE_ROWS
-    if gated and (rows > MOST_GATED or reduced):
+    if gated and (rows not in GATED_ROWS or reduced):
         gate, up = wna16_matmul_triton(x, packed, bias, False).chunk(2, dim=1)
         return silu_mul_triton(gate, up)
     if rows > FUSED_ROWS:
@@ -106,12 +108,17 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None, ga
         out_features, packed.in_features, x.stride(0), steps, per_split, tiles_m, **_format(packed), SPLIT=splits > 1,
         REDUCED=reduced, GATED=gated, ASM=not INTERPRETED and x.element_size() == 2,
         JOINED=packed.bits == 4 and launch.block_m > 8 and whole_groups,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, AHEAD=AHEAD,
         num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
     if reduced:
         reduce_splits(sums, None, None, bias, out)
     return out
+
+
+def evenly(steps: int, per_split: int) -> int:
+    """``per_split``, or up to a quarter more, where that makes splits of one length."""
+    return next((more for more in range(per_split, per_split * 5 // 4 + 1) if steps % more == 0), per_split)
 
 
 @cache
@@ -282,7 +289,8 @@ def wna16_kernel(
     steps_per_split, tiles_m,
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr, PER_GROUP: tl.constexpr,
     BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, GATED: tl.constexpr, ASM: tl.constexpr,
-    JOINED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    JOINED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     PLANES: tl.constexpr = 16 // BITS
@@ -305,6 +313,10 @@ def wna16_kernel(
     tile_size = tl.cast(out_features, tl.int64) * 32  # words may have more than 2^31 elements
     first = tl.program_id(1) * steps_per_split
     last = tl.minimum(first + steps_per_split, steps)
+    if PDL and JOINED:
+        for ahead in tl.static_range(AHEAD):
+            at_row = words + (first + ahead) * tile_size + n * 32
+            prefetch(at_row, tl.where(is_n & (first + ahead < last), 64, 0))
     wait(PDL)
     if PER_GROUP == 0:
         of_row = tl.load(meta + n, mask=is_n, other=0)
