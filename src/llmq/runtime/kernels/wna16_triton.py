@@ -10,6 +10,11 @@ matrix unit reads from registers, and a batch of 8 fills it as well as one of 64
 
 The scale multiplies the fp32 sum of its group, not the weights: that costs less and rounds nothing. Where a group is
 whole steps, the four planes of 4 bits lie side by side in the registers, and a step is one product.
+
+A gated program has the same columns of gate and of up, and stores what the gate lets through:
+
+    n      | tile · BLOCK_N / 2 … of gate | the same of up |
+    out                silu(gate) · up
 """
 
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
