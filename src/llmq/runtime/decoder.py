@@ -126,12 +126,12 @@ class MLP(nn.Module):
         self.gate_up = stack(self, self.gate_up, "gate_up_proj")
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        down = getattr(self, self.down)
-        out: Tensor = down(self.gated(x, input_number(down)))
+        out: Tensor = getattr(self, self.down)(self.gated(x))
         return out
 
-    def gated(self, x: Tensor | QuantizedRows, number: str | None) -> Tensor | QuantizedRows:
-        """What ``down`` multiplies, rounded to ``number``."""
+    def gated(self, x: Tensor | QuantizedRows) -> Tensor | QuantizedRows:
+        """The input of ``down``."""
+        number = input_number(getattr(self, self.down))
         merged = getattr(self, self.gate_up[0]) if len(self.gate_up) == 1 else None
         if isinstance(merged, WeightOnlyLinear) and isinstance(x, Tensor) and not self.gelu and number is None:
             return merged.gated(x)

@@ -82,17 +82,22 @@ def launch_for(bits: int, rows: int, element_size: int) -> Launch:
     return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
 
+def split_length(packed: PackedWeight) -> int:
+    """Steps of K in a split: up to a quarter more where that makes splits of one length.
+
+    They depend on the weight alone, so that a row's result does not depend on the batch.
+    """
+    steps = triton.cdiv(packed.in_features, STEP)
+    length = steps_per_split(triton.cdiv(packed.out_features, 64), steps, PROGRAMS)
+    return next((longer for longer in range(length, length * 5 // 4 + 1) if steps % longer == 0), length)
+
+
 def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None, gated: bool) -> Tensor:
     """``wna16_matmul`` through Triton; ``x`` is in packed order."""
-    rows, out_features = x.shape[0], packed.out_features
-    # They depend on the weight alone, so that a row's result does not depend on the batch.
-    steps = triton.cdiv(packed.in_features, STEP)
-    per_split = evenly(steps, steps_per_split(triton.cdiv(out_features, 64), steps, PROGRAMS))
-    splits = triton.cdiv(steps, per_split)
-    reduced = splits > 1 and rows > REDUCE_ROWS
-    if gated and (rows not in GATED_ROWS or reduced):
+    if gated and not (len(x) in GATED_ROWS and split_length(packed) * STEP >= packed.in_features):
         gate, up = wna16_matmul_triton(x, packed, bias, False).chunk(2, dim=1)
         return silu_mul_triton(gate, up)
+    rows, out_features = x.shape[0], packed.out_features
     if rows > FUSED_ROWS:
         return F.linear(x, dequantize(packed, x.dtype), bias)
     if x.stride(1) != 1:
@@ -104,6 +109,9 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None, ga
             return wna16_matmul_hopper(x, packed, bias)
     whole_groups = packed.group_length % STEP == 0 or packed.group_length >= packed.in_features
     launch = launch_for(packed.bits, rows, x.element_size())
+    steps, per_split = triton.cdiv(packed.in_features, STEP), split_length(packed)
+    splits = triton.cdiv(steps, per_split)
+    reduced = splits > 1 and rows > REDUCE_ROWS
     width, block_n = (out_features // 2, launch.block_n // 2) if gated else (out_features, launch.block_n)
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
@@ -119,11 +127,6 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None, ga
     if reduced:
         reduce_splits(sums, None, None, bias, out)
     return out
-
-
-def evenly(steps: int, per_split: int) -> int:
-    """``per_split``, or up to a quarter more, where that makes splits of one length."""
-    return next((more for more in range(per_split, per_split * 5 // 4 + 1) if steps % more == 0), per_split)
 
 
 @cache
