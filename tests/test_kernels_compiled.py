@@ -38,6 +38,7 @@ from llmq.runtime.kernels import (  # noqa: E402
 from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
 from llmq.runtime.kernels.megakernel import PROGRAMS  # noqa: E402
 from llmq.runtime.kernels.split_k_triton import REDUCE_ROWS, Launch  # noqa: E402
+from llmq.runtime.kernels.wna16 import STEP, PackedWeight  # noqa: E402
 from llmq.scheme import E4M3, INT, NF4  # noqa: E402
 
 CACHES = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn, "i8": torch.int8}
@@ -348,6 +349,13 @@ def test_the_gate_of_an_int4_product_takes_no_memory(rows: int, tmp_path: Path) 
     compiled = wna16(90, 4, rows, 4, "bf16", gated=True)
     assert spilled_bytes(compiled, tmp_path) == 0
     assert compiled.metadata.shared == wna16(90, 4, rows, 4, "bf16").metadata.shared
+
+
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
+def test_the_splits_of_an_8b_model_s_int4_weights_are_of_one_length(shape: tuple[int, int]) -> None:
+    words, meta = torch.empty(1, shape[0], 32, device="meta"), torch.empty(1, shape[0], device="meta")
+    packed = PackedWeight(words, meta, None, INT, 4, torch.bfloat16, 128, shape[1])
+    assert shape[1] // STEP % wna16_triton.split_length(packed) == 0
 
 
 def test_a_step_of_int4_is_one_product() -> None:
