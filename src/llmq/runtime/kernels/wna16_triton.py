@@ -50,7 +50,7 @@ from llmq.scheme import E4M3, INT
 
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
 GATED_ROWS = range(9, 33)  # whose gate is taken in the product; for fewer a kernel behind it was faster on an H200
-AHEAD = 2  # steps whose words are brought into the L2 cache before there are activations
+AHEAD = 1  # steps whose words are brought into the L2 cache before there are activations
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
