@@ -426,7 +426,11 @@ class LinearCase:
         bias = torch.randn(self.out_features, device="cuda").to(self.dtype) if self.bias else None
         exact = F.linear(x.double(), weight.dequantize().double(), None if bias is None else bias.double())
         # A long batch is multiplied by the weight in the type of x: the weight is rounded too, not the output alone.
-        return compare(lambda: wna16_matmul(x, packed, bias), exact, 1.2 if self.batch > 256 else 1.0)
+        outcome = compare(lambda: wna16_matmul(x, packed, bias), exact, 1.2 if self.batch > 256 else 1.0)
+        if self.out_features % 2 == 0:
+            gate, up = wna16_matmul(x, packed, bias).chunk(2, dim=1)
+            outcome.repeats &= wna16_matmul(x, packed, bias, gated=True).equal(silu_mul(gate, up))
+        return outcome
 
 
 @dataclass

@@ -38,6 +38,7 @@ from llmq.runtime.kernels import (  # noqa: E402
 from llmq.runtime.kernels.gumbel import GOLDEN, MIX_1, MIX_2, MOST  # noqa: E402
 from llmq.runtime.kernels.megakernel import PROGRAMS  # noqa: E402
 from llmq.runtime.kernels.split_k_triton import REDUCE_ROWS, Launch  # noqa: E402
+from llmq.runtime.kernels.wna16 import STEP, PackedWeight  # noqa: E402
 from llmq.scheme import E4M3, INT, NF4  # noqa: E402
 
 CACHES = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn, "i8": torch.int8}
@@ -187,15 +188,18 @@ def attention_hopper(block_size: int, group: int, dtype: str) -> Any:
     )  # fmt: skip
 
 
-def wna16(capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT) -> Any:
+def wna16(
+    capability: int, bits: int, rows: int, per_group: int, dtype: str, number: str = INT, *, gated: bool = False
+) -> Any:
     launch = wna16_triton.launch_for(bits, rows, 2)
     pointers = dict.fromkeys(("x", "bias", "out"), f"*{dtype}") | {"words": "*i16", "meta": "*i32", "table": "*fp32"}
     constants = {} if number == NF4 else {"table": None}
     return compile_for(
         capability, wna16_triton.wna16_kernel, pointers | {"sums": "*fp32", "counters": "*i32"}, launch.warps, 3,
-        **constants, WHOLE_STEPS=True, BITS=bits, NUMBER=number, PER_GROUP=per_group, BF16_SCALE=False, SPLIT=True,
-        REDUCED=rows > REDUCE_ROWS, ASM=True, JOINED=bits == 4 and rows > 8 and per_group in (0, 4),
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
+        **constants, WHOLE_STEPS=True, BITS=bits, NUMBER=number, PER_GROUP=per_group, BF16_SCALE=False,
+        SPLIT=not gated, REDUCED=not gated and rows > REDUCE_ROWS, GATED=gated, ASM=True,
+        JOINED=bits == 4 and rows > 8 and per_group in (0, 4),
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, AHEAD=wna16_triton.AHEAD,
         PDL=capability >= 90,
     )  # fmt: skip
 
@@ -374,6 +378,20 @@ def test_wna16_on_hopper(
     assert spilled_bytes(compiled, tmp_path) == 0
     launch = wna16_triton.launch_for(bits, rows, 2)
     assert loop_instructions(compiled, tmp_path) * 32 * launch.warps <= most * launch.block_n * wna16_triton.STEP
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_the_gate_of_an_int4_product_takes_no_memory(rows: int, tmp_path: Path) -> None:
+    compiled = wna16(90, 4, rows, 4, "bf16", gated=True)
+    assert spilled_bytes(compiled, tmp_path) == 0
+    assert compiled.metadata.shared == wna16(90, 4, rows, 4, "bf16").metadata.shared
+
+
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
+def test_the_splits_of_an_8b_model_s_int4_weights_are_of_one_length(shape: tuple[int, int]) -> None:
+    words, meta = torch.empty(1, shape[0], 32, device="meta"), torch.empty(1, shape[0], device="meta")
+    packed = PackedWeight(words, meta, None, INT, 4, torch.bfloat16, 128, shape[1])
+    assert shape[1] // STEP % wna16_triton.split_length(packed) == 0
 
 
 def test_a_step_of_int4_is_one_product() -> None:

@@ -242,6 +242,20 @@ else:
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize(
+        ("batch", "shape"),
+        [(1, (72, 256)), (3, (96, 1024)), (9, (66, 256)), (9, (96, 1024)), (33, (64, 256))],  # splits: of 1,024
+    )
+    def test_a_gate_in_wna16_has_the_bits_of_one_behind_it(
+        batch: int, shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(0)
+        packed = pack_wna16(draw_weight(shape, Scheme(4, 128, False)), dtype)
+        x, bias = torch.randn(batch, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+        gate, up = wna16_matmul(x, packed, bias).chunk(2, dim=1)
+        assert wna16_matmul(x, packed, bias, gated=True).equal(silu_mul(gate, up))
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize(
         "scheme",
         [Scheme(3, 32, False), Scheme(5, 64), Scheme(8, 128, number=E4M3), Scheme(8, -1, number=E4M3),
          Scheme(4, 64, number=NF4), Scheme(4, 128, number=FP4)],

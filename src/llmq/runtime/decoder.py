@@ -26,7 +26,7 @@ from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
 from llmq.runtime.kernels.routing import choose, combine
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
-from llmq.runtime.linear import DenseLinear, input_number, merge, plain_weight
+from llmq.runtime.linear import DenseLinear, WeightOnlyLinear, input_number, merge, plain_weight
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 ADDING_TOKENS = 1024
@@ -135,8 +135,11 @@ class MLP(nn.Module):
 
     def gated(self, x: Tensor | QuantizedRows) -> Tensor | QuantizedRows:
         """The input of ``down``."""
-        gate, up = project(self, self.gate_up, x, self.sizes)
         number = input_number(getattr(self, self.down))
+        merged = getattr(self, self.gate_up[0]) if len(self.gate_up) == 1 else None
+        if isinstance(merged, WeightOnlyLinear) and isinstance(x, Tensor) and not self.gelu and number is None:
+            return merged.gated(x)
+        gate, up = project(self, self.gate_up, x, self.sizes)
         if self.gelu:
             return gelu_mul(gate, up)
         return silu_mul(gate, up) if number is None else silu_mul_quantize(gate, up, number)

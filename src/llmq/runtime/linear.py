@@ -16,6 +16,7 @@ from llmq.runtime.kernels.dense import dense_matmul
 from llmq.runtime.kernels.invariant import invariant_matmul
 from llmq.runtime.kernels.megakernel import Weight
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows
+from llmq.runtime.kernels.silu import silu_mul
 from llmq.runtime.kernels.w8a8 import Weight8, merge_w8a8, pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import PackedWeight, merge_wna16, pack_wna16, wna16_matmul
 from llmq.scheme import INT
@@ -47,6 +48,12 @@ class WeightOnlyLinear(nn.Module):
         if self.batch_invariant:
             return invariant_matmul(x, self.packed, self.bias, x.dtype)
         return wna16_matmul(x, self.packed, self.bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """``silu_mul`` of the halves of ``forward``, in one kernel where that is faster."""
+        if self.batch_invariant:
+            return silu_mul(*self(x).chunk(2, dim=1))
+        return wna16_matmul(x, self.packed, self.bias, gated=True)
 
 
 class W8A8Linear(nn.Module):

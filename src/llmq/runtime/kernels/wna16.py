@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from llmq.checkpoint.quantized_weight import QuantizedWeight, numbers
 from llmq.runtime.kernels import runs_triton
+from llmq.runtime.kernels.silu import silu_mul_reference
 from llmq.scheme import INT
 
 PLANE = 32  # channels in a bit plane
@@ -125,8 +126,9 @@ def merge_wna16(weights: Sequence[PackedWeight]) -> PackedWeight | None:
     return replace(first, words=words, meta=meta)
 
 
-def wna16_matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """``x`` [M, K] times the packed weight [N, K], transposed, plus ``bias`` [N] → [M, N], of the type of ``x``.
+def wna16_matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, gated: bool = False) -> Tensor:
+    """``x`` [M, K] times the packed weight [N, K], transposed, plus ``bias`` [N] → [M, N], of the type of ``x``; if
+    ``gated``, ``silu_mul`` of its halves → [M, N / 2], the same bits as one after the other.
 
     On a GPU a batch of up to FUSED_ROWS, on Hopper of twice as many, goes through a kernel that unpacks in
     registers. For a longer one, whose time goes into arithmetic, the weight is widened to the type of ``x`` and
@@ -139,19 +141,22 @@ def wna16_matmul(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
         from llmq.runtime.kernels.wna16_triton import wna16_matmul_triton as matmul
     else:
         matmul = _matmul_reference
-    out: Tensor = matmul(x, packed, bias)
+    out: Tensor = matmul(x, packed, bias, gated)
     return out
 
 
-def wna16_matmul_reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def wna16_matmul_reference(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, gated: bool = False
+) -> Tensor:
     """``wna16_matmul`` in plain PyTorch: widened to fp32 (or the wider type of ``x``) and multiplied."""
-    return _matmul_reference(x if packed.order is None else x.index_select(1, packed.order), packed, bias)
+    return _matmul_reference(x if packed.order is None else x.index_select(1, packed.order), packed, bias, gated)
 
 
-def _matmul_reference(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+def _matmul_reference(x: Tensor, packed: PackedWeight, bias: Tensor | None, gated: bool) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     codes, scales, zeros = packed.unpack()
     group = torch.arange(packed.in_features, device=x.device) // packed.group_length
     values = codes if packed.number == INT else numbers(packed.number, x.device)[codes.long()]
     weight = scales.to(wide)[:, group] * (values.to(wide) - zeros.to(wide)[:, group])
-    return F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
+    out = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
+    return silu_mul_reference(*out.chunk(2, dim=1)) if gated else out

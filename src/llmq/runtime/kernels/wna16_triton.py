@@ -10,6 +10,11 @@ matrix unit reads from registers, and a batch of 8 fills it as well as one of 64
 
 The scale multiplies the fp32 sum of its group, not the weights: that costs less and rounds nothing. Where a group is
 whole steps, the four planes of 4 bits lie side by side in the registers, and a step is one product.
+
+A gated program has the same columns of gate and of up, and stores what the gate lets through:
+
+    n      | tile · BLOCK_N / 2 … of gate | the same of up |
+    out                silu(gate) · up
 """
 
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
@@ -30,6 +35,8 @@ from llmq.checkpoint.quantized_weight import numbers
 from llmq.memory import FUSED_ROWS
 from llmq.runtime.kernels import is_hopper
 from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.prefetch_triton import prefetch
+from llmq.runtime.kernels.silu_triton import silu_mul_triton, silu_product
 from llmq.runtime.kernels.split_k_triton import (
     REDUCE_ROWS,
     counters,
@@ -42,6 +49,8 @@ from llmq.runtime.kernels.wna16 import PLANE, STEP, PackedWeight
 from llmq.scheme import E4M3, INT
 
 PROGRAMS = 528  # enough to keep an H200's 132 multiprocessors in loads: four each
+GATED_ROWS = range(9, 33)  # whose gate is taken in the product; for fewer a kernel behind it was faster on an H200
+AHEAD = 1  # steps whose words are brought into the L2 cache before there are activations
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -57,7 +66,7 @@ class Launch(NamedTuple):
 # (bits, rows up to) → launch parameters, measured on an H200.
 LAUNCHES = {
     (4, 8): Launch(8, 64, 2, 4),
-    (4, 16): Launch(32, 128, 4, 4),
+    (4, 16): Launch(16, 128, 4, 4),
     (4, 32): Launch(32, 128, 4, 4),
     (4, 64): Launch(64, 128, 4, 3),
     (8, 8): Launch(8, 128, 4, 3),
@@ -73,8 +82,21 @@ def launch_for(bits: int, rows: int, element_size: int) -> Launch:
     return LAUNCHES[bits, block_m] if element_size == 2 else Launch(block_m, 64, 4, 2)
 
 
-def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+def split_length(packed: PackedWeight) -> int:
+    """Steps of K in a split: up to a quarter more where that makes splits of one length.
+
+    They depend on the weight alone, so that a row's result does not depend on the batch.
+    """
+    steps = triton.cdiv(packed.in_features, STEP)
+    length = steps_per_split(triton.cdiv(packed.out_features, 64), steps, PROGRAMS)
+    return next((longer for longer in range(length, length * 5 // 4 + 1) if steps % longer == 0), length)
+
+
+def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None, gated: bool) -> Tensor:
     """``wna16_matmul`` through Triton; ``x`` is in packed order."""
+    if gated and not (len(x) in GATED_ROWS and split_length(packed) * STEP >= packed.in_features):
+        gate, up = wna16_matmul_triton(x, packed, bias, False).chunk(2, dim=1)
+        return silu_mul_triton(gate, up)
     rows, out_features = x.shape[0], packed.out_features
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -87,20 +109,19 @@ def wna16_matmul_triton(x: Tensor, packed: PackedWeight, bias: Tensor | None) ->
         return F.linear(x, dequantize(packed, x.dtype), bias)
     whole_groups = packed.group_length % STEP == 0 or packed.group_length >= packed.in_features
     launch = launch_for(packed.bits, rows, x.element_size())
-    steps = triton.cdiv(packed.in_features, STEP)
-    # They depend on the weight alone, so that a row's result does not depend on the batch.
-    per_split = steps_per_split(triton.cdiv(out_features, 64), steps, PROGRAMS)
+    steps, per_split = triton.cdiv(packed.in_features, STEP), split_length(packed)
     splits = triton.cdiv(steps, per_split)
     reduced = splits > 1 and rows > REDUCE_ROWS
-    out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    width, block_n = (out_features // 2, launch.block_n // 2) if gated else (out_features, launch.block_n)
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     sums = torch.empty(splits if splits > 1 else 0, rows, out_features, dtype=torch.float32, device=x.device)
     tiles_m = triton.cdiv(rows, launch.block_m)
-    wna16_kernel[triton.cdiv(out_features, launch.block_n) * tiles_m, splits](
+    wna16_kernel[triton.cdiv(width, block_n) * tiles_m, splits](
         x, packed.words, packed.meta, table_of(packed.number, x.device), bias, out, sums, counters(x.device), rows,
         out_features, packed.in_features, x.stride(0), steps, per_split, tiles_m, **_format(packed), SPLIT=splits > 1,
-        REDUCED=reduced, ASM=not INTERPRETED and x.element_size() == 2,
+        REDUCED=reduced, GATED=gated, ASM=not INTERPRETED and x.element_size() == 2,
         JOINED=packed.bits == 4 and launch.block_m > 8 and whole_groups,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, STAGES=launch.stages, AHEAD=AHEAD,
         num_warps=launch.warps, **pdl(x.device),
     )  # fmt: skip
     if reduced:
@@ -275,23 +296,35 @@ def wna16_kernel(
     x, words, meta, table, bias, out, sums, counters, rows, out_features, in_features, x_stride, steps,
     steps_per_split, tiles_m,
     WHOLE_STEPS: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr, PER_GROUP: tl.constexpr,
-    BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, ASM: tl.constexpr, JOINED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BF16_SCALE: tl.constexpr, SPLIT: tl.constexpr, REDUCED: tl.constexpr, GATED: tl.constexpr, ASM: tl.constexpr,
+    JOINED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, summed over one split of K."""
     PLANES: tl.constexpr = 16 // BITS
     TYPE: tl.constexpr = x.dtype.element_ty
     # Programs that share a tile of the weight are neighbours, so that all but one find it in the cache.
-    n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, i = tl.program_id(0) // tiles_m, tl.arange(0, BLOCK_N)
+    if GATED:
+        # Half of the tile's rows are gate's, and half the same of up's.
+        HALF: tl.constexpr = BLOCK_N // 2
+        width = out_features // 2
+        n = i // HALF * width + tile * HALF + i % HALF
+        is_n = tile * HALF + i % HALF < width
+    else:
+        n = tile * BLOCK_N + i
+        is_n = n < out_features
     m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 32)
-    is_n = n < out_features
     is_x = (m < rows)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     tile_size = tl.cast(out_features, tl.int64) * 32  # words may have more than 2^31 elements
     first = tl.program_id(1) * steps_per_split
     last = tl.minimum(first + steps_per_split, steps)
+    if PDL and JOINED:
+        for ahead in tl.static_range(AHEAD):
+            at_row = words + (first + ahead) * tile_size + n * 32
+            prefetch(at_row, tl.where(is_n & (first + ahead < last), 64, 0))
     wait(PDL)
     if PER_GROUP == 0:
         of_row = tl.load(meta + n, mask=is_n, other=0)
@@ -362,7 +395,14 @@ def wna16_kernel(
         acc = sum_splits(sums, at_out, inside, size, tl.num_programs(1))
     if bias is not None:
         acc += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=inside)
+    y = acc.to(TYPE)
+    if GATED:
+        gate, up = tl.split(y.reshape(2, HALF, BLOCK_M).permute(1, 2, 0))
+        y = silu_product(gate, up)
+        column = tile * HALF + tl.arange(0, HALF)
+        inside = is_x & (column < width)[:, None]
+        at_out = m[None, :].to(tl.int64) * width + column[:, None]
+    tl.store(out + at_out, y, mask=inside)
 
 
 @triton.jit
