@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import wait
-from llmq.runtime.kernels.split_k_triton import Launch, reduce_splits, steps_per_split
+from llmq.runtime.kernels.split_k_triton import Launch, reduce_splits, scaled, steps_per_split
 
 STEP_BYTES = 128  # of K
 WHOLE = 16  # steps that are not worth a sum of splits
@@ -176,10 +176,8 @@ def skinny_kernel(
     if sums is not None:
         gl.store(sums + gl.program_id(1).to(gl.int64) * rows * out_features + at_out, acc, mask=inside)
     else:
-        result = acc.to(gl.float32)
-        if weight_scales is not None:
-            result *= gl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
-            result *= gl.load(x_scales + m, mask=is_m, other=0.0)[None, :]
-        if bias is not None:
-            result += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[:, None]
+        n_scales = None if weight_scales is None else gl.load(weight_scales + n, mask=is_n, other=0.0)[:, None]
+        m_scales = None if x_scales is None else gl.load(x_scales + m, mask=is_m, other=0.0)[None, :]
+        n_bias = None if bias is None else gl.load(bias + n, mask=is_n, other=0.0)[:, None]
+        result = scaled(acc, m_scales, n_scales, n_bias)
         gl.store(out + at_out, result.to(out.dtype.element_ty), mask=inside)

@@ -33,6 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from llmq.runtime.kernels import multiprocessors
 from llmq.runtime.kernels.pdl_triton import wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
+from llmq.runtime.kernels.split_k_triton import scaled
 from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import INT
 
@@ -147,9 +148,8 @@ def consume(
         n_scales = gl.load(weight_scales + n, mask=is_n, other=0.0)[None, :]
         sums = warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
-        result = sums.to(gl.float32) * n_scales * m_scales
-        if bias is not None:
-            result += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[None, :]
+        n_bias = None if bias is None else gl.load(bias + n, mask=is_n, other=0.0)[None, :]
+        result = scaled(sums, m_scales, n_scales, n_bias)
         left, right = halves(result.to(at_out.dtype))
         parts = halves(left) + halves(right)
         for part in gl.static_range(len(parts)):
