@@ -14,7 +14,7 @@
 
                     acc [BLOCK_M, BLOCK_N]  += x [BLOCK_M, BLOCK_K] · w [BLOCK_N, BLOCK_K]ᵀ
 
-On Hopper most products of 33 to 256 rows are those of ``skinny_hopper_triton``.
+On Hopper most products of 9 to 256 rows are those of ``skinny_hopper_triton``.
 
 The weights come first in small products, as the matrix unit's tile is 16 or 64 by 8. Hopper's adds products of FP8
 with fewer bits than fp32 has: every PROMOTE channels the sum is taken out of it and added to one in fp32. PyTorch's
