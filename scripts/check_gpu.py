@@ -47,7 +47,7 @@ from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
 from llmq.runtime.kernels.grouped import GroupedWeight, block_m_for, grouped_matmul, grouped_matmul_reference
 from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
 from llmq.runtime.kernels.invariant import invariant_matmul
-from llmq.runtime.kernels.kv_write import Scales, write_kv, write_kv_reference
+from llmq.runtime.kernels.kv_write import Scales, write_kv
 from llmq.runtime.kernels.megakernel import Between, Weight, megakernel, megakernel_reference, takes
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
 from llmq.runtime.kernels.quantize_rows import QuantizedRows, quantize_rows, quantize_rows_reference
@@ -228,6 +228,12 @@ class AttentionCase:
         )
 
 
+def unturned(key: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotation that leaves the heads of ``key`` [tokens, kv_heads, head_dim] as they are."""
+    turn = torch.ones(len(key), 1, key.shape[2] // 2, device=key.device)
+    return turn, 0 * turn
+
+
 @dataclass
 class WriteCase:
     tokens: int
@@ -246,7 +252,7 @@ class WriteCase:
         wide = torch.randn(self.tokens, 3 * self.kv_heads, self.head_dim, device="cuda").to(self.dtype)
         key, value = wide[:, self.kv_heads : 2 * self.kv_heads], wide[:, 2 * self.kv_heads :]
         slots = self.num_blocks * self.block_size - 1 - torch.randperm(self.tokens, device="cuda")
-        write_kv(key, value, *caches, slots)
+        rope_and_write(key, key, value, unturned(key), *caches, slots)
         wrong = 0
         for cache, source in zip(caches, (key, value), strict=True):
             wrong += int((cache[slots // self.block_size, slots % self.block_size] != source).sum())
@@ -256,7 +262,7 @@ class WriteCase:
 
 @dataclass
 class RoundedWriteCase:
-    """Codes and scales of 8 bits, written alone and behind the rotation, are those of a CPU."""
+    """Codes and scales of 8 bits are those of a CPU."""
 
     tokens: int
     kv_heads: int
@@ -268,20 +274,17 @@ class RoundedWriteCase:
         blocks = self.tokens // 16 + 2
         wide = torch.randn(self.tokens, 3 * self.kv_heads, self.head_dim, device="cuda").to(self.dtype)
         query, key, value = wide.chunk(3, dim=1)
-        turn = torch.ones(self.tokens, 1, self.head_dim // 2, device="cuda")
         slots = torch.randperm(16 * blocks, device="cuda")[: self.tokens]
         kept: list[tuple[Tensor, ...]] = []
-        for device in ("cuda", "cuda", "cpu"):
+        for device in ("cuda", "cpu"):
             codes, scales = empty_cache(self.number, blocks, 16, self.kv_heads, self.head_dim)
             codes, scales = codes.to(device), (scales[0].to(device), scales[1].to(device))
             if device == "cpu":
-                write_kv_reference(key.cpu(), value.cpu(), codes[0], codes[1], slots.cpu(), scales)
-            elif not kept:
-                write_kv(key, value, codes[0], codes[1], slots, scales)
+                write_kv(key.cpu(), value.cpu(), codes[0], codes[1], slots.cpu(), scales)
             else:
-                rope_and_write(query, key, value, (turn, 0 * turn), codes[0], codes[1], slots, scales=scales)
+                rope_and_write(query, key, value, unturned(key), codes[0], codes[1], slots, scales=scales)
             kept.append((codes.view(torch.uint8).cpu(), scales[0].cpu(), scales[1].cpu()))
-        wrong = sum(int((ours != right).sum()) for own in kept[:2] for ours, right in zip(own, kept[2], strict=True))
+        wrong = sum(int((ours != right).sum()) for ours, right in zip(*kept, strict=True))
         return Outcome(float(wrong), 0.0, True)
 
 
@@ -604,7 +607,9 @@ class BetweenCase:
             if self.number is None:
                 return Weight(torch.randn(out_features, in_features, device="cuda").to(BF16) / 50, None)
             packed = pack_w8a8(draw_weight(out_features, in_features, w8a8_scheme(self.number)))
-            return Weight(packed.codes, packed.scales)
+            # The last of 32 MiB: most likely nothing is mapped behind them, so that a read past their end is an error.
+            scales = torch.empty(2**23, device="cuda")[-out_features:].copy_(packed.scales)
+            return Weight(packed.codes, scales)
 
         norm, next_norm = (torch.randn(self.hidden, device="cuda").to(BF16) for _ in range(2))
         following = None if self.last else (next_norm, draw(self.qkv, self.hidden))
@@ -774,7 +779,7 @@ class GraphCase:
         paged.key_cache[0], paged.value_cache[0] = 0.0, 0.0
 
         def step() -> Tensor:
-            write_kv(key, value, paged.key_cache, paged.value_cache, slots)
+            rope_and_write(paged.query, key, value, unturned(key), paged.key_cache, paged.value_cache, slots)
             return paged_attention(
                 paged.query, paged.key_cache, paged.value_cache, paged.block_tables, paged.query_starts,
                 paged.kv_lengths, window=None, max_query_length=1, max_kv_length=4096,

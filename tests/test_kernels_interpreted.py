@@ -35,7 +35,7 @@ else:
     from llmq.runtime.kernels.gelu import gelu_mul, gelu_mul_reference
     from llmq.runtime.kernels.grouped import GroupedWeight, grouped_matmul, grouped_matmul_reference
     from llmq.runtime.kernels.gumbel import draw_gumbel, draw_gumbel_reference
-    from llmq.runtime.kernels.kv_write import read_pages, write_kv, write_kv_reference
+    from llmq.runtime.kernels.kv_write import read_pages
     from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize, add_rms_norm_reference
     from llmq.runtime.kernels.quantize_rows import LARGEST, QuantizedRows, quantize_rows, quantize_rows_reference
     from llmq.runtime.kernels.rope import rope_and_write, rope_and_write_reference
@@ -213,29 +213,6 @@ else:
             # A norm summed in another order may make another code, a step off.
             tolerance = {None: 2 * TOLERANCE[torch.float16], INT: 1e-3, E4M3: 1e-5}[number]
             assert (ours - theirs).norm() <= tolerance * theirs.norm()
-
-    @pytest.mark.parametrize("number", [INT, E4M3])
-    @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])
-    def test_write_kv_in_8_bits(kv_heads: int, head_dim: int, number: str) -> None:
-        torch.manual_seed(0)
-        key, value = draw_kv(number, 2, 5, kv_heads, head_dim)
-        slots = torch.tensor([3, 17, 4, 47, 16])
-        written = []
-        for write in (write_kv, write_kv_reference):
-            cache, scales = empty_cache(number, 3, 16, kv_heads, head_dim)
-            write(key, value, cache[0], cache[1], slots, scales)
-            written.append((cache.view(torch.uint8), *scales))
-        assert all(ours.equal(theirs) for ours, theirs in zip(*written, strict=True))
-
-    @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])
-    def test_write_kv(kv_heads: int, head_dim: int) -> None:
-        wide = torch.randn(5, 3 * kv_heads, head_dim)
-        key, value = wide[:, kv_heads : 2 * kv_heads], wide[:, 2 * kv_heads :]
-        slots = torch.tensor([3, 17, 4, 47, 16])
-        ours, theirs = torch.zeros(2, 3, 2, 16, kv_heads, head_dim)
-        write_kv(key, value, ours[:, 0], ours[:, 1], slots)
-        write_kv_reference(key, value, theirs[:, 0], theirs[:, 1], slots)
-        assert ours.equal(theirs)
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("bits", [4, 8])
@@ -430,6 +407,24 @@ else:
         for ours, theirs in zip(*written, strict=True):
             # A sum in another order may make another code, a step off.
             assert (ours - theirs).norm() <= (1e-2 if normed else 1e-6) * theirs.norm()
+
+    @pytest.mark.parametrize("number", [None, INT, E4M3])
+    @pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 16), (3, 20)])
+    def test_rope_and_write_of_tokens_that_do_not_turn_stores_the_same_bits(
+        kv_heads: int, head_dim: int, number: str | None
+    ) -> None:
+        torch.manual_seed(0)
+        parts = draw_kv(number or INT, 5, 3 * kv_heads, head_dim).chunk(3, dim=1)
+        turn = torch.ones(5, 1, head_dim // 2)
+        slots = torch.tensor([3, 17, 4, 47, 16])
+        written = []
+        for write in (rope_and_write, rope_and_write_reference):
+            cache, scales = empty_cache(number or INT, 3, 16, kv_heads, head_dim)
+            if number is None:
+                cache, scales = torch.zeros(3, 2, 16, kv_heads, head_dim).movedim(1, 0), None
+            write(*parts, (turn, 0 * turn), cache[0], cache[1], slots, scales=scales)
+            written.append((cache.contiguous().view(torch.uint8), *(scales or ())))
+        assert all(ours.equal(theirs) for ours, theirs in zip(*written, strict=True))
 
     def same_rows(ours: QuantizedRows, theirs: QuantizedRows) -> bool:
         return ours.scales.equal(theirs.scales) and ours.codes.view(torch.uint8).equal(theirs.codes.view(torch.uint8))

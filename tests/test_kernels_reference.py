@@ -15,7 +15,7 @@ from torch import Tensor
 from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.runtime.kernels.attention import paged_attention_reference
 from llmq.runtime.kernels.gelu import gelu_mul
-from llmq.runtime.kernels.kv_write import read_pages, write_kv_reference
+from llmq.runtime.kernels.kv_write import read_pages, write_kv
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import LARGEST, quantize_rows
 from llmq.runtime.kernels.rope import rope_and_write
@@ -118,7 +118,7 @@ def test_keys_and_values_land_in_their_slots_and_nowhere_else(interleaved: bool)
     key_cache, value_cache = (pool[:, 0], pool[:, 1]) if interleaved else torch.zeros(2, 5, 4, 3, 8)
     key, value = torch.randn(2, 6, 3, 8)
     slots = torch.tensor([19, 4, 5, 6, 7, 8])
-    write_kv_reference(key, value, key_cache, value_cache, slots)
+    write_kv(key, value, key_cache, value_cache, slots)
     for token, slot in enumerate(slots.tolist()):
         assert key_cache[slot // 4, slot % 4].equal(key[token])
         assert value_cache[slot // 4, slot % 4].equal(value[token])
@@ -131,7 +131,7 @@ def test_a_rounded_key_is_off_by_half_a_step_at_most(number: str, most: float) -
     cache, scales = empty_cache(number, 3, 4, 2, 8)
     key, value = torch.randn(2, 5, 2, 8) * torch.logspace(-2, 0, 5)[:, None, None]
     slots = torch.tensor([11, 4, 5, 6, 7])
-    write_kv_reference(key, value, cache[0], cache[1], slots, scales)
+    write_kv(key, value, cache[0], cache[1], slots, scales)
     for x, codes, scale in zip((key, value), cache, scales, strict=True):
         kept = read_pages(codes, scale, torch.arange(3), torch.float32)
         of = x.abs().amax(-1, keepdim=True) if number == INT else x.abs().clamp_min(2**-6 * float(scale))
@@ -142,7 +142,7 @@ def test_a_rounded_key_is_off_by_half_a_step_at_most(number: str, most: float) -
 def test_numbers_beyond_the_range_of_e4m3_become_its_largest() -> None:
     cache, scales = empty_cache(E4M3, 1, 4, 1, 2)
     key, value = torch.tensor([[[7.0, -1e9]]]), torch.zeros(1, 1, 2)
-    write_kv_reference(key, value, cache[0], cache[1], torch.tensor([2]), scales)
+    write_kv(key, value, cache[0], cache[1], torch.tensor([2]), scales)
     assert cache[0, 0, 2, 0].float().tolist() == [448.0, -448.0]
 
 

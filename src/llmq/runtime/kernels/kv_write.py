@@ -19,7 +19,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmq.runtime.kernels import runs_triton
 from llmq.runtime.kernels.quantize_rows import LARGEST, quantize_rows_reference
 from llmq.scheme import E4M3, INT
 
@@ -30,25 +29,14 @@ Scales = tuple[Tensor, Tensor]
 def write_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, scales: Scales | None = None
 ) -> None:
-    """Write ``key`` and ``value`` at ``slots``.
+    """Write ``key`` and ``value`` at ``slots``, in plain PyTorch; on a GPU ``rope_and_write`` does it.
 
-    key, value    [tokens, kv_heads, head_dim]; contiguous in head_dim
+    key, value    [tokens, kv_heads, head_dim]
     key_cache     [blocks, block_size, kv_heads, head_dim]; may be a view of a bigger pool, contiguous in head_dim,
     value_cache   both with the same strides; of int8 or e4m3 where there are scales
     slots         integers [tokens]; distinct, but for those of block 0, where padding tokens are written
     scales        of e4m3, read; of int8, written too. None: the caches have the type of key and value
     """
-    if runs_triton(key):
-        from llmq.runtime.kernels.kv_write_triton import write_kv_triton as write
-    else:
-        write = write_kv_reference
-    write(key, value, key_cache, value_cache, slots, scales)
-
-
-def write_kv_reference(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, scales: Scales | None = None
-) -> None:
-    """``write_kv`` in plain PyTorch."""
     block_size = key_cache.shape[1]
     block, offset = slots // block_size, slots % block_size
     for x, cache, scale in zip((key, value), (key_cache, value_cache), scales or (None, None), strict=True):

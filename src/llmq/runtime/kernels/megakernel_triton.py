@@ -214,14 +214,14 @@ def multiply(
         put(x, values, most, BLOCK_M, LARGEST)
     for tile in range(PIECES // CHUNKS):
         n = first_n + tile * STEP + row
-        in_0 = (m < rows) & (n < first_n + SHARE)
-        in_1 = (m < rows) & (n + (0 if GATED else HALF) < first_n + SHARE)
+        is_0, is_1 = n < first_n + SHARE, n + (0 if GATED else HALF) < first_n + SHARE
+        in_0, in_1 = (m < rows) & is_0, (m < rows) & is_1
         at = out + m * STRIDE + n
         if ADD:
             before_0, before_1 = gl.load(at, mask=in_0, other=0.0), gl.load(at + HALF, mask=in_1, other=0.0)
         if LARGEST > 0:
-            n_scales_0 = gl.load(scales + n, mask=n < first_n + SHARE, other=0.0)
-            n_scales_1 = gl.load(scales + n + SECOND, mask=n < first_n + SHARE, other=0.0)
+            n_scales_0 = gl.load(scales + n, mask=is_0, other=0.0)
+            n_scales_1 = gl.load(scales + n + SECOND, mask=is_1, other=0.0)
         acc_0 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
         acc_1 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
         for block in range((CHUNKS + BLOCK_CHUNKS - 1) // BLOCK_CHUNKS):

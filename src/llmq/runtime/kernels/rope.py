@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmq.runtime.kernels import runs_triton
-from llmq.runtime.kernels.kv_write import Scales, write_kv_reference
+from llmq.runtime.kernels.kv_write import Scales, write_kv
 from llmq.runtime.kernels.norm import add_rms_norm_reference
 
 
@@ -66,7 +66,7 @@ def rope_and_write_reference(
 ) -> Tensor:
     """``rope_and_write`` in plain PyTorch."""
     query, key = norm_and_rotate(query, key, rotation, norms, eps)
-    write_kv_reference(key, value, key_cache, value_cache, slots, scales)
+    write_kv(key, value, key_cache, value_cache, slots, scales)
     return query
 
 
