@@ -971,6 +971,7 @@ def all_cases() -> list[Case]:
                 cases.append(RoundedCase(batch, 512, 1024, number, dtype, bias=batch % 2 == 1))
                 cases.append(RoundedCase(batch, 65, 300, number, dtype, bias=batch % 2 == 0))
             cases.append(RoundedCase(300, 200, 208, number, dtype))
+            cases.append(RoundedCase(20, 192, 4224, number, dtype))  # an odd number of boxes, split
             for tokens, width in ((1, 64), (7, 300), (3, 14336), (100, 4096), (2, 28672)):
                 cases.append(RowsCase(tokens, width, number, dtype))
         for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):

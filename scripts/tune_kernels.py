@@ -35,7 +35,7 @@ from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
 from llmq.scheme import E4M3, INT, Scheme
 
-Launch = wna16_triton.Launch | w8a8_triton.Launch | SplitLaunch
+Launch = wna16_triton.Launch | w8a8_triton.Launch | skinny_hopper_triton.Launch | SplitLaunch
 NAMES = ["w4", "w8", "w8a8", "fp8"]
 
 
@@ -91,8 +91,10 @@ def entries() -> list[Entry]:
     for name, number, label in (("w8a8", INT, "INT"), ("fp8", E4M3, "E4M3")):
         table = w8a8_triton.SPLIT[number]
         found += [Entry(name, rows, w8a8_triton, table, rows, rf"{label}: {{[^}}]*\b{rows}: ") for rows in table]
-    for rows in [rows for rows in skinny_hopper_triton.LAUNCHES if rows > 32]:  # fewer only of 16 bits
+    for rows in [rows for rows in skinny_hopper_triton.LAUNCHES if rows > 64]:  # fewer only of 16 bits
         found.append(Entry("w8a8", rows, skinny_hopper_triton, skinny_hopper_triton.LAUNCHES, rows, rf"\b{rows}: "))
+    for label, few in (("FEW", skinny_hopper_triton.FEW), ("FEW_WIDE", skinny_hopper_triton.FEW_WIDE)):
+        found += [Entry("w8a8", r, skinny_hopper_triton, few, r, rf"{label} = {{[^}}]*\b{r}: ") for r in few]
     return [
         *found,
         Entry("w8a8", 256, w8a8_triton, w8a8_triton.LONG_SPLIT, 256, r"LONG_SPLIT = \{256: "),

@@ -219,7 +219,7 @@ def wna16_hopper(launch: Launch, tile_m: int, dtype: str) -> Any:
     )
 
 
-def skinny_hopper(launch: Launch, code: str, split: bool) -> Any:
+def skinny_hopper(launch: skinny_hopper_triton.Launch, code: str, split: bool) -> Any:
     kernel = skinny_hopper_triton.skinny_kernel
     bits, total = (16, "fp32") if code in ("bf16", "fp16") else (8, "i32" if code == "i8" else "fp32")
     tile = f"{1024 // bits}],{skinny_hopper_triton.tile_layout(bits)!r}>"
@@ -229,7 +229,7 @@ def skinny_hopper(launch: Launch, code: str, split: bool) -> Any:
               for name, size in (("x", launch.block_m), ("weight", launch.block_n))}  # fmt: skip
     constants: dict[str, Any] = dict.fromkeys(("x_scales", "weight_scales") if bits == 16 else ())
     constants |= {} if split else {"sums": None}
-    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
+    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "STAGES": launch.stages, "BOXES": launch.boxes}
     return compile_for(90, kernel, types, launch.warps, launch.stages, source=gluon.GluonASTSource, **constants)
 
 
@@ -431,18 +431,19 @@ def test_tiles_of_int4_hold_all_rows_as_one_power_of_two_or_two(out_features: in
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize(
     ("code", "launch"),
-    [(code, launch) for code, dtype in SKINNY.items() for rows in skinny_hopper_triton.LAUNCHES
-     if (launch := skinny_hopper_triton.launch_for(rows, 1024, 1024, dtype)) is not None],
+    [(code, launch) for code, dtype in SKINNY.items() for rows in (16, *skinny_hopper_triton.LAUNCHES)
+     for out_features in (1024, 28672)
+     if (launch := skinny_hopper_triton.launch_for(rows, out_features, 1024, dtype)) is not None],
 )  # fmt: skip
 def test_weights_of_few_rows_are_asked_for_before_the_rows_are_there(
-    code: str, launch: Launch, split: bool, tmp_path: Path
+    code: str, launch: skinny_hopper_triton.Launch, split: bool, tmp_path: Path
 ) -> None:
     compiled = skinny_hopper(launch, code, split)
     assert spilled_bytes(compiled, tmp_path) == 0
     ptx = compiled.asm["ptx"]
     assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait") < ptx.index("wgmma.mma_async")
     # A step's product runs while the next step's tiles are waited for, but of FP8, whose sums go to fp32 each step.
-    assert ("wgmma.wait_group.sync.aligned 1;" in ptx) == (code != "fp8e4nv")
+    assert (f"wgmma.wait_group.sync.aligned {launch.boxes};" in ptx) == (code != "fp8e4nv")
 
 
 @pytest.mark.parametrize("number", [INT, E4M3])

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq.runtime.kernels.pdl_triton import pdl, wait
+from llmq.runtime.kernels.pdl_triton import pdl, start_next, wait
 from llmq.runtime.kernels.quantize_rows import CODES, LARGEST, SMALLEST_MAX, QuantizedRows
 
 TINY = tl.constexpr(SMALLEST_MAX)
@@ -78,6 +78,7 @@ def quantize_rows_kernel(
     x, codes, scales, width, x_stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     """One token: the whole row in one block."""
+    start_next(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width

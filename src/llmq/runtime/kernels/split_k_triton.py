@@ -80,6 +80,20 @@ def sum_splits(sums, at, inside, size, splits):
     return total
 
 
+@triton.jit
+def scaled(sums, x_scales, weight_scales, bias):
+    """The outputs, fp32, that a product's ``sums`` are; scales and bias broadcast to their shape, or are None.
+
+    Wherever 8-bit products are scaled it is in this order: a row has the same bits in a batch of any size.
+    """
+    result = sums.to(tl.float32)
+    if weight_scales is not None:
+        result = result * weight_scales * x_scales
+    if bias is not None:
+        result += bias.to(tl.float32)
+    return result
+
+
 @triton.jit(do_not_specialize=["rows"])
 def reduce_kernel(
     sums, x_scales, weight_scales, bias, out, rows, out_features,
@@ -89,17 +103,13 @@ def reduce_kernel(
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < out_features
-    if weight_scales is not None:
-        n_scales = tl.load(weight_scales + n, mask=inside, other=0.0)
+    n_scales = None if weight_scales is None else tl.load(weight_scales + n, mask=inside, other=0.0)
+    n_bias = None if bias is None else tl.load(bias + n, mask=inside, other=0.0)
     wait(PDL)
     size = tl.cast(rows, tl.int64) * out_features
     total = tl.load(sums + row * out_features + n, mask=inside, other=0)
     for split in tl.static_range(1, SPLITS):  # unrolled: all loads at once
         total += tl.load(sums + split * size + row * out_features + n, mask=inside, other=0)
-    acc = total.to(tl.float32)
-    if weight_scales is not None:
-        # In this order wherever 8-bit products are scaled: a row has the same bits in a batch of any size.
-        acc = acc * n_scales * tl.load(x_scales + row)
-    if bias is not None:
-        acc += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_features + n, acc.to(out.dtype.element_ty), mask=inside)
+    m_scale = None if x_scales is None else tl.load(x_scales + row)
+    result = scaled(total, m_scale, n_scales, n_bias)
+    tl.store(out + row * out_features + n, result.to(out.dtype.element_ty), mask=inside)

@@ -36,6 +36,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from llmq.runtime.kernels import multiprocessors
 from llmq.runtime.kernels.pdl_triton import wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
+from llmq.runtime.kernels.split_k_triton import scaled
 from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import INT
 
@@ -142,15 +143,6 @@ def produce(at_x, at_weight, shared, sizes, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def scaled(sums, x_scales, weight_scales, bias, n, is_n):
-    """The outputs of columns ``n`` that these sums are."""
-    result = sums.to(gl.float32) * gl.load(weight_scales + n, mask=is_n, other=0.0)[None, :] * x_scales
-    if bias is not None:
-        result += gl.load(bias + n, mask=is_n, other=0.0).to(gl.float32)[None, :]
-    return result
-
-
-@gluon.jit
 def consume(
     at_out, shared, x_scales, weight_scales, bias, sizes, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
 ):  # fmt: skip
@@ -186,7 +178,10 @@ def consume(
         for part in gl.static_range(len(parts)):
             # Part by part: the scales of all columns would not fit into the registers of three consumers.
             n = first_n + part * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, STORED))
-            result = scaled(parts[part], m_scales, weight_scales, bias, n, n < out_features)
+            is_n = n < out_features
+            n_scales = gl.load(weight_scales + n, mask=is_n, other=0.0)[None, :]
+            n_bias = None if bias is None else gl.load(bias + n, mask=is_n, other=0.0)[None, :]
+            result = scaled(parts[part], m_scales, n_scales, n_bias)
             place = stored.index(CONSUMER * 2 + part % 2)
             tma.store_wait(1)
             tl.debug_barrier()

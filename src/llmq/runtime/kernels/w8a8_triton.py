@@ -14,7 +14,7 @@
 
                     acc [BLOCK_M, BLOCK_N]  += x [BLOCK_M, BLOCK_K] · w [BLOCK_N, BLOCK_K]ᵀ
 
-On Hopper most products of 33 to 256 rows are those of ``skinny_hopper_triton``.
+On Hopper most products of 9 to 256 rows are those of ``skinny_hopper_triton``.
 
 The weights come first in small products, as the matrix unit's tile is 16 or 64 by 8. Hopper's adds products of FP8
 with fewer bits than fp32 has: every PROMOTE channels the sum is taken out of it and added to one in fp32. PyTorch's
@@ -34,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llmq.runtime.kernels import is_hopper, skinny_hopper_triton, w8a8_hopper_triton
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
-from llmq.runtime.kernels.split_k_triton import reduce_splits, steps_per_split
+from llmq.runtime.kernels.split_k_triton import reduce_splits, scaled, steps_per_split
 from llmq.runtime.kernels.w8a8 import Weight8
 from llmq.scheme import E4M3, INT
 
@@ -154,15 +154,6 @@ def _large(x: QuantizedRows, weight: Weight8, bias: Tensor | None, out: Tensor, 
         rows, out_features, x.codes.shape[1], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k, STAGES=launch.stages, GROUP=GROUP, num_warps=launch.warps, **pdl(out.device),
     )  # fmt: skip
-
-
-@triton.jit
-def scaled(sums, x_scales, weight_scales, bias):
-    """The outputs that these sums are, with scales and bias (or None) of shapes that broadcast to theirs."""
-    result = sums.to(tl.float32) * weight_scales * x_scales
-    if bias is not None:
-        result += bias.to(tl.float32)
-    return result
 
 
 @triton.jit(do_not_specialize=["rows"])
