@@ -56,7 +56,7 @@ from llmq.runtime.kernels.routing import choose, choose_reference, combine, sort
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_reference
 from llmq.runtime.kernels.w8a8 import Weight8, pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.w8a8_triton import kernel_for, large_kernel
-from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
+from llmq.runtime.kernels.wna16 import PackedWeight, pack_wna16, wna16_matmul
 from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
@@ -603,35 +603,39 @@ class BetweenCase:
     hidden: int
     inner: int
     qkv: int
-    number: str | None
+    scheme: Scheme | None
     last: bool = False
 
     def check(self) -> Outcome:
-        def draw(out_features: int, in_features: int) -> Weight:
-            if self.number is None:
-                return Weight(torch.randn(out_features, in_features, device="cuda").to(BF16) / 50, None)
-            packed = pack_w8a8(draw_weight(out_features, in_features, w8a8_scheme(self.number)))
+        wide: list[Tensor] = []
+
+        def draw(out_features: int, in_features: int) -> Weight | PackedWeight:
+            if self.scheme is None:
+                values = torch.randn(out_features, in_features, device="cuda").to(BF16) / 50
+                wide.append(values.double())
+                return Weight(values, None)
+            weight = draw_weight(out_features, in_features, self.scheme)
+            wide.append(weight.dequantize().double())
+            if self.scheme.activation_bits == 16:
+                return pack_wna16(weight, BF16)
+            packed = pack_w8a8(weight)
             # The last of 32 MiB: most likely nothing is mapped behind them, so that a read past their end is an error.
             scales = torch.empty(2**23, device="cuda")[-out_features:].copy_(packed.scales)
             return Weight(packed.codes, scales)
 
         norm, next_norm = (torch.randn(self.hidden, device="cuda").to(BF16) for _ in range(2))
-        following = None if self.last else (next_norm, draw(self.qkv, self.hidden))
         between = Between(
             draw(self.hidden, self.heads), norm, draw(2 * self.inner, self.hidden), draw(self.hidden, self.inner),
-            following, 1e-5,
+            None if self.last else (next_norm, draw(self.qkv, self.hidden)), 1e-5,
         )  # fmt: skip
         mixed = torch.randn(self.batch, self.heads, device="cuda").to(BF16)
         residual = torch.randn(self.batch, self.hidden, device="cuda").to(BF16)
         assert takes(self.batch, BF16, between)
-        exact = residual.double()
-        wide = (each.values.double() * (1 if each.scales is None else each.scales.double()[:, None]) for each in
-                (between.o, between.gate_up, between.down, *([] if following is None else [following[1]])))  # fmt: skip
-        exact = exact + mixed.double() @ next(wide).t()
-        gate, up = (F.rms_norm(exact, (self.hidden,), norm.double(), 1e-5) @ next(wide).t()).chunk(2, dim=1)
-        exact = exact + (F.silu(gate) * up) @ next(wide).t()
-        if following is not None:
-            exact = torch.cat((exact, F.rms_norm(exact, (self.hidden,), next_norm.double(), 1e-5) @ next(wide).t()), 1)
+        exact = residual.double() + mixed.double() @ wide[0].t()
+        gate, up = (F.rms_norm(exact, (self.hidden,), norm.double(), 1e-5) @ wide[1].t()).chunk(2, dim=1)
+        exact = exact + (F.silu(gate) * up) @ wide[2].t()
+        if not self.last:
+            exact = torch.cat((exact, F.rms_norm(exact, (self.hidden,), next_norm.double(), 1e-5) @ wide[3].t()), 1)
 
         def run(kernels: Callable[[Tensor, Tensor, Between], Tensor | None]) -> Tensor:
             total = residual.clone()
@@ -1004,7 +1008,10 @@ def all_cases() -> list[Case]:
     for last in (False, True):
         cases += [BetweenCase(batch, 2048, 1024, 3072, 4096, None, last) for batch in (1, 2, 5, 8)]
         for shape in ((4096, 4096, 14336, 6144), (2048, 2048, 6144, 4096)):
-            cases += [BetweenCase(1, *shape, one, last) for one in (None, INT, E4M3)]
+            cases += [BetweenCase(1, *shape, one, last) for one in (None, w8a8_scheme(INT), w8a8_scheme(E4M3))]
+        for inner, symmetric in ((14336, True), (12288, False)):
+            scheme = Scheme(symmetric=symmetric)
+            cases += [BetweenCase(batch, 4096, 4096, inner, 6144, scheme, last) for batch in (1, 2, 5, 8)]
     cases.append(BetweenCase(1, 4096, 2560, 9728, 6144, None))
     return [
         *map(ModelCase, VARIANTS), *cases, AloneCase(), InvariantCase(), GraphCase()

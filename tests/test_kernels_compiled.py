@@ -234,25 +234,29 @@ def skinny_hopper(launch: skinny_hopper_triton.Launch, code: str, split: bool) -
 
 
 def megakernel(number: str | None, rows: int, hidden: int, inner: int, last: bool) -> Any:
-    code, largest = {None: ("bf16", 0.0), INT: ("i8", 127.0), E4M3: ("fp8e4nv", 448.0)}[number]
+    code, bits, scale, largest = {
+        None: ("bf16", 16, "fp32", 0.0), INT: ("i8", 8, "fp32", 127.0), E4M3: ("fp8e4nv", 8, "fp32", 448.0),
+        "int4": ("i16", 4, "i32", 0.0),
+    }[number]  # fmt: skip
     weights = dict.fromkeys(("o", "gate_up", "down", "qkv"), f"*{code}")
     scales = dict.fromkeys(("o_scales", "gate_up_scales", "down_scales", "qkv_scales"))
     constants: dict[str, Any] = {} if number else scales
     if last:
         constants |= {"next_norm": None, "qkv": None, "qkv_scales": None}
     pointers = dict.fromkeys(("mixed", "residual", "gated", "out", "norm", "next_norm"), "*bf16")
-    pointers |= weights | dict.fromkeys(scales, "*fp32") | {"maxima": "*i32", "ticket": "*i32", "eps": "fp32"}
+    pointers |= weights | dict.fromkeys(scales, f"*{scale}") | {"maxima": "*i32", "ticket": "*i32", "eps": "fp32"}
     return compile_for(
         90, megakernel_triton.megakernel, pointers, megakernel_triton.WARPS.value, 1, source=gluon.GluonASTSource,
         HEADS=hidden, HIDDEN=hidden, INNER=inner, QKV=0 if last else 6144, BLOCK_M=rows, LARGEST=largest,
-        STAGES=megakernel_triton.STAGES[1 if number else 2], PROGRAMS=PROGRAMS, PDL=True, **constants,
+        BF16_SCALE=True, STAGES=megakernel_triton.STAGES[bits], PROGRAMS=PROGRAMS, PDL=True, **constants,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("number", "rows", "hidden", "inner", "last"),
     [(None, 1, 4096, 14336, False), (None, 8, 1024, 3072, False), (INT, 1, 4096, 14336, True),
-     (INT, 1, 4096, 14336, False), (E4M3, 1, 4096, 14336, False)],
+     (INT, 1, 4096, 14336, False), (E4M3, 1, 4096, 14336, False), ("int4", 1, 4096, 14336, False),
+     ("int4", 8, 4096, 14336, True)],
 )  # fmt: skip
 def test_from_attention_to_attention_each_multiprocessor_has_one_program(
     number: str | None, rows: int, hidden: int, inner: int, last: bool, tmp_path: Path

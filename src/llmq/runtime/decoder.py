@@ -20,7 +20,7 @@ from llmq.runtime.kernels import triton_runs_on
 from llmq.runtime.kernels.attention import dot_product_attention
 from llmq.runtime.kernels.embedding import embedding
 from llmq.runtime.kernels.gelu import gelu_mul
-from llmq.runtime.kernels.megakernel import MOST_ROWS, Between, has_room, megakernel, takes
+from llmq.runtime.kernels.megakernel import MOST_ROWS, MOST_VALUES, Between, Weight, has_room, megakernel, takes
 from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import QuantizedRows
 from llmq.runtime.kernels.rope import norm_and_rotate
@@ -278,7 +278,7 @@ class DecoderLayer(nn.Module):
         if not isinstance(mlp, MLP) or self.post_norms:
             return False
         o, down = (plain_weight(layer) for layer in (self.self_attn.o_proj, mlp.get_submodule(mlp.down)))
-        if o is None or down is None or o.scales is not None or down.scales is not None:
+        if not (isinstance(o, Weight) and isinstance(down, Weight) and o.scales is down.scales is None):
             return False
         residual.addmm_(mixed, o.values.t())
         gated = mlp.gated(self.post_attention_layernorm(residual, None, mlp.input_number))
@@ -334,6 +334,9 @@ class Decoder(nn.Module):
         rotations = rotary_angles(self.config, positions)
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         few = len(token_ids) <= MOST_ROWS and has_room(residual.device)
+        # Of more, attention has much to read, and begins while the projections before it run: not while one kernel has
+        # all shared memory.
+        whole = residual.numel() <= MOST_VALUES
         qkv: Tensor | None = None
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             rotation = rotations[layer.self_attn.rope]
@@ -343,7 +346,7 @@ class Decoder(nn.Module):
                 mixed = layer.self_attn.gather(torch.split(qkv, list(layer.self_attn.sizes), 1), rotation, attend)
             if following is None and wanted is not None:
                 mixed, residual = mixed[wanted], residual[wanted]
-            between = layer.until(following) if few else None
+            between = layer.until(following if whole else None) if few else None
             if between is not None and takes(len(mixed), mixed.dtype, between):
                 x, qkv = None, megakernel(mixed, residual, between)
             elif len(mixed) >= ADDING_TOKENS and layer.add(residual, mixed):

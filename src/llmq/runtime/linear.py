@@ -104,12 +104,14 @@ def input_number(layer: nn.Module) -> str | None:
     return layer.packed.number if isinstance(layer, W8A8Linear) else None
 
 
-def plain_weight(layer: nn.Module) -> Weight | None:
-    """The weight of ``layer`` if there is nothing else to it; None with a bias, in fewer bits, or batch-invariant."""
+def plain_weight(layer: nn.Module) -> Weight | PackedWeight | None:
+    """The weight of ``layer`` if there is nothing else to it; None with a bias, or batch-invariant."""
     if isinstance(layer, DenseLinear):
-        weight = Weight(layer.weight, None)
+        weight: Weight | PackedWeight = Weight(layer.weight, None)
     elif isinstance(layer, W8A8Linear):
         weight = Weight(layer.packed.codes, layer.packed.scales)
+    elif isinstance(layer, WeightOnlyLinear):
+        weight = layer.packed
     else:
         return None
     return None if layer.bias is not None or layer.batch_invariant else weight

@@ -23,18 +23,20 @@ from llmq.runtime.kernels.norm import add_rms_norm, add_rms_norm_quantize
 from llmq.runtime.kernels.quantize_rows import CODES, QuantizedRows, quantize_rows
 from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize
 from llmq.runtime.kernels.w8a8 import Weight8, w8a8_matmul
+from llmq.runtime.kernels.wna16 import STEP, PackedWeight, wna16_matmul
+from llmq.scheme import INT
 
 MOST_ROWS = 8
 MOST_VALUES = 8192
-"""Rows · hidden: every program norms and rounds all rows, and of more that takes as long as the one kernel saves. Two
-rows take as long as MOST_ROWS."""
+"""Rows · hidden: every program norms and rounds all rows, and of more that takes as long as the one kernel saves, but
+with weights of 4 bits. Two rows take as long as MOST_ROWS."""
 PROGRAMS = 128
 """Each has the same share of the rows of every weight, ``ROWS`` at a time,"""
 ROWS = 32
 CHUNK_BYTES = 1024
 """and so many bytes of each."""
-STAGES = {1: 5, 2: 4}
-"""Bytes of a weight's number → chunks that are on their way, as many as there is shared memory for."""
+STAGES = {4: 4, 8: 5, 16: 4}
+"""Bits of a weight's number → chunks that are on their way, as many as there is shared memory for."""
 LONGEST = 4096
 """Channels of a row that a program norms, or rounds."""
 
@@ -47,6 +49,18 @@ class Weight(NamedTuple):
     values: Tensor
     scales: Tensor | None
 
+    @property
+    def out_features(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.values.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class Between:
@@ -56,40 +70,52 @@ class Between:
     norm       [hidden]
     gate_up    [2 · inner, hidden]
     down       [hidden, inner]
-    following  the norm, and the queries', keys' and values' weight [qkv, hidden], of the next layer; or None
+    following  the norm, and the queries', keys' and values' weight [qkv, hidden], of the next layer; None: kernels of
+               their own are to follow
     """
 
-    o: Weight
+    o: Weight | PackedWeight
     norm: Tensor
-    gate_up: Weight
-    down: Weight
-    following: tuple[Tensor, Weight] | None
+    gate_up: Weight | PackedWeight
+    down: Weight | PackedWeight
+    following: tuple[Tensor, Weight | PackedWeight] | None
     eps: float
 
     @property
     def number(self) -> str | None:
         """What rows are rounded to; None: they are not."""
-        return None if self.o.scales is None else Weight8(self.o.values, self.o.scales).number
+        if isinstance(self.o, PackedWeight) or self.o.scales is None:
+            return None
+        return Weight8(self.o.values, self.o.scales).number
 
 
 def takes(rows: int, dtype: torch.dtype, between: Between) -> bool:
     """Whether ``megakernel`` runs ``rows`` of ``dtype`` in one kernel."""
-    o, gate_up, down = between.o.values, between.gate_up.values, between.down.values
-    values = [o, gate_up, down, *([between.following[1].values] if between.following else [])]
-    chunks = [-(-len(v) // PROGRAMS // ROWS) * v.shape[1] * v.itemsize // CHUNK_BYTES for v in values]
+    o, gate_up, down = between.o, between.gate_up, between.down
+    weights = [o, gate_up, down, *([between.following[1]] if between.following else [])]
+    form = form_of(o, dtype)
+    chunks = [-(-w.out_features // PROGRAMS // ROWS) * w.in_features * w.bits // 8 // CHUNK_BYTES for w in weights]
     return (
         0 < rows <= MOST_ROWS
-        and (1 if rows == 1 else MOST_ROWS) * len(o) <= MOST_VALUES
+        and (o.bits == 4 or (1 if rows == 1 else MOST_ROWS) * o.out_features <= MOST_VALUES)
         and dtype.itemsize == 2
-        and o.dtype in (dtype, *CODES.values())
-        and all(v.dtype == o.dtype for v in values)
-        and all(v.shape[1] * v.itemsize % CHUNK_BYTES == 0 for v in values)
-        and all(size % PROGRAMS == 0 for size in (len(o), down.shape[1], len(values[-1])))
-        and max(o.shape) <= LONGEST
+        and form is not None
+        and all(form_of(w, dtype) == form for w in weights)
+        and all(w.in_features * w.bits // 8 % CHUNK_BYTES == 0 for w in weights)
+        and all(size % PROGRAMS == 0 for size in (o.out_features, down.in_features, weights[-1].out_features))
+        and max(o.out_features, o.in_features) <= LONGEST
         and min(chunks) > 1
-        and min(chunks[1:3]) >= STAGES[o.itemsize]  # what is on its way is of one weight and the next
-        and has_room(o.device)
+        and min(chunks[1:3]) >= STAGES[o.bits]  # what is on its way is of one weight and the next
+        and has_room(between.norm.device)
     )
+
+
+def form_of(weight: Weight | PackedWeight, dtype: torch.dtype) -> tuple[int, torch.dtype] | None:
+    """What weights have in common that one kernel reads; None if none does, for activations of ``dtype``."""
+    if isinstance(weight, Weight):
+        return (weight.bits, weight.values.dtype) if weight.values.dtype in (dtype, *CODES.values()) else None
+    taken = (weight.number, weight.bits, weight.group_length, dtype) == (INT, 4, STEP, torch.bfloat16)
+    return (weight.bits, weight.scale_dtype) if taken and weight.order is None else None
 
 
 def has_room(device: torch.device) -> bool:
@@ -111,9 +137,10 @@ def megakernel_reference(mixed: Tensor, residual: Tensor, between: Between) -> T
     """``megakernel``, one kernel after another."""
     number, eps = between.number, between.eps
 
-    def product(x: Tensor | QuantizedRows, weight: Weight) -> Tensor:
+    def product(x: Tensor | QuantizedRows, weight: Weight | PackedWeight) -> Tensor:
         if isinstance(x, Tensor):
-            return dense_matmul(x, weight.values)
+            return wna16_matmul(x, weight) if isinstance(weight, PackedWeight) else dense_matmul(x, weight.values)
+        assert isinstance(weight, Weight)
         assert weight.scales is not None
         return w8a8_matmul(x, Weight8(weight.values, weight.scales), None, mixed.dtype)
 

@@ -2,7 +2,7 @@
 
 One program on each of PROGRAMS multiprocessors, all there at once. Each has its share of the rows of every weight, over
 all of K, so that no two add to one output; what it reads of them is one stream, through a ring of shared memory that is
-filled STAGES chunks ahead, whatever the program waits for:
+filled ahead, whatever the program waits for:
 
     memory           o … │ gate, up …             │ down …            │ q, k, v …
     matrix unit          o … │ barrier │ gate, up …       │ barrier │ down …      │ barrier │ q, k, v …
@@ -13,13 +13,19 @@ filled STAGES chunks ahead, whatever the program waits for:
     acc [WARPS, 16, 8]  += w [WARPS, 16, LANE] · x [WARPS, LANE, 8]       for each half of a chunk's rows
     out [16, 8]          = Σ over the warps
 
+Of 4 bits, a slice is a tile of 128 channels as ``wna16`` packs them, 64 bytes of a row, and each warp has two. Scales
+and zero points come with the words; a word's planes are side by side in registers, as the instruction takes them:
+
+    metas [STAGES, 16 tiles, 32 rows]
+    acc [tiles, 16, 8]  += scale [tiles, 16] · ((words − zero) [tiles, 16, 128] · x [tiles, 128, 8])
+
 The halves are of gate and up where silu takes both, and neighbours elsewhere. A barrier of the grid stands where a norm
 or a product takes whole rows of what all programs computed; each then brings these rows into its x, through the norm
 and the rounding to 8 bits, for itself.
 """
 
 # ruff: noqa: SIM102, SIM300 (a type is no constant, and the device would compute an `and`)
-# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="assignment, untyped-decorator, no-untyped-def, no-untyped-call"
 
 from functools import cache
 
@@ -31,16 +37,38 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from llmq.runtime.kernels.megakernel import CHUNK_BYTES, LONGEST, MOST_ROWS, PROGRAMS, ROWS, STAGES, Between
+from llmq.runtime.kernels.megakernel import (
+    CHUNK_BYTES,
+    LONGEST,
+    MOST_ROWS,
+    PROGRAMS,
+    ROWS,
+    STAGES,
+    Between,
+    Weight,
+)
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import LARGEST, SMALLEST_MAX
 from llmq.runtime.kernels.quantize_rows_triton import ROUND
 from llmq.runtime.kernels.silu_triton import SILU
+from llmq.runtime.kernels.wna16 import PLANE, PackedWeight
+from llmq.runtime.kernels.wna16_triton import scale_of
 
 WARPS = gl.constexpr(CHUNK_BYTES // 128)
 HALF = gl.constexpr(ROWS // 2)  # what an instruction takes
 BLOCK = gl.constexpr(LONGEST)
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+METAS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+AT_METAS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0]))
+# The lowest 8 bits of a bf16 alone are that integer · 2^-133, subnormal or not: a code is a number where it stands, and
+# only those of the upper byte are moved. Even planes are codes · 2^-133, and odd ones 16 times that; x makes up for it
+# by EVEN and ODD, so large that products stay within fp32's range. Sums are of the UNIT 2^-69 then.
+UNPACK = gl.constexpr(
+    "{ .reg .b32 t; and.b32 $0, $4, 0x000F000F; and.b32 $1, $4, 0x00F000F0;"
+    "shr.u32 t, $4, 8; and.b32 $2, t, 0x000F000F; and.b32 $3, t, 0x00F000F0; }"
+)
+EVEN, ODD = gl.constexpr(2.0**64), gl.constexpr(2.0**60)
+UNIT = gl.constexpr(2.0**-69)
 TINY = gl.constexpr(SMALLEST_MAX)
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1, 1], [1, 16, 8]))
 SUMS = gl.constexpr(gl.BlockedLayout([8, 1, 1], [1, 4, 8], [1, 4, 2], [2, 1, 0]))  # a sum over the warps in one thread
@@ -67,34 +95,143 @@ def spread(width, rows):
 
 
 @gluon.constexpr_function
+def ring_shape(type, stages):
+    """[stages, slices, rows, LANE], in elements of ``type``."""
+    if type == gl.int16:
+        return [int(stages), CHUNK_BYTES // (2 * PLANE), ROWS, PLANE]
+    return [int(stages), CHUNK_BYTES // 128, ROWS, 1024 // type.primitive_bitwidth]
+
+
+@gluon.constexpr_function
+def ring_layouts(type):
+    """Of a chunk, in shared memory and in the registers of those who copy it, 16 bytes a thread."""
+    width = type.primitive_bitwidth // 8
+    if type == gl.int16:
+        return gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]), gl.BlockedLayout([1, 1, 8], [1, 8, 4], [2, 4, 1], [2, 1, 0])
+    return swizzled(width), spread(width, 32)
+
+
+@gluon.constexpr_function
+def chunk_of(type):
+    """Channels of a chunk."""
+    return CHUNK_BYTES * (4 if type == gl.int16 else 1) * 8 // type.primitive_bitwidth
+
+
+@gluon.constexpr_function
+def pieces(channels, share, gated, type):
+    """Chunks of a program's share of the rows of a weight."""
+    return -(-int(share) // (ROWS // 2 if gated else ROWS)) * (int(channels) // chunk_of(type))
+
+
+@gluon.constexpr_function
 def block_of(channels):
     """So many of a row's channels are in registers at once."""
     return min(int(BLOCK), triton.next_power_of_2(int(channels)))
 
 
 @gluon.jit
-def fetch(ring, weight, piece, slot, K: gl.constexpr, SHARE: gl.constexpr, GATED: gl.constexpr):
-    """Start the copy of chunk number ``piece`` of the program's rows of a weight into a slot of the ring.
+def rows_of(row, tile, SHARE: gl.constexpr, GATED: gl.constexpr):
+    """The rows of a weight that are the rows ``row`` of a chunk, and which of them the program has.
 
     It has SHARE of the rows; if GATED, SHARE of the gate's, and as many, as far behind, of up's.
     """
-    WIDTH: gl.constexpr = ring.dtype.primitive_bitwidth // 8
-    LANE: gl.constexpr = 128 // WIDTH
-    LAYOUT: gl.constexpr = spread(WIDTH, 32)
-    CHUNKS: gl.constexpr = K // (WARPS * LANE)
-    tile, chunk = piece // CHUNKS, piece % CHUNKS
-    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-    row = gl.arange(0, 2 * HALF, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
-    lane = gl.arange(0, LANE, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     if GATED:
         within = tile * HALF + row % HALF
         n = row // HALF * (gl.num_programs(0) * SHARE) + gl.program_id(0) * SHARE + within
     else:
         within = tile * 2 * HALF + row
         n = gl.program_id(0) * SHARE + within
-    at = n * K + (chunk * WARPS + warp) * LANE + lane
-    inside, at = gl.broadcast(within < SHARE, at)
+    return n, within < SHARE
+
+
+@gluon.jit
+def fetch(ring, metas, weight, scales, piece, slot, K: gl.constexpr, SHARE: gl.constexpr, GATED: gl.constexpr):
+    """Start the copy of chunk number ``piece`` of the program's rows of a weight into a slot of the ring."""
+    SLICES: gl.constexpr = ring.shape[1]
+    LANE: gl.constexpr = ring.shape[3]
+    LAYOUT: gl.constexpr = ring_layouts(ring.dtype)[1]
+    CHUNKS: gl.constexpr = K // chunk_of(ring.dtype)
+    tile, chunk = piece // CHUNKS, piece % CHUNKS
+    part = gl.arange(0, SLICES, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    row = gl.arange(0, 2 * HALF, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    lane = gl.arange(0, LANE, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    n, inside = rows_of(row, tile, SHARE, GATED)
+    if metas is None:
+        at = n * K + (chunk * SLICES + part) * LANE + lane
+    else:
+        all_rows = gl.num_programs(0) * SHARE * (2 if GATED else 1)
+        at = ((chunk * SLICES + part) * all_rows + n) * LANE + lane
+        group = gl.arange(0, SLICES, layout=gl.SliceLayout(1, AT_METAS))[:, None]
+        n, is_meta = rows_of(gl.arange(0, 2 * HALF, layout=gl.SliceLayout(0, AT_METAS))[None, :], tile, SHARE, GATED)
+        is_meta, at_metas = gl.broadcast(is_meta, (chunk * SLICES + group) * all_rows + n)
+        async_copy.async_copy_global_to_shared(metas.index(slot), scales + at_metas, mask=is_meta)
+    inside, at = gl.broadcast(inside, at)
     async_copy.async_copy_global_to_shared(ring.index(slot), weight + at, mask=inside)
+
+
+@gluon.jit
+def widen(words):
+    """words [tiles, rows, 32] → their codes [tiles, rows, 128], as UNPACK says; both as the instruction takes them."""
+    planes = gl.inline_asm_elementwise(
+        UNPACK, "=r,=r,=r,=r,r", [words],
+        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
+    )  # fmt: skip
+    pairs = gl.join(gl.join(planes[0], planes[2]), gl.join(planes[1], planes[3])).permute((0, 1, 3, 4, 2))
+    whole = pairs.reshape((words.shape[0], words.shape[1], 4 * words.shape[2]))
+    return gl.convert_layout(whole, operand(0, 2), assert_trivial=True)
+
+
+@gluon.jit
+def sums_of(x, acc):
+    """For each of ``acc``, the sum of its tile's x."""
+    ones = gl.full([acc.shape[0], acc.shape[1], x.shape[1] // 4], 0x1111, gl.int16, operand(0, 2))
+    return mma_v2(widen(ones), x, gl.zeros_like(acc))
+
+
+@gluon.jit
+def add_words(acc, words, metas, x, x_sums, BF16_SCALE: gl.constexpr):
+    """``acc`` + scale · (words − zero) · x."""
+    zero = (metas >> 16).to(gl.float32)[:, :, None]
+    part = mma_v2(widen(words), x, gl.zeros_like(acc)) - zero * x_sums
+    return acc + part * scale_of(metas, "int", BF16_SCALE)[:, :, None]
+
+
+@gluon.jit
+def add_chunk(acc_0, acc_1, ring, metas, slot, x, x_sums, BF16_SCALE: gl.constexpr):
+    """``acc_0`` and ``acc_1`` + the halves of the chunk in a slot · x."""
+    WIDTH: gl.constexpr = ring.dtype.primitive_bitwidth // 8
+    w_0 = ring.index(slot).slice(0, HALF, dim=1).load(operand(0, WIDTH))
+    w_1 = ring.index(slot).slice(HALF, HALF, dim=1).load(operand(0, WIDTH))
+    if metas is not None:
+        metas_0 = metas.index(slot).slice(0, HALF, dim=1).load(gl.SliceLayout(2, MMA))
+        metas_1 = metas.index(slot).slice(HALF, HALF, dim=1).load(gl.SliceLayout(2, MMA))
+        acc_0 = add_words(acc_0, w_0, metas_0, x, x_sums, BF16_SCALE)
+        acc_1 = add_words(acc_1, w_1, metas_1, x, x_sums, BF16_SCALE)
+    else:
+        if WIDTH == 1 and acc_0.dtype == gl.float32:  # the small instruction has no FP8 on Hopper
+            x, w_0, w_1 = x.to(gl.float16), w_0.to(gl.float16), w_1.to(gl.float16)
+        acc_0, acc_1 = mma_v2(w_0, x, acc_0), mma_v2(w_1, x, acc_1)
+    return acc_0, acc_1
+
+
+@gluon.jit
+def turn(
+    ring, metas, weight, scales, next_weight, next_scales, piece, slot,
+    K: gl.constexpr, SHARE: gl.constexpr, GATED: gl.constexpr,
+    NEXT_K: gl.constexpr, NEXT_SHARE: gl.constexpr, NEXT_GATED: gl.constexpr,
+):  # fmt: skip
+    """Wait for chunk number ``piece``, in ``slot``; start the copy of a later one into the slot before."""
+    STAGES: gl.constexpr = ring.shape[0]
+    PIECES: gl.constexpr = pieces(K, SHARE, GATED, ring.dtype)
+    async_copy.wait_group(STAGES - 2)
+    tl.debug_barrier()  # all have multiplied the chunk before: its slot is free
+    ahead, free = piece + STAGES - 1, (slot + STAGES - 1) % STAGES
+    if ahead < PIECES:
+        fetch(ring, metas, weight, scales, ahead, free, K, SHARE, GATED)
+    elif next_weight is not None:
+        if ahead - PIECES < pieces(NEXT_K, NEXT_SHARE, NEXT_GATED, ring.dtype):
+            fetch(ring, metas, next_weight, next_scales, ahead - PIECES, free, NEXT_K, NEXT_SHARE, NEXT_GATED)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -164,9 +301,24 @@ def put(x, values, most, BLOCK_M: gl.constexpr, LARGEST: gl.constexpr):
             values = bits.to(gl.int8)
         else:
             values = gl.minimum(gl.maximum(scaled, -LARGEST), LARGEST).to(x.dtype)
+    if x.shape[2] > values.shape[2]:
+        lane = gl.arange(0, values.shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+        values *= gl.where(lane < values.shape[2] // 2, EVEN, ODD).to(values.dtype)
     if BLOCK_M == 1:
         values, _ = gl.broadcast(values, gl.full([1, 8, 1], 0, values.dtype, LAYOUT))
+    if x.shape[2] > values.shape[2]:  # two slices side by side
+        pairs = values.reshape((values.shape[0] // 2, 2, 8, values.shape[2])).permute((0, 2, 1, 3))
+        values = pairs.reshape((values.shape[0] // 2, 8, 2 * values.shape[2]))
     x.slice(0, values.shape[0], dim=0).store(values)
+
+
+@gluon.jit
+def load_x(x, ring, chunk):
+    """What a chunk of weights is multiplied by."""
+    WIDTH: gl.constexpr = x.dtype.primitive_bitwidth // 8
+    SHAPE: gl.constexpr = [BLOCK // chunk_of(ring.dtype), ring.shape[1], 8, x.shape[2]]
+    in_slices = x._reinterpret(x.dtype, SHAPE, swizzled(WIDTH))
+    return in_slices.index(chunk).permute((0, 2, 1)).load(operand(1, WIDTH))
 
 
 @gluon.jit
@@ -181,10 +333,10 @@ def barrier(ticket, all_here):
 
 @gluon.jit
 def multiply(
-    ring, x, sums, weight, scales, next_weight, values, source, most, out, maxima, slot, rows,
+    ring, metas, x, sums, weight, scales, next_weight, next_scales, values, source, most, out, maxima, slot, rows,
     K: gl.constexpr, SHARE: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr,
     NEXT_K: gl.constexpr, NEXT_SHARE: gl.constexpr, NEXT_GATED: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LARGEST: gl.constexpr, PROGRAMS: gl.constexpr,
+    BLOCK_M: gl.constexpr, LARGEST: gl.constexpr, BF16_SCALE: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """The program's share of one product into ``out``, added to what is there if ADD, or silu(gate) · up if GATED, with
     max|row| of it into ``maxima``. → the slot of the next weight's first chunk
@@ -192,18 +344,15 @@ def multiply(
     values  the rows that are multiplied, or the first block of ``source``, which has more channels than x
     """
     WIDTH: gl.constexpr = ring.dtype.primitive_bitwidth // 8
-    LANE: gl.constexpr = 128 // WIDTH
-    CHUNKS: gl.constexpr = K // (WARPS * LANE)
-    BLOCK_CHUNKS: gl.constexpr = BLOCK // (WARPS * LANE)
+    SLICES: gl.constexpr = ring.shape[1]
+    CHUNKS: gl.constexpr = K // chunk_of(ring.dtype)
+    BLOCK_CHUNKS: gl.constexpr = BLOCK // chunk_of(ring.dtype)
+    TILES: gl.constexpr = pieces(K, SHARE, GATED, ring.dtype) // CHUNKS
     STEP: gl.constexpr = HALF if GATED else 2 * HALF
-    NEXT_STEP: gl.constexpr = HALF if NEXT_GATED else 2 * HALF
-    PIECES: gl.constexpr = (SHARE + STEP - 1) // STEP * CHUNKS
-    NEXT_PIECES: gl.constexpr = (NEXT_SHARE + NEXT_STEP - 1) // NEXT_STEP * (NEXT_K // (WARPS * LANE))
     TOTAL: gl.constexpr = gl.int32 if ring.dtype == gl.int8 else gl.float32
     TYPE: gl.constexpr = out.dtype.element_ty
     STRIDE: gl.constexpr = SHARE * PROGRAMS
     SECOND: gl.constexpr = STRIDE if GATED else HALF  # from a row of a chunk's first half to that of its second
-    in_slices = x._reinterpret(x.dtype, [BLOCK_CHUNKS, WARPS, 8, LANE], swizzled(WIDTH))
     row = gl.arange(0, HALF, layout=gl.SliceLayout(1, OUT))[:, None]
     m = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))[None, :]
     first_n = gl.program_id(0) * SHARE
@@ -212,7 +361,14 @@ def multiply(
         largest = gl.zeros([8], gl.float32, gl.SliceLayout(0, OUT))
     if source is None:
         put(x, values, most, BLOCK_M, LARGEST)
-    for tile in range(PIECES // CHUNKS):
+    KEPT: gl.constexpr = metas is not None and source is None and TILES > 1  # all of x, in registers
+    if KEPT:
+        tl.debug_barrier()
+        kept, kept_sums = (), ()
+        for chunk in gl.static_range(CHUNKS):
+            kept += (load_x(x, ring, chunk),)
+            kept_sums += (sums_of(kept[chunk], gl.zeros([SLICES, HALF, 8], TOTAL, MMA)),)
+    for tile in range(TILES):
         n = first_n + tile * STEP + row
         is_0, is_1 = n < first_n + SHARE, n + (0 if GATED else HALF) < first_n + SHARE
         in_0, in_1 = (m < rows) & is_0, (m < rows) & is_1
@@ -222,38 +378,38 @@ def multiply(
         if LARGEST > 0:
             n_scales_0 = gl.load(scales + n, mask=is_0, other=0.0)
             n_scales_1 = gl.load(scales + n + SECOND, mask=is_1, other=0.0)
-        acc_0 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
-        acc_1 = gl.zeros([WARPS, HALF, 8], TOTAL, MMA)
-        for block in range((CHUNKS + BLOCK_CHUNKS - 1) // BLOCK_CHUNKS):
-            first = block * BLOCK_CHUNKS
-            if source is not None:
-                put(x, values, most, BLOCK_M, LARGEST)
-                values = load_rows(source, (block + 1) * BLOCK, rows, WIDTH, K, BLOCK_M)
-            for chunk in range(first, gl.minimum(first + BLOCK_CHUNKS, CHUNKS)):
-                async_copy.wait_group(STAGES - 1)
-                tl.debug_barrier()
-                these = in_slices.index(chunk - first).permute((0, 2, 1)).load(operand(1, WIDTH))
-                w = ring.index(slot)
-                w_0 = w.slice(0, HALF, dim=1).load(operand(0, WIDTH))
-                w_1 = w.slice(HALF, HALF, dim=1).load(operand(0, WIDTH))
-                tl.debug_barrier()  # all have the chunk in registers: its slot is free
-                ahead = tile * CHUNKS + chunk + STAGES
-                if ahead < PIECES:
-                    fetch(ring, weight, ahead, slot, K, SHARE, GATED)
-                elif next_weight is not None:
-                    if ahead - PIECES < NEXT_PIECES:
-                        fetch(ring, next_weight, ahead - PIECES, slot, NEXT_K, NEXT_SHARE, NEXT_GATED)
-                async_copy.commit_group()
-                if WIDTH == 1 and TOTAL == gl.float32:  # the small instruction has no FP8 on Hopper
-                    these, w_0, w_1 = these.to(gl.float16), w_0.to(gl.float16), w_1.to(gl.float16)
-                acc_0 = mma_v2(w_0, these, acc_0)
-                acc_1 = mma_v2(w_1, these, acc_1)
-                slot = (slot + 1) % STAGES
+        acc_0 = gl.zeros([SLICES, HALF, 8], TOTAL, MMA)
+        acc_1 = gl.zeros([SLICES, HALF, 8], TOTAL, MMA)
+        if KEPT:
+            for chunk in gl.static_range(CHUNKS):
+                turn(
+                    ring, metas, weight, scales, next_weight, next_scales, tile * CHUNKS + chunk, slot, K, SHARE, GATED,
+                    NEXT_K, NEXT_SHARE, NEXT_GATED,
+                )  # fmt: skip
+                acc_0, acc_1 = add_chunk(acc_0, acc_1, ring, metas, slot, kept[chunk], kept_sums[chunk], BF16_SCALE)
+                slot = (slot + 1) % ring.shape[0]
+        else:
+            for block in range((CHUNKS + BLOCK_CHUNKS - 1) // BLOCK_CHUNKS):
+                first = block * BLOCK_CHUNKS
+                if source is not None:
+                    put(x, values, most, BLOCK_M, LARGEST)
+                    values = load_rows(source, (block + 1) * BLOCK, rows, WIDTH, K, BLOCK_M)
+                for chunk in range(first, gl.minimum(first + BLOCK_CHUNKS, CHUNKS)):
+                    turn(
+                        ring, metas, weight, scales, next_weight, next_scales, tile * CHUNKS + chunk, slot,
+                        K, SHARE, GATED, NEXT_K, NEXT_SHARE, NEXT_GATED,
+                    )  # fmt: skip
+                    these = load_x(x, ring, chunk - first)
+                    x_sums = None if metas is None else sums_of(these, acc_0)
+                    acc_0, acc_1 = add_chunk(acc_0, acc_1, ring, metas, slot, these, x_sums, BF16_SCALE)
+                    slot = (slot + 1) % ring.shape[0]
         # Through shared memory at once: of a reduction across warps, Triton makes several turns.
-        sums.slice(0, HALF, dim=1).store(acc_0)
-        sums.slice(HALF, HALF, dim=1).store(acc_1)
-        total_0 = gl.sum(sums.slice(0, HALF, dim=1).load(SUMS), 0).to(gl.float32)
-        total_1 = gl.sum(sums.slice(HALF, HALF, dim=1).load(SUMS), 0).to(gl.float32)
+        sums[0].store(acc_0)
+        sums[1].store(acc_1)
+        total_0 = gl.sum(sums[0].load(SUMS), 0).to(gl.float32)
+        total_1 = gl.sum(sums[1].load(SUMS), 0).to(gl.float32)
+        if metas is not None:
+            total_0, total_1 = total_0 / UNIT, total_1 / UNIT
         if LARGEST > 0:
             total_0, total_1 = total_0 * n_scales_0 * m_scales, total_1 * n_scales_1 * m_scales
         sum_0, sum_1 = total_0.to(TYPE), total_1.to(TYPE)
@@ -281,7 +437,8 @@ def multiply(
 def megakernel(
     mixed, residual, gated, maxima, out, o, o_scales, norm, gate_up, gate_up_scales, down, down_scales, next_norm, qkv,
     qkv_scales, ticket, rows, eps, HEADS: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr,
-    BLOCK_M: gl.constexpr, LARGEST: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_M: gl.constexpr, LARGEST: gl.constexpr, BF16_SCALE: gl.constexpr, STAGES: gl.constexpr,
+    PROGRAMS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """All of a layer between two attentions, for up to BLOCK_M rows."""
     TYPE: gl.constexpr = o.dtype.element_ty
@@ -289,15 +446,25 @@ def megakernel(
     H: gl.constexpr = HIDDEN // PROGRAMS
     G: gl.constexpr = INNER // PROGRAMS
     Q: gl.constexpr = QKV // PROGRAMS
-    ring = gl.allocate_shared_memory(TYPE, [STAGES, WARPS, 2 * HALF, 128 // WIDTH], swizzled(WIDTH))
-    x = gl.allocate_shared_memory(TYPE, [BLOCK // (128 // WIDTH), 8, 128 // WIDTH], swizzled(WIDTH))
-    sums = gl.allocate_shared_memory(gl.int32 if TYPE == gl.int8 else gl.float32, [WARPS, 2 * HALF, 8], PLAIN)
-    O_PIECES: gl.constexpr = (H + 2 * HALF - 1) // (2 * HALF) * (HEADS * WIDTH // (WARPS * 128))
-    for stage in gl.static_range(STAGES):
+    SHAPE: gl.constexpr = ring_shape(TYPE, STAGES)
+    ring = gl.allocate_shared_memory(TYPE, SHAPE, ring_layouts(TYPE)[0])
+    if TYPE == gl.int16:
+        metas = gl.allocate_shared_memory(gl.int32, [STAGES, SHAPE[1], 2 * HALF], METAS)
+        x = gl.allocate_shared_memory(mixed.dtype.element_ty, [BLOCK // 128, 8, 128], swizzled(WIDTH))
+    else:
+        metas = None
+        x = gl.allocate_shared_memory(TYPE, [BLOCK // (128 // WIDTH), 8, 128 // WIDTH], swizzled(WIDTH))
+    TOTAL: gl.constexpr = gl.int32 if TYPE == gl.int8 else gl.float32
+    sums = (
+        gl.allocate_shared_memory(TOTAL, [SHAPE[1], HALF, 8], PLAIN),
+        gl.allocate_shared_memory(TOTAL, [SHAPE[1], HALF, 8], PLAIN),
+    )
+    O_PIECES: gl.constexpr = pieces(HEADS, H, False, TYPE)
+    for stage in gl.static_range(STAGES - 1):
         if stage < O_PIECES:
-            fetch(ring, o, stage, stage, HEADS, H, False)
+            fetch(ring, metas, o, o_scales, stage, stage, HEADS, H, False)
         else:
-            fetch(ring, gate_up, stage - O_PIECES, stage, HIDDEN, G, True)
+            fetch(ring, metas, gate_up, gate_up_scales, stage - O_PIECES, stage, HIDDEN, G, True)
         async_copy.commit_group()
     wait(PDL)
     values = load_rows(mixed, 0, rows, WIDTH, HEADS, BLOCK_M)
@@ -309,23 +476,23 @@ def megakernel(
             gl.store(maxima + each, gl.full_like(each, 0))
     most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
     slot = multiply(
-        ring, x, sums, o, o_scales, gate_up, values, None, most, residual, None, slot, rows, HEADS, H, False, True,
-        HIDDEN, G, True, BLOCK_M, STAGES, LARGEST, PROGRAMS,
+        ring, metas, x, sums, o, o_scales, gate_up, gate_up_scales, values, None, most, residual, None, slot, rows,
+        HEADS, H, False, True, HIDDEN, G, True, BLOCK_M, LARGEST, BF16_SCALE, PROGRAMS,
     )  # fmt: skip
     w = load_norm(norm, WIDTH, HIDDEN, BLOCK_M)
     barrier(ticket, begun + PROGRAMS)
     values = normed(load_rows(residual, 0, rows, WIDTH, HIDDEN, BLOCK_M), w, eps, WIDTH, HIDDEN, BLOCK_M)
     most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
     slot = multiply(
-        ring, x, sums, gate_up, gate_up_scales, down, values, None, most, gated, maxima, slot, rows, HIDDEN, G, True,
-        False, INNER, H, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
+        ring, metas, x, sums, gate_up, gate_up_scales, down, down_scales, values, None, most, gated, maxima, slot, rows,
+        HIDDEN, G, True, False, INNER, H, False, BLOCK_M, LARGEST, BF16_SCALE, PROGRAMS,
     )  # fmt: skip
     barrier(ticket, begun + 2 * PROGRAMS)
     values = load_rows(gated, 0, rows, WIDTH, INNER, BLOCK_M)
     most = load_greatest(maxima, WIDTH, BLOCK_M) if LARGEST > 0 else None
     slot = multiply(
-        ring, x, sums, down, down_scales, qkv, values, gated, most, residual, None, slot, rows, INNER, H, False, True,
-        HIDDEN, Q, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
+        ring, metas, x, sums, down, down_scales, qkv, qkv_scales, values, gated, most, residual, None, slot, rows,
+        INNER, H, False, True, HIDDEN, Q, False, BLOCK_M, LARGEST, BF16_SCALE, PROGRAMS,
     )  # fmt: skip
     if QKV > 0:
         w = load_norm(next_norm, WIDTH, HIDDEN, BLOCK_M)
@@ -333,8 +500,8 @@ def megakernel(
         values = normed(load_rows(residual, 0, rows, WIDTH, HIDDEN, BLOCK_M), w, eps, WIDTH, HIDDEN, BLOCK_M)
         most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
         multiply(
-            ring, x, sums, qkv, qkv_scales, None, values, None, most, out, None, slot, rows, HIDDEN, Q, False, False,
-            HIDDEN, 0, False, BLOCK_M, STAGES, LARGEST, PROGRAMS,
+            ring, metas, x, sums, qkv, qkv_scales, None, None, values, None, most, out, None, slot, rows, HIDDEN, Q,
+            False, False, HIDDEN, 0, False, BLOCK_M, LARGEST, BF16_SCALE, PROGRAMS,
         )  # fmt: skip
     async_copy.wait_group(0)
 
@@ -348,19 +515,27 @@ def ticket(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
+def operands(weight: Weight | PackedWeight | None) -> tuple[Tensor | None, Tensor | None]:
+    """A weight as the kernel takes it."""
+    if weight is None:
+        return None, None
+    return (weight.words, weight.meta) if isinstance(weight, PackedWeight) else weight
+
+
 def megakernel_triton(mixed: Tensor, residual: Tensor, between: Between) -> Tensor | None:
     """``megakernel`` through Triton."""
     (rows, heads), hidden = mixed.shape, residual.shape[1]
-    inner = between.down.values.shape[1]
+    inner = between.down.in_features
     next_norm, qkv = between.following or (None, None)
     gated = torch.empty(rows, inner, dtype=mixed.dtype, device=mixed.device)
     maxima = torch.empty(MOST_ROWS, dtype=torch.int32, device=mixed.device)
-    out = torch.empty(rows, 0 if qkv is None else len(qkv.values), dtype=mixed.dtype, device=mixed.device)
+    out = torch.empty(rows, 0 if qkv is None else qkv.out_features, dtype=mixed.dtype, device=mixed.device)
     megakernel[PROGRAMS,](
-        mixed, residual, gated, maxima, out, *between.o, between.norm, *between.gate_up, *between.down, next_norm,
-        *(qkv or (None, None)), ticket(mixed.device), rows, between.eps,
+        mixed, residual, gated, maxima, out, *operands(between.o), between.norm, *operands(between.gate_up),
+        *operands(between.down), next_norm, *operands(qkv), ticket(mixed.device), rows, between.eps,
         HEADS=heads, HIDDEN=hidden, INNER=inner, QKV=out.shape[1], BLOCK_M=1 if rows == 1 else MOST_ROWS,
         LARGEST=0.0 if between.number is None else LARGEST[between.number],
-        STAGES=STAGES[between.o.values.itemsize], PROGRAMS=PROGRAMS, num_warps=WARPS.value, **pdl(mixed.device),
+        BF16_SCALE=isinstance(between.o, PackedWeight) and between.o.scale_dtype == torch.bfloat16,
+        STAGES=STAGES[between.o.bits], PROGRAMS=PROGRAMS, num_warps=WARPS.value, **pdl(mixed.device),
     )  # fmt: skip
     return None if qkv is None else out
