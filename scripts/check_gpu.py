@@ -1008,7 +1008,8 @@ def all_cases() -> list[Case]:
     for last in (False, True):
         cases += [BetweenCase(batch, 2048, 1024, 3072, 4096, None, last) for batch in (1, 2, 5, 8)]
         for shape in ((4096, 4096, 14336, 6144), (2048, 2048, 6144, 4096)):
-            cases += [BetweenCase(1, *shape, one, last) for one in (None, w8a8_scheme(INT), w8a8_scheme(E4M3))]
+            for one in (None, w8a8_scheme(INT), w8a8_scheme(E4M3)):
+                cases += [BetweenCase(batch, *shape, one, last) for batch in (1, 2, 5, 8)]
         for inner, symmetric in ((14336, True), (12288, False)):
             scheme = Scheme(symmetric=symmetric)
             cases += [BetweenCase(batch, 4096, 4096, inner, 6144, scheme, last) for batch in (1, 2, 5, 8)]

@@ -241,10 +241,17 @@ def megakernel(number: str | None, rows: int, hidden: int, inner: int, last: boo
     weights = dict.fromkeys(("o", "gate_up", "down", "qkv"), f"*{code}")
     scales = dict.fromkeys(("o_scales", "gate_up_scales", "down_scales", "qkv_scales"))
     constants: dict[str, Any] = {} if number else scales
+    if bits != 8:
+        constants = constants | {"codes": None}
     if last:
         constants |= {"next_norm": None, "qkv": None, "qkv_scales": None}
     pointers = dict.fromkeys(("mixed", "residual", "gated", "out", "norm", "next_norm"), "*bf16")
-    pointers |= weights | dict.fromkeys(scales, f"*{scale}") | {"maxima": "*i32", "ticket": "*i32", "eps": "fp32"}
+    pointers |= (
+        weights
+        | {"codes": f"*{code}"}
+        | dict.fromkeys(scales, f"*{scale}")
+        | {"found": "*fp32", "ticket": "*i32", "eps": "fp32"}
+    )
     return compile_for(
         90, megakernel_triton.megakernel, pointers, megakernel_triton.WARPS.value, 1, source=gluon.GluonASTSource,
         HEADS=hidden, HIDDEN=hidden, INNER=inner, QKV=0 if last else 6144, BLOCK_M=rows, LARGEST=largest,
@@ -256,7 +263,8 @@ def megakernel(number: str | None, rows: int, hidden: int, inner: int, last: boo
     ("number", "rows", "hidden", "inner", "last"),
     [(None, 1, 4096, 14336, False), (None, 8, 1024, 3072, False), (INT, 1, 4096, 14336, True),
      (INT, 1, 4096, 14336, False), (E4M3, 1, 4096, 14336, False), ("int4", 1, 4096, 14336, False),
-     ("int4", 8, 4096, 14336, True)],
+     ("int4", 8, 4096, 14336, True), (None, 8, 4096, 14336, True), (INT, 8, 4096, 14336, True),
+     (INT, 8, 4096, 14336, False), (E4M3, 8, 4096, 14336, True)],
 )  # fmt: skip
 def test_from_attention_to_attention_each_multiprocessor_has_one_program(
     number: str | None, rows: int, hidden: int, inner: int, last: bool, tmp_path: Path

@@ -334,8 +334,6 @@ class Decoder(nn.Module):
         rotations = rotary_angles(self.config, positions)
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         few = len(token_ids) <= MOST_ROWS and has_room(residual.device)
-        # Of more, attention has much to read, and begins while the projections before it run: not while one kernel has
-        # all shared memory.
         whole = residual.numel() <= MOST_VALUES
         qkv: Tensor | None = None
         for layer, following in zip(layers, [*layers[1:], None], strict=True):

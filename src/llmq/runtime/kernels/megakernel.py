@@ -28,8 +28,8 @@ from llmq.scheme import INT
 
 MOST_ROWS = 8
 MOST_VALUES = 8192
-"""Rows · hidden: every program norms and rounds all rows, and of more that takes as long as the one kernel saves, but
-with weights of 4 bits. Two rows take as long as MOST_ROWS."""
+"""Rows · hidden up to which the projections behind the next norm are worth having in the kernel. Of more, attention has
+much to read, and begins while they run: not while one kernel has all shared memory."""
 PROGRAMS = 128
 """Each has the same share of the rows of every weight, ``ROWS`` at a time,"""
 ROWS = 32
@@ -97,7 +97,6 @@ def takes(rows: int, dtype: torch.dtype, between: Between) -> bool:
     chunks = [-(-w.out_features // PROGRAMS // ROWS) * w.in_features * w.bits // 8 // CHUNK_BYTES for w in weights]
     return (
         0 < rows <= MOST_ROWS
-        and (o.bits == 4 or (1 if rows == 1 else MOST_ROWS) * o.out_features <= MOST_VALUES)
         and dtype.itemsize == 2
         and form is not None
         and all(form_of(w, dtype) == form for w in weights)

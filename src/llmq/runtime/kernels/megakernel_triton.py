@@ -21,7 +21,10 @@ and zero points come with the words; a word's planes are side by side in registe
 
 The halves are of gate and up where silu takes both, and neighbours elsewhere. A barrier of the grid stands where a norm
 or a product takes whole rows of what all programs computed; each then brings these rows into its x, through the norm
-and the rounding to 8 bits, for itself.
+and the rounding to 8 bits, for itself. Of more than one row, rounding takes longer than another barrier does: there
+each program rounds its own channels for all.
+
+    own channels, Σ x², max|x| │ barrier │ own channels through the norm, rounded │ barrier │ all channels → x
 """
 
 # ruff: noqa: SIM102, SIM300 (a type is no constant, and the device would compute an `and`)
@@ -48,7 +51,7 @@ from llmq.runtime.kernels.megakernel import (
     Weight,
 )
 from llmq.runtime.kernels.pdl_triton import pdl, wait
-from llmq.runtime.kernels.quantize_rows import LARGEST, SMALLEST_MAX
+from llmq.runtime.kernels.quantize_rows import CODES, LARGEST, SMALLEST_MAX
 from llmq.runtime.kernels.quantize_rows_triton import ROUND
 from llmq.runtime.kernels.silu_triton import SILU
 from llmq.runtime.kernels.wna16 import PLANE, PackedWeight
@@ -73,6 +76,9 @@ TINY = gl.constexpr(SMALLEST_MAX)
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1, 1], [1, 16, 8]))
 SUMS = gl.constexpr(gl.BlockedLayout([8, 1, 1], [1, 4, 8], [1, 4, 2], [2, 1, 0]))  # a sum over the warps in one thread
 OUT = gl.constexpr(gl.SliceLayout(0, SUMS))
+WORDS = gl.constexpr(gl.BlockedLayout([1, 1, 4], [4, 1, 8], [1, 8, 1], [2, 1, 0]))  # [slices, rows, words of a slice]
+OWN = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0]))  # [rows, channels of the program]
+FOUND = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [8, 1], [1, 0]))  # [rows, programs]
 
 
 @gluon.constexpr_function
@@ -121,6 +127,12 @@ def chunk_of(type):
 def pieces(channels, share, gated, type):
     """Chunks of a program's share of the rows of a weight."""
     return -(-int(share) // (ROWS // 2 if gated else ROWS)) * (int(channels) // chunk_of(type))
+
+
+@gluon.constexpr_function
+def power_of_2(number):
+    """The next one."""
+    return triton.next_power_of_2(int(number))
 
 
 @gluon.constexpr_function
@@ -261,6 +273,28 @@ def load_rows(source, first, rows, WIDTH: gl.constexpr, K: gl.constexpr, BLOCK_M
 
 
 @gluon.jit
+def load_codes(codes, block, rows, K: gl.constexpr):
+    """Block number ``block`` of the channels of ``codes`` [rows, K], four to a word: [slices, 8, 32]."""
+    SLICES: gl.constexpr = block_of(K) // 128
+    part = gl.arange(0, SLICES, layout=gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))[:, None, None]
+    m = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :, None]
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :]
+    k = (block * SLICES + part) * 32 + word
+    words = codes.to(gl.pointer_type(gl.int32), bitcast=True)
+    return gl.load(words + m * (K // 4) + k, mask=(m < rows) & (k < K // 4), other=0, cache_modifier=".cg")
+
+
+@gluon.jit
+def load_block(source, block, rows, WIDTH: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr):
+    """A block of the channels of ``source``, rows or codes, as ``put`` takes them."""
+    if source.dtype.element_ty.primitive_bitwidth == 8:
+        values = load_codes(source, block, rows, K)
+    else:
+        values = load_rows(source, block * BLOCK, rows, WIDTH, K, BLOCK_M)
+    return values
+
+
+@gluon.jit
 def by_row(values, LAYOUT: gl.constexpr, GREATEST: gl.constexpr):
     """The sum, or GREATEST, of each row of ``values`` [slices, rows, LANE]: [rows]."""
     flat = values.permute((1, 0, 2)).reshape((values.shape[1], values.shape[0] * values.shape[2]))
@@ -284,32 +318,81 @@ def greatest(values, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def load_greatest(maxima, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
-    """max|row| of whole rows, as all programs have found it."""
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gl.SliceLayout(2, spread(WIDTH, BLOCK_M))))
-    return gl.maximum(gl.load(maxima + m, cache_modifier=".cg").to(gl.float32, bitcast=True), TINY)
+def load_found(found, number: gl.constexpr, PROGRAMS: gl.constexpr):
+    """What each program found of its channels of each row: the sum of their squares (0), the greatest (1)."""
+    m = gl.arange(0, 8, layout=gl.SliceLayout(1, FOUND))[:, None]
+    program = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(0, FOUND))[None, :]
+    return gl.load(found + (number * 8 + m) * PROGRAMS + program, cache_modifier=".cg")
+
+
+@gluon.jit
+def load_greatest(found, WIDTH: gl.constexpr, PROGRAMS: gl.constexpr):
+    """max|row| of one row."""
+    most = gl.max(gl.max(load_found(found, 1, PROGRAMS), 1), 0)  # what other rows have is 0
+    return gl.full([1], gl.maximum(most, TINY), gl.float32, gl.SliceLayout(0, gl.SliceLayout(2, spread(WIDTH, 1))))
+
+
+@gluon.jit
+def rounded(values, most, TYPE: gl.constexpr, LARGEST: gl.constexpr):
+    """``values`` in 8 bits, by the scale that ``most`` gives."""
+    scaled = values.to(gl.float32) * gl.div_rn(gl.full_like(most, LARGEST), most)
+    if TYPE == gl.int8:
+        bits = gl.inline_asm_elementwise(ROUND, "=r,f", [scaled], dtype=gl.int32, is_pure=True, pack=1)
+        codes = bits.to(gl.int8)
+    else:
+        codes = gl.minimum(gl.maximum(scaled, -LARGEST), LARGEST).to(TYPE)
+    return codes
+
+
+@gluon.jit
+def round_own(
+    source, norm, codes, found, rows, eps, K: gl.constexpr, SHARE: gl.constexpr, LARGEST: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """Round the program's channels of ``source`` [rows, K], through a norm if there is one, into ``codes``. → max|row|
+
+    Behind a norm that is max|x · w| times the factor of the row, which is known before the norm is: its two roundings
+    may bring the greatest up by 2^-8, and 127 · (1 + 2^-8) is rounded to 127 still.
+    """
+    ROW: gl.constexpr = gl.SliceLayout(1, OWN)
+    m = gl.arange(0, 8, layout=ROW)[:, None]
+    own = gl.arange(0, power_of_2(SHARE), layout=gl.SliceLayout(0, OWN))[None, :]
+    inside = (m < rows) & (own < SHARE)
+    k = gl.program_id(0) * SHARE + own
+    values = gl.load(source + m * K + k, mask=inside, other=0.0, cache_modifier=".cg")
+    most = gl.convert_layout(gl.max(load_found(found, 1, PROGRAMS), 1), ROW)
+    if norm is not None:
+        w = gl.load(norm + k, mask=own < SHARE, other=0.0)
+        squares = gl.convert_layout(gl.sum(load_found(found, 0, PROGRAMS), 1), ROW)
+        factor = gl.rsqrt(squares / K + eps)
+        normal = values.to(gl.float32) * factor[:, None]
+        values = (normal.to(w.dtype).to(gl.float32) * w.to(gl.float32)).to(values.dtype)
+        most *= factor
+    most = gl.maximum(most, TINY)
+    gl.store(codes + m * K + k, rounded(values, most[:, None], codes.dtype.element_ty, LARGEST), mask=inside)
+    return most
 
 
 @gluon.jit
 def put(x, values, most, BLOCK_M: gl.constexpr, LARGEST: gl.constexpr):
-    """Store ``values`` in ``x``; in 8 bits if LARGEST is not 0, by the scale that ``most`` gives."""
-    LAYOUT: gl.constexpr = spread(x.dtype.primitive_bitwidth // 8, BLOCK_M)
-    if LARGEST > 0:
-        scaled = values.to(gl.float32) * gl.div_rn(gl.full_like(most, LARGEST), most)[None, :, None]
-        if x.dtype == gl.int8:
-            bits = gl.inline_asm_elementwise(ROUND, "=r,f", [scaled], dtype=gl.int32, is_pure=True, pack=1)
-            values = bits.to(gl.int8)
-        else:
-            values = gl.minimum(gl.maximum(scaled, -LARGEST), LARGEST).to(x.dtype)
-    if x.shape[2] > values.shape[2]:
-        lane = gl.arange(0, values.shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-        values *= gl.where(lane < values.shape[2] // 2, EVEN, ODD).to(values.dtype)
-    if BLOCK_M == 1:
-        values, _ = gl.broadcast(values, gl.full([1, 8, 1], 0, values.dtype, LAYOUT))
-    if x.shape[2] > values.shape[2]:  # two slices side by side
-        pairs = values.reshape((values.shape[0] // 2, 2, 8, values.shape[2])).permute((0, 2, 1, 3))
-        values = pairs.reshape((values.shape[0] // 2, 8, 2 * values.shape[2]))
-    x.slice(0, values.shape[0], dim=0).store(values)
+    """Store ``values`` in ``x``: words of codes, or numbers, in 8 bits if LARGEST is not 0, by the scale that ``most``
+    gives."""
+    if values.dtype == gl.int32:
+        words = x._reinterpret(gl.int32, [x.shape[0], 8, 32], swizzled(4))
+        words.slice(0, values.shape[0], dim=0).store(values)
+    else:
+        LAYOUT: gl.constexpr = spread(x.dtype.primitive_bitwidth // 8, BLOCK_M)
+        if LARGEST > 0:
+            values = rounded(values, most[None, :, None], x.dtype, LARGEST)
+        if x.shape[2] > values.shape[2]:
+            lane = gl.arange(0, values.shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+            values *= gl.where(lane < values.shape[2] // 2, EVEN, ODD).to(values.dtype)
+        if BLOCK_M == 1:
+            values, _ = gl.broadcast(values, gl.full([1, 8, 1], 0, values.dtype, LAYOUT))
+        if x.shape[2] > values.shape[2]:  # two slices side by side
+            pairs = values.reshape((values.shape[0] // 2, 2, 8, values.shape[2])).permute((0, 2, 1, 3))
+            values = pairs.reshape((values.shape[0] // 2, 8, 2 * values.shape[2]))
+        x.slice(0, values.shape[0], dim=0).store(values)
 
 
 @gluon.jit
@@ -333,15 +416,17 @@ def barrier(ticket, all_here):
 
 @gluon.jit
 def multiply(
-    ring, metas, x, sums, weight, scales, next_weight, next_scales, values, source, most, out, maxima, slot, rows,
+    ring, metas, x, sums, weight, scales, next_weight, next_scales, values, source, most, out, norm, found, slot, rows,
     K: gl.constexpr, SHARE: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr,
     NEXT_K: gl.constexpr, NEXT_SHARE: gl.constexpr, NEXT_GATED: gl.constexpr,
     BLOCK_M: gl.constexpr, LARGEST: gl.constexpr, BF16_SCALE: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
-    """The program's share of one product into ``out``, added to what is there if ADD, or silu(gate) · up if GATED, with
-    max|row| of it into ``maxima``. → the slot of the next weight's first chunk
+    """The program's share of one product into ``out``, added to what is there if ADD, or silu(gate) · up if GATED.
+    → the slot of the next weight's first chunk
 
     values  the rows that are multiplied, or the first block of ``source``, which has more channels than x
+    norm    what each program brings its own channels through next; None: nobody, or each all of them
+    found   what rounding takes to know of them
     """
     WIDTH: gl.constexpr = ring.dtype.primitive_bitwidth // 8
     SLICES: gl.constexpr = ring.shape[1]
@@ -356,9 +441,10 @@ def multiply(
     row = gl.arange(0, HALF, layout=gl.SliceLayout(1, OUT))[:, None]
     m = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))[None, :]
     first_n = gl.program_id(0) * SHARE
+    squares = gl.zeros([8], gl.float32, gl.SliceLayout(0, OUT))
+    largest = gl.zeros([8], gl.float32, gl.SliceLayout(0, OUT))
     if LARGEST > 0:
         m_scales = gl.convert_layout(gl.div_rn(most, gl.full_like(most, LARGEST)), gl.SliceLayout(0, OUT))[None, :]
-        largest = gl.zeros([8], gl.float32, gl.SliceLayout(0, OUT))
     if source is None:
         put(x, values, most, BLOCK_M, LARGEST)
     KEPT: gl.constexpr = metas is not None and source is None and TILES > 1  # all of x, in registers
@@ -375,6 +461,9 @@ def multiply(
         at = out + m * STRIDE + n
         if ADD:
             before_0, before_1 = gl.load(at, mask=in_0, other=0.0), gl.load(at + HALF, mask=in_1, other=0.0)
+        if norm is not None:
+            norm_0 = gl.load(norm + n, mask=is_0, other=0.0).to(gl.float32)
+            norm_1 = gl.load(norm + n + HALF, mask=is_1, other=0.0).to(gl.float32)
         if LARGEST > 0:
             n_scales_0 = gl.load(scales + n, mask=is_0, other=0.0)
             n_scales_1 = gl.load(scales + n + SECOND, mask=is_1, other=0.0)
@@ -393,7 +482,7 @@ def multiply(
                 first = block * BLOCK_CHUNKS
                 if source is not None:
                     put(x, values, most, BLOCK_M, LARGEST)
-                    values = load_rows(source, (block + 1) * BLOCK, rows, WIDTH, K, BLOCK_M)
+                    values = load_block(source, block + 1, rows, WIDTH, K, BLOCK_M)
                 for chunk in range(first, gl.minimum(first + BLOCK_CHUNKS, CHUNKS)):
                     turn(
                         ring, metas, weight, scales, next_weight, next_scales, tile * CHUNKS + chunk, slot,
@@ -426,18 +515,50 @@ def multiply(
                 sum_1 = (before_1.to(gl.float32) + sum_1.to(gl.float32)).to(TYPE)
             gl.store(at, sum_0, mask=in_0)
             gl.store(at + HALF, sum_1, mask=in_1)
-    if GATED and LARGEST > 0:
-        # Numbers that are not negative are in the order of their bits.
-        each = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))
-        gl.atomic_max(maxima + each, largest.to(gl.int32, bitcast=True), mask=each < rows, sem="relaxed")
+            if norm is not None:
+                wide_0 = gl.where(in_0, sum_0.to(gl.float32), 0.0)
+                wide_1 = gl.where(in_1, sum_1.to(gl.float32), 0.0)
+                squares += gl.sum(wide_0 * wide_0 + wide_1 * wide_1, 0)
+                largest = gl.maximum(largest, gl.max(gl.maximum(gl.abs(wide_0 * norm_0), gl.abs(wide_1 * norm_1)), 0))
+    part = found + gl.arange(0, 8, layout=gl.SliceLayout(0, OUT)) * PROGRAMS + gl.program_id(0)
+    if norm is not None:
+        gl.store(part, squares)
+    if norm is not None or (GATED and LARGEST > 0):
+        gl.store(part + 8 * PROGRAMS, largest)
     return slot
+
+
+@gluon.jit
+def whole_rows(
+    source, norm, codes, found, ticket, here, rows, eps, WIDTH: gl.constexpr, K: gl.constexpr, SHARE: gl.constexpr,
+    BLOCK_M: gl.constexpr, LARGEST: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """What all programs brought to ``source`` [rows, K] once they are ``here``, through a norm if there is one.
+    → its first block as ``put`` takes it, max|row|, and where they are next"""
+    most = 0.0  # of what is not rounded
+    if BLOCK_M > 1 and LARGEST > 0:
+        barrier(ticket, here)
+        most = round_own(source, norm, codes, found, rows, eps, K, SHARE, LARGEST, PROGRAMS)
+        here += PROGRAMS
+        barrier(ticket, here)
+        values = load_codes(codes, 0, rows, K)
+    else:
+        if norm is not None:
+            w = load_norm(norm, WIDTH, K, BLOCK_M)
+        barrier(ticket, here)
+        values = load_rows(source, 0, rows, WIDTH, K, BLOCK_M)
+        if norm is not None:
+            values = normed(values, w, eps, WIDTH, K, BLOCK_M)
+        if LARGEST > 0:
+            most = load_greatest(found, WIDTH, PROGRAMS) if norm is None else greatest(values, WIDTH, BLOCK_M)
+    return values, most, here + PROGRAMS
 
 
 @gluon.jit(do_not_specialize=["rows"])
 def megakernel(
-    mixed, residual, gated, maxima, out, o, o_scales, norm, gate_up, gate_up_scales, down, down_scales, next_norm, qkv,
-    qkv_scales, ticket, rows, eps, HEADS: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr,
-    BLOCK_M: gl.constexpr, LARGEST: gl.constexpr, BF16_SCALE: gl.constexpr, STAGES: gl.constexpr,
+    mixed, residual, gated, codes, found, out, o, o_scales, norm, gate_up, gate_up_scales, down, down_scales, next_norm,
+    qkv, qkv_scales, ticket, rows, eps, HEADS: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr,
+    QKV: gl.constexpr, BLOCK_M: gl.constexpr, LARGEST: gl.constexpr, BF16_SCALE: gl.constexpr, STAGES: gl.constexpr,
     PROGRAMS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """All of a layer between two attentions, for up to BLOCK_M rows."""
@@ -446,6 +567,7 @@ def megakernel(
     H: gl.constexpr = HIDDEN // PROGRAMS
     G: gl.constexpr = INNER // PROGRAMS
     Q: gl.constexpr = QKV // PROGRAMS
+    SHARED: gl.constexpr = BLOCK_M > 1 and LARGEST > 0  # the rounding
     SHAPE: gl.constexpr = ring_shape(TYPE, STAGES)
     ring = gl.allocate_shared_memory(TYPE, SHAPE, ring_layouts(TYPE)[0])
     if TYPE == gl.int16:
@@ -470,38 +592,34 @@ def megakernel(
     values = load_rows(mixed, 0, rows, WIDTH, HEADS, BLOCK_M)
     slot = 0
     begun = gl.load(ticket, volatile=True) & -PROGRAMS  # others may have drawn already
-    if LARGEST > 0:
-        if gl.program_id(0) == 0:  # before the first barrier, for what comes behind it
-            each = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))
-            gl.store(maxima + each, gl.full_like(each, 0))
     most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
     slot = multiply(
-        ring, metas, x, sums, o, o_scales, gate_up, gate_up_scales, values, None, most, residual, None, slot, rows,
-        HEADS, H, False, True, HIDDEN, G, True, BLOCK_M, LARGEST, BF16_SCALE, PROGRAMS,
+        ring, metas, x, sums, o, o_scales, gate_up, gate_up_scales, values, None, most, residual,
+        norm if SHARED else None, found, slot, rows, HEADS, H, False, True, HIDDEN, G, True, BLOCK_M, LARGEST,
+        BF16_SCALE, PROGRAMS,
     )  # fmt: skip
-    w = load_norm(norm, WIDTH, HIDDEN, BLOCK_M)
-    barrier(ticket, begun + PROGRAMS)
-    values = normed(load_rows(residual, 0, rows, WIDTH, HIDDEN, BLOCK_M), w, eps, WIDTH, HIDDEN, BLOCK_M)
-    most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
+    values, most, here = whole_rows(
+        residual, norm, codes, found, ticket, begun + PROGRAMS, rows, eps, WIDTH, HIDDEN, H, BLOCK_M, LARGEST, PROGRAMS
+    )
     slot = multiply(
-        ring, metas, x, sums, gate_up, gate_up_scales, down, down_scales, values, None, most, gated, maxima, slot, rows,
-        HIDDEN, G, True, False, INNER, H, False, BLOCK_M, LARGEST, BF16_SCALE, PROGRAMS,
+        ring, metas, x, sums, gate_up, gate_up_scales, down, down_scales, values, None, most, gated, None, found, slot,
+        rows, HIDDEN, G, True, False, INNER, H, False, BLOCK_M, LARGEST, BF16_SCALE, PROGRAMS,
     )  # fmt: skip
-    barrier(ticket, begun + 2 * PROGRAMS)
-    values = load_rows(gated, 0, rows, WIDTH, INNER, BLOCK_M)
-    most = load_greatest(maxima, WIDTH, BLOCK_M) if LARGEST > 0 else None
+    values, most, here = whole_rows(
+        gated, None, codes, found, ticket, here, rows, eps, WIDTH, INNER, G, BLOCK_M, LARGEST, PROGRAMS
+    )
     slot = multiply(
-        ring, metas, x, sums, down, down_scales, qkv, qkv_scales, values, gated, most, residual, None, slot, rows,
-        INNER, H, False, True, HIDDEN, Q, False, BLOCK_M, LARGEST, BF16_SCALE, PROGRAMS,
+        ring, metas, x, sums, down, down_scales, qkv, qkv_scales, values, codes if SHARED else gated, most, residual,
+        next_norm if SHARED else None, found, slot, rows, INNER, H, False, True, HIDDEN, Q, False, BLOCK_M, LARGEST,
+        BF16_SCALE, PROGRAMS,
     )  # fmt: skip
     if QKV > 0:
-        w = load_norm(next_norm, WIDTH, HIDDEN, BLOCK_M)
-        barrier(ticket, begun + 3 * PROGRAMS)
-        values = normed(load_rows(residual, 0, rows, WIDTH, HIDDEN, BLOCK_M), w, eps, WIDTH, HIDDEN, BLOCK_M)
-        most = greatest(values, WIDTH, BLOCK_M) if LARGEST > 0 else None
+        values, most, here = whole_rows(
+            residual, next_norm, codes, found, ticket, here, rows, eps, WIDTH, HIDDEN, H, BLOCK_M, LARGEST, PROGRAMS
+        )
         multiply(
-            ring, metas, x, sums, qkv, qkv_scales, None, None, values, None, most, out, None, slot, rows, HIDDEN, Q,
-            False, False, HIDDEN, 0, False, BLOCK_M, LARGEST, BF16_SCALE, PROGRAMS,
+            ring, metas, x, sums, qkv, qkv_scales, None, None, values, None, most, out, None, found, slot, rows, HIDDEN,
+            Q, False, False, HIDDEN, 0, False, BLOCK_M, LARGEST, BF16_SCALE, PROGRAMS,
         )  # fmt: skip
     async_copy.wait_group(0)
 
@@ -528,10 +646,12 @@ def megakernel_triton(mixed: Tensor, residual: Tensor, between: Between) -> Tens
     inner = between.down.in_features
     next_norm, qkv = between.following or (None, None)
     gated = torch.empty(rows, inner, dtype=mixed.dtype, device=mixed.device)
-    maxima = torch.empty(MOST_ROWS, dtype=torch.int32, device=mixed.device)
+    shape = rows, max(hidden, inner)
+    codes = torch.empty(shape, dtype=CODES[between.number], device=mixed.device) if between.number else None
+    found = torch.empty(2, MOST_ROWS, PROGRAMS, dtype=torch.float32, device=mixed.device)
     out = torch.empty(rows, 0 if qkv is None else qkv.out_features, dtype=mixed.dtype, device=mixed.device)
     megakernel[PROGRAMS,](
-        mixed, residual, gated, maxima, out, *operands(between.o), between.norm, *operands(between.gate_up),
+        mixed, residual, gated, codes, found, out, *operands(between.o), between.norm, *operands(between.gate_up),
         *operands(between.down), next_norm, *operands(qkv), ticket(mixed.device), rows, between.eps,
         HEADS=heads, HIDDEN=hidden, INNER=inner, QKV=out.shape[1], BLOCK_M=1 if rows == 1 else MOST_ROWS,
         LARGEST=0.0 if between.number is None else LARGEST[between.number],
