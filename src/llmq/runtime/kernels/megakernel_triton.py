@@ -336,11 +336,12 @@ def load_greatest(found, WIDTH: gl.constexpr, PROGRAMS: gl.constexpr):
 def rounded(values, most, TYPE: gl.constexpr, LARGEST: gl.constexpr):
     """``values`` in 8 bits, by the scale that ``most`` gives."""
     scaled = values.to(gl.float32) * gl.div_rn(gl.full_like(most, LARGEST), most)
+    scaled = gl.minimum(gl.maximum(scaled, -LARGEST), LARGEST)
     if TYPE == gl.int8:
         bits = gl.inline_asm_elementwise(ROUND, "=r,f", [scaled], dtype=gl.int32, is_pure=True, pack=1)
         codes = bits.to(gl.int8)
     else:
-        codes = gl.minimum(gl.maximum(scaled, -LARGEST), LARGEST).to(TYPE)
+        codes = scaled.to(TYPE)
     return codes
 
 
@@ -352,7 +353,7 @@ def round_own(
     """Round the program's channels of ``source`` [rows, K], through a norm if there is one, into ``codes``. → max|row|
 
     Behind a norm that is max|x · w| times the factor of the row, which is known before the norm is: its two roundings
-    may bring the greatest up by 2^-8, and 127 · (1 + 2^-8) is rounded to 127 still.
+    may bring the greatest up by 2^-7, a step of int8, which is clipped.
     """
     ROW: gl.constexpr = gl.SliceLayout(1, OWN)
     m = gl.arange(0, 8, layout=ROW)[:, None]
