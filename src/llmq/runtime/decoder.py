@@ -30,8 +30,8 @@ from llmq.runtime.linear import DenseLinear, WeightOnlyLinear, input_number, mer
 from llmq.runtime.rotary import Rotation, rotary_angles
 
 ADDING_TOKENS = 1024
-"""The library's product of as many tokens adds the hidden state in less time than the next norm does (seen at 8,192). Of
-few tokens the norm has it at no cost."""
+"""The library's product of as many tokens adds the hidden state in less time than the next norm does, which was seen at
+8,192. Of few tokens the norm has it at no cost."""
 
 
 class Attend(Protocol):
