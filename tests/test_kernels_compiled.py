@@ -271,7 +271,8 @@ def test_from_attention_to_attention_each_multiprocessor_has_one_program(
 ) -> None:
     compiled = megakernel(number, rows, hidden, inner, last)
     assert SHARED_MEMORY // 2 < compiled.metadata.shared <= SHARED_MEMORY
-    assert spilled_bytes(compiled, tmp_path) <= 16  # what depends on the compiler's version, and is as good as none
+    # By Triton 3.7 two registers; by 3.6 none.
+    assert spilled_bytes(compiled, tmp_path) <= (8 if (number, rows) == ("int4", 8) else 0)
     ptx = compiled.asm["ptx"]
     # The first weights are asked for before the activations are there, and by 16 bytes.
     assert ptx.index("cp.async.cg.shared.global") < ptx.index("griddepcontrol.wait")
