@@ -31,5 +31,5 @@ def store_heads(heads, to, dim, scales, at, is_head, is_channel):
             inverse = tl.div_rn(127.0, most)[:, None]
         else:
             inverse = tl.div_rn(1.0, tl.load(scales))
-        heads = rounded(heads * inverse, to)
+        heads = rounded(heads * inverse, to.dtype.element_ty)
     tl.store(to[:, None] + dim[None, :], heads, mask=is_head[:, None] & is_channel[None, :])

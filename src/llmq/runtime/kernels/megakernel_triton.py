@@ -52,8 +52,10 @@ from llmq.runtime.kernels.megakernel import (
 )
 from llmq.runtime.kernels.pdl_triton import pdl, wait
 from llmq.runtime.kernels.quantize_rows import CODES, LARGEST, SMALLEST_MAX
-from llmq.runtime.kernels.quantize_rows_triton import ROUND
-from llmq.runtime.kernels.silu_triton import SILU
+from llmq.runtime.kernels.quantize_rows_triton import rounded
+from llmq.runtime.kernels.rope_triton import normed
+from llmq.runtime.kernels.silu_triton import silu_product
+from llmq.runtime.kernels.split_k_triton import scaled
 from llmq.runtime.kernels.wna16 import PLANE, PackedWeight
 from llmq.runtime.kernels.wna16_triton import scale_of
 
@@ -303,12 +305,11 @@ def by_row(values, LAYOUT: gl.constexpr, GREATEST: gl.constexpr):
 
 
 @gluon.jit
-def normed(values, w, eps, WIDTH: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr):
+def through_norm(values, w, eps, WIDTH: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr):
     """Whole rows through a norm of weight ``w``."""
     wide = values.to(gl.float32)
     squares = by_row(wide * wide, spread(WIDTH, BLOCK_M), False)
-    normal = wide * gl.rsqrt(squares / K + eps)[None, :, None]
-    return (normal.to(w.dtype).to(gl.float32) * w.to(gl.float32)).to(values.dtype)
+    return normed(values, gl.rsqrt(squares / K + eps)[None, :, None], w)
 
 
 @gluon.jit
@@ -333,16 +334,11 @@ def load_greatest(found, WIDTH: gl.constexpr, PROGRAMS: gl.constexpr):
 
 
 @gluon.jit
-def rounded(values, most, TYPE: gl.constexpr, LARGEST: gl.constexpr):
-    """``values`` in 8 bits, by the scale that ``most`` gives."""
+def in_8_bits(values, most, TYPE: gl.constexpr, LARGEST: gl.constexpr):
+    """``values`` as codes of TYPE, by the scale that ``most`` gives; see ``round_own`` for what is clipped."""
     scaled = values.to(gl.float32) * gl.div_rn(gl.full_like(most, LARGEST), most)
     scaled = gl.minimum(gl.maximum(scaled, -LARGEST), LARGEST)
-    if TYPE == gl.int8:
-        bits = gl.inline_asm_elementwise(ROUND, "=r,f", [scaled], dtype=gl.int32, is_pure=True, pack=1)
-        codes = bits.to(gl.int8)
-    else:
-        codes = scaled.to(TYPE)
-    return codes
+    return rounded(scaled, TYPE) if TYPE == gl.int8 else scaled.to(TYPE)
 
 
 @gluon.jit
@@ -366,11 +362,10 @@ def round_own(
         w = gl.load(norm + k, mask=own < SHARE, other=0.0)
         squares = gl.convert_layout(gl.sum(load_found(found, 0, PROGRAMS), 1), ROW)
         factor = gl.rsqrt(squares / K + eps)
-        normal = values.to(gl.float32) * factor[:, None]
-        values = (normal.to(w.dtype).to(gl.float32) * w.to(gl.float32)).to(values.dtype)
+        values = normed(values, factor[:, None], w)
         most *= factor
     most = gl.maximum(most, TINY)
-    gl.store(codes + m * K + k, rounded(values, most[:, None], codes.dtype.element_ty, LARGEST), mask=inside)
+    gl.store(codes + m * K + k, in_8_bits(values, most[:, None], codes.dtype.element_ty, LARGEST), mask=inside)
     return most
 
 
@@ -384,7 +379,7 @@ def put(x, values, most, BLOCK_M: gl.constexpr, LARGEST: gl.constexpr):
     else:
         LAYOUT: gl.constexpr = spread(x.dtype.primitive_bitwidth // 8, BLOCK_M)
         if LARGEST > 0:
-            values = rounded(values, most[None, :, None], x.dtype, LARGEST)
+            values = in_8_bits(values, most[None, :, None], x.dtype, LARGEST)
         if x.shape[2] > values.shape[2]:
             lane = gl.arange(0, values.shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
             values *= gl.where(lane < values.shape[2] // 2, EVEN, ODD).to(values.dtype)
@@ -501,12 +496,10 @@ def multiply(
         if metas is not None:
             total_0, total_1 = total_0 / UNIT, total_1 / UNIT
         if LARGEST > 0:
-            total_0, total_1 = total_0 * n_scales_0 * m_scales, total_1 * n_scales_1 * m_scales
+            total_0, total_1 = scaled(total_0, m_scales, n_scales_0, None), scaled(total_1, m_scales, n_scales_1, None)
         sum_0, sum_1 = total_0.to(TYPE), total_1.to(TYPE)
         if GATED:
-            wide = sum_0.to(gl.float32)
-            silu = gl.inline_asm_elementwise(SILU, "=f,f", [wide], dtype=gl.float32, is_pure=True, pack=1)
-            gated = (silu.to(TYPE).to(gl.float32) * sum_1.to(gl.float32)).to(TYPE)
+            gated = silu_product(sum_0, sum_1)
             gl.store(at, gated, mask=in_0)
             if LARGEST > 0:
                 largest = gl.maximum(largest, gl.max(gl.where(in_0, gl.abs(gated.to(gl.float32)), 0.0), 0))
@@ -549,7 +542,7 @@ def whole_rows(
         barrier(ticket, here)
         values = load_rows(source, 0, rows, WIDTH, K, BLOCK_M)
         if norm is not None:
-            values = normed(values, w, eps, WIDTH, K, BLOCK_M)
+            values = through_norm(values, w, eps, WIDTH, K, BLOCK_M)
         if LARGEST > 0:
             most = load_greatest(found, WIDTH, PROGRAMS) if norm is None else greatest(values, WIDTH, BLOCK_M)
     return values, most, here + PROGRAMS

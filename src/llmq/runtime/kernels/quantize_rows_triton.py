@@ -52,10 +52,10 @@ def quantize_rows_triton(x: Tensor, number: str) -> QuantizedRows:
 
 
 @triton.jit
-def rounded(scaled, codes):
-    """``scaled``, fp32, as codes of the type that ``codes`` points to."""
-    if codes.dtype.element_ty != tl.int8:
-        code = tl.clamp(scaled, -448.0, 448.0).to(codes.dtype.element_ty)
+def rounded(scaled, TYPE: tl.constexpr):
+    """``scaled``, fp32, as codes of TYPE."""
+    if TYPE != tl.int8:  # noqa: SIM300 (it is a type, no constant)
+        code = tl.clamp(scaled, -448.0, 448.0).to(TYPE)
     elif INTERPRETED:
         code = ((scaled + 12582912.0) - 12582912.0).to(tl.int8)
     else:
@@ -69,7 +69,7 @@ def store_quantized(row, codes, scales, token, column, inside, width, LARGEST: t
     """Quantize ``row``, fp32, zero outside, and store it as that of ``token``."""
     most = tl.maximum(tl.max(tl.abs(row), 0), TINY)
     scaled = row * tl.div_rn(LARGEST, most)
-    tl.store(codes + token * width + column, rounded(scaled, codes), mask=inside)
+    tl.store(codes + token * width + column, rounded(scaled, codes.dtype.element_ty), mask=inside)
     tl.store(scales + token, tl.div_rn(most, LARGEST))
 
 
