@@ -35,7 +35,7 @@ from llmq.runtime.kernels.w8a8 import pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.wna16 import pack_wna16, wna16_matmul
 from llmq.scheme import E4M3, INT, Scheme
 
-Launch = wna16_triton.Launch | w8a8_triton.Launch | skinny_hopper_triton.Launch | SplitLaunch
+Launch = wna16_triton.Launch | w8a8_triton.Launch | SplitLaunch
 NAMES = ["w4", "w8", "w8a8", "fp8"]
 
 

@@ -219,7 +219,7 @@ def wna16_hopper(launch: Launch, tile_m: int, dtype: str) -> Any:
     )
 
 
-def skinny_hopper(launch: skinny_hopper_triton.Launch, code: str, split: bool) -> Any:
+def skinny_hopper(launch: Launch, code: str, split: bool) -> Any:
     kernel = skinny_hopper_triton.skinny_kernel
     bits, total = (16, "fp32") if code in ("bf16", "fp16") else (8, "i32" if code == "i8" else "fp32")
     tile = f"{1024 // bits}],{skinny_hopper_triton.tile_layout(bits)!r}>"
@@ -449,7 +449,7 @@ def test_tiles_of_int4_hold_all_rows_as_one_power_of_two_or_two(out_features: in
      if (launch := skinny_hopper_triton.launch_for(rows, out_features, 1024, dtype)) is not None],
 )  # fmt: skip
 def test_weights_of_few_rows_are_asked_for_before_the_rows_are_there(
-    code: str, launch: skinny_hopper_triton.Launch, split: bool, tmp_path: Path
+    code: str, launch: Launch, split: bool, tmp_path: Path
 ) -> None:
     compiled = skinny_hopper(launch, code, split)
     assert spilled_bytes(compiled, tmp_path) == 0

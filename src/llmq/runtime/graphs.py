@@ -35,16 +35,21 @@ Forward = Callable[[Batch, bool], tuple[Tensor, Tensor | None]]
 """The hidden states of the last token of each row of a batch, and where asked for, a token drawn for each."""
 
 
+def power_of_two(number: int) -> int:
+    """The next one from ``number`` on."""
+    return 1 << (number - 1).bit_length()
+
+
 def padded_size(size: int) -> int:
     """1, 2, 4, 8, 16, 24, …, 64, 80, …, 128, 160, …: at most a quarter more than ``size`` above 8."""
-    power = 1 << (size - 1).bit_length()
+    power = power_of_two(size)
     step = power if power <= 8 else max(8, power // 8)
     return -(-size // step) * step
 
 
 def padded_kv_length(length: int) -> int:
     """The power of two from ``length`` on."""
-    return max(MIN_KV_LENGTH, 1 << (length - 1).bit_length())
+    return max(MIN_KV_LENGTH, power_of_two(length))
 
 
 def padded_rows(rows: Sequence[PlanRow]) -> list[PlanRow]:
@@ -55,7 +60,7 @@ def padded_rows(rows: Sequence[PlanRow]) -> list[PlanRow]:
     padded = [*rows, *[padding] * (padded_size(tokens) - tokens)]
     if tokens == len(rows):
         return padded
-    return [*padded, *[padding._replace(tokens=())] * ((1 << (len(padded) - 1).bit_length()) - len(padded))]
+    return [*padded, *[padding._replace(tokens=())] * (power_of_two(len(padded)) - len(padded))]
 
 
 def padded_shape(rows: Sequence[PlanRow], drawn: int) -> Shape:

@@ -21,7 +21,7 @@ from llmq.runtime.batch import Batch, batch_shape, fill, view
 from llmq.runtime.block_tables import BlockTables
 from llmq.runtime.decoder import Attention, Decoder
 from llmq.runtime.device import ToHost, on_device
-from llmq.runtime.graphs import MAX_TOKENS, StepGraphs, padded_rows
+from llmq.runtime.graphs import MAX_TOKENS, StepGraphs, padded_rows, power_of_two
 from llmq.runtime.kernels.attention import Fresh, paged_attention
 from llmq.runtime.kernels.gumbel import draw_gumbel
 from llmq.runtime.kv_cache import KVCache
@@ -73,7 +73,7 @@ class Runner:
         if deterministic:
             make_batch_invariant(decoder)
         columns = blocks_for(max_tokens, cache.block_size)
-        rows = 1 << (max(ROWS_PER_SEQUENCE * max_sequences, MAX_TOKENS) - 1).bit_length()  # as graphs pad them
+        rows = power_of_two(max(ROWS_PER_SEQUENCE * max_sequences, MAX_TOKENS))  # as graphs pad them
         self._tables = [BlockTables(rows, columns, device) for _ in cache.groups]
         graphed = device != "cpu" and not enforce_eager and not decoder.waits_for_host
         hidden_size = decoder.config.hidden_size

@@ -14,8 +14,6 @@ Gluon, as Triton copies nothing before x is there.
 # ruff: noqa: SIM300 (TYPE is no constant but a type)
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -32,21 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llmq.runtime.kernels.pdl_triton import wait
-from llmq.runtime.kernels.split_k_triton import reduce_splits, scaled, steps_per_split
+from llmq.runtime.kernels.split_k_triton import Launch, reduce_splits, scaled, steps_per_split
 
 BOX_BYTES = 128  # of K
 WHOLE = 2048  # bytes of K that are not worth a sum of splits
-
-
-class Launch(NamedTuple):
-    """What a program takes; K is split so that there are about so many of them."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    programs: int
-    boxes: int = 1  # of a step
 
 
 # Rows up to → launch parameters, measured on an H200.

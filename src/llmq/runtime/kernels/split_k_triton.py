@@ -29,6 +29,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     programs: int
+    boxes: int = 1  # copies of the weight that make a step, where a kernel takes several
 
 
 def steps_per_split(tiles: int, steps: int, programs: int) -> int:
