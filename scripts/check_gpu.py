@@ -1,4 +1,5 @@
-"""Check every kernel on a GPU against float64, every architecture against transformers, then time the kernels.
+"""Check every kernel on a GPU against float64, every architecture against transformers and ``demo`` in every scheme
+against a CPU, then time the kernels.
 
     PYTHONPATH=src python scripts/check_gpu.py            both parts; exit code 1 if a check fails
     PYTHONPATH=src python scripts/check_gpu.py --checks   the checks alone
@@ -25,10 +26,10 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -37,8 +38,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 from rounded_caches import empty_cache, rounded_caches
 from tiny_models import VARIANTS, save_variant
 
+from llmq import LLM, SamplingParams, quantize
 from llmq.bench.kernels import median_seconds, seconds_each
+from llmq.checkpoint.folder import DEMO, demo_folder
 from llmq.checkpoint.quantized_weight import QuantizedWeight
+from llmq.engine.options import EngineOptions
+from llmq.quant.options import Calibration
+from llmq.quant.schemes import PRESETS, RTN
+from llmq.runtime.decoder import CausalAttention
 from llmq.runtime.kernels.angles import cos_and_sin
 from llmq.runtime.kernels.attention import Fresh, paged_attention
 from llmq.runtime.kernels.dense import dense_matmul
@@ -57,6 +64,8 @@ from llmq.runtime.kernels.silu import silu_mul, silu_mul_quantize, silu_mul_refe
 from llmq.runtime.kernels.w8a8 import Weight8, pack_w8a8, w8a8_matmul
 from llmq.runtime.kernels.w8a8_triton import kernel_for, large_kernel
 from llmq.runtime.kernels.wna16 import PackedWeight, pack_wna16, wna16_matmul
+from llmq.runtime.linear import Linear, input_number
+from llmq.runtime.loader import load_decoder, open_source
 from llmq.scheme import E4M3, FP4, INT, NF4, Scheme
 
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
@@ -813,26 +822,30 @@ class GraphCase:
         return Outcome(worst, TOLERANCE[BF16], True)
 
 
+def logits(folder: Path, device: str, dtype: torch.dtype, ids: Tensor) -> Tensor:
+    """fp64 [tokens, vocabulary] of ``ids`` [tokens], on the device."""
+    model = load_decoder(open_source(folder, device, dtype))
+    with torch.inference_mode():
+        hidden = model(ids.to(device), torch.arange(len(ids), device=device), CausalAttention(len(ids)))
+        return model.logits(hidden).double()
+
+
 @dataclass
 class ModelCase:
-    """A tiny model: in fp32 transformers' greedy tokens, in bf16 no more than 1.2 × transformers' error in bf16."""
+    """``demo``, or a tiny model of an architecture: in fp32 transformers' greedy tokens, in bf16 no more than 1.2 ×
+    transformers' error in bf16."""
 
-    variant: str
+    name: str
 
     def check(self) -> Outcome:
         from transformers import AutoModelForCausalLM
 
-        from llmq import LLM, SamplingParams
-        from llmq.engine.options import EngineOptions
-        from llmq.runtime.decoder import CausalAttention
-        from llmq.runtime.loader import load_decoder, open_source
-
-        with TemporaryDirectory() as folder:
-            save_variant(Path(folder), self.variant)
+        with TemporaryDirectory() as temporary:
+            folder = demo_folder() / "model" if self.name == DEMO else save_variant(Path(temporary), self.name)
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=FP32, attn_implementation="eager").eval().cuda()
             prompts = [torch.randint(0, 250, (1, length), device="cuda") for length in (1, 17, 100, 450)]
             params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-            llm = LLM(folder, device="cuda", dtype="float32", options=EngineOptions(kv_cache_memory=2**24))
+            llm = LLM(str(folder), device="cuda", dtype="float32", options=EngineOptions(kv_cache_memory=2**24))
             answers = llm.generate([prompt[0].tolist() for prompt in prompts], params)
             same = True
             with torch.inference_mode():
@@ -845,10 +858,79 @@ class ModelCase:
                 ids = prompts[-1]
                 exact = theirs(ids).logits[0].double()
                 narrow = theirs.to(BF16)(ids).logits[0].double()
-                model = load_decoder(open_source(Path(folder), "cuda", BF16))
-                positions = torch.arange(ids.shape[1], device="cuda")
-                ours = model.logits(model(ids[0], positions, CausalAttention(ids.shape[1]))).double()
+            ours = logits(folder, "cuda", BF16, ids[0])
         return Outcome(((ours - exact).norm() / (narrow - exact).norm()).item(), 1.2, same)
+
+
+@dataclass
+class SchemeCase:
+    """``demo``, quantized: on the GPU each layer's outputs are a CPU's, and the logits. Errors are in units of what is
+    allowed: of logits as much as a CPU's differ when its layers' outputs are off by what the order of a sum makes. That
+    is most where activations are rounded to 8 bits, some of which it moves to the next code. And in bf16, 1.2 × as much
+    as a CPU's are off."""
+
+    settings: dict[str, Any]
+
+    def check(self) -> Outcome:
+        text = (demo_folder() / "evaluation.txt").read_text()[:6000]
+        ids = torch.tensor(LLM("demo", device="cpu").tokenizer.encode(text)[:450])
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "out"
+            quantize("demo", folder, device="cpu", **self.settings)
+            exact = logits(folder, "cpu", FP32, ids)
+            layers, number = self.layers(folder, ids)
+            by_layer, off = (FP8_TOLERANCE, FP8_TOLERANCE) if number == E4M3 else (TOLERANCE[FP32], 1e-6)
+            errors = [layers / by_layer]
+            most = max(TOLERANCE[FP32], 1.5 * self.moved(folder, ids, exact, off))
+            for rows in (7, len(ids)):  # the fused kernel, and the one that widens the weight first
+                errors.append(relative_error(logits(folder, "cuda", FP32, ids[:rows]).cpu(), exact[:rows]) / most)
+            if number is None:
+                ours, theirs = (
+                    relative_error(logits(folder, where, BF16, ids).cpu(), exact) for where in ("cuda", "cpu")
+                )
+                errors.append(ours / (1.2 * theirs))
+        return Outcome(max(errors), 1.0, True)
+
+    def layers(self, folder: Path, ids: Tensor) -> tuple[float, str | None]:
+        """The worst error of a layer that is given what a CPU's is; what the quantized ones' inputs are rounded to."""
+        there = dict(load_decoder(open_source(folder, "cuda", FP32)).named_modules())
+        here = load_decoder(open_source(folder, "cpu", FP32))
+        worst, numbers = 0.0, set()
+
+        def hold(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            nonlocal worst
+            x = inputs[0].cuda() if isinstance(inputs[0], Tensor) else QuantizedRows(*(t.cuda() for t in inputs[0]))
+            worst = max(worst, relative_error(there[name](x).cpu(), output.double()))
+            numbers.add(input_number(layer))
+
+        for name, layer in here.named_modules():
+            if isinstance(layer, Linear) and name != "lm_head":
+                layer.register_forward_hook(partial(hold, name))
+        with torch.inference_mode():
+            here(ids, torch.arange(len(ids)), CausalAttention(len(ids)))
+        (number,) = numbers
+        return worst, number
+
+    def moved(self, folder: Path, ids: Tensor, exact: Tensor, off: float) -> float:
+        """How far from ``exact`` a CPU's logits are if each layer's outputs are ``off``, relatively, at random."""
+        model = load_decoder(open_source(folder, "cpu", FP32))
+        for layer in model.modules():
+            if isinstance(layer, Linear):
+                layer.register_forward_hook(lambda _, inputs, out: out * (1 + off * torch.randn_like(out)))
+        with torch.inference_mode():
+            hidden = model(ids, torch.arange(len(ids)), CausalAttention(len(ids)))
+            return relative_error(model.logits(hidden), exact)
+
+
+DEMO_SCHEMES: tuple[dict[str, Any], ...] = (
+    *({"scheme": name, "method": RTN} for name, preset in PRESETS.items() if RTN in preset.methods),
+    *({"scheme": name} for name, preset in PRESETS.items() if RTN not in preset.methods),
+    *({"scheme": scheme, "method": RTN} for scheme in (Scheme(4, 32), Scheme(4, -1), Scheme(4, 64, False),
+                                                       Scheme(8, 32, False), Scheme(3, 32, False), Scheme(6, 128))),
+    {"scheme": "w4a16", "method": RTN, "format": "awq"},
+    {"scheme": "w4a16", "method": RTN, "format": "compressed-tensors"},
+    {"scheme": "w4a16", "act_order": "dynamic", "format": "gptq", "calibration": Calibration(samples=4, seqlen=256)},
+)  # fmt: skip
 
 
 def all_cases() -> list[Case]:
@@ -1016,7 +1098,8 @@ def all_cases() -> list[Case]:
             cases += [BetweenCase(batch, 4096, 4096, inner, 6144, scheme, last) for batch in (1, 2, 5, 8)]
     cases.append(BetweenCase(1, 4096, 2560, 9728, 6144, None))
     return [
-        *map(ModelCase, VARIANTS), *cases, AloneCase(), InvariantCase(), GraphCase()
+        *map(ModelCase, (DEMO, *VARIANTS)), *map(SchemeCase, DEMO_SCHEMES), *cases, AloneCase(), InvariantCase(),
+        GraphCase(),
     ]  # fmt: skip
 
 
