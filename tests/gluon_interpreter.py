@@ -78,10 +78,38 @@ def dtype_of(each: Type | torch.dtype) -> torch.dtype:
 
 
 class Number(int):
-    """An integer that can be asked to be of a type."""
+    """An integer of the device, where a quotient is cut to that of the magnitudes."""
 
-    def to(self, _: Type) -> int:
+    def to(self, _: Type) -> Number:
         return self
+
+    def __floordiv__(self, other: Any) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        magnitude = abs(int(self)) // abs(int(other))
+        return Number(magnitude if (self < 0) == (other < 0) else -magnitude)
+
+    def __mod__(self, other: Any) -> Any:
+        return self - self // other * other if isinstance(other, int) else NotImplemented
+
+
+def _number(name: str) -> Callable[..., Any]:
+    plain = getattr(int, name)
+
+    def run(*operands: Any) -> Any:
+        result = plain(*operands)
+        return Number(result) if isinstance(result, int) else result
+
+    return run
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "rand", "or", "xor", "lshift", "rshift", "neg"):
+    setattr(Number, f"__{_name}__", _number(f"__{_name}__"))
+
+
+def numbers(*bounds: int, **_: Any) -> Iterator[Number]:
+    """What a loop runs over."""
+    return map(Number, range(*bounds))
 
 
 class Value(torch.Tensor):
@@ -444,8 +472,8 @@ class language:
 
     int8, int16, int32, int64, float16, bfloat16, float32, float8e4nv = TYPES
     constexpr = staticmethod(lambda x: x)
-    static_range = range = staticmethod(lambda *bounds, **_: range(*bounds))
-    cdiv = staticmethod(lambda a, b: -(-a // b))
+    static_range, range = staticmethod(range), staticmethod(numbers)
+    cdiv = staticmethod(lambda a, b: (a + b - 1) // b)
     debug_barrier = staticmethod(lambda: None)
     convert_layout = staticmethod(lambda x, *_, **__: x)
     cast = staticmethod(lambda x, type: x.to(type) if isinstance(x, Tensor) else x)
@@ -454,7 +482,7 @@ class language:
     SwizzledSharedLayout = staticmethod(lambda *_, **__: None)
     NVMMASharedLayout = gl.NVMMASharedLayout
     program_id = staticmethod(lambda axis: Number(here.program.place[axis]))
-    num_programs = staticmethod(lambda axis: here.program.grid[axis])
+    num_programs = staticmethod(lambda axis: Number(here.program.grid[axis]))
     num_warps = staticmethod(lambda: here.warps)
     arange = staticmethod(lambda start, end, layout=None: value(torch.arange(start, end)))
     full = staticmethod(lambda shape, x, type, layout=None: value(torch.full(tuple(shape), x, dtype=dtype_of(type))))
@@ -526,7 +554,8 @@ class language:
 
 def plain(x: Tensor) -> Any:
     """A number by itself as Python's: it may be an index."""
-    return value(x) if x.dim() else x.item()
+    number = x.item() if x.dim() == 0 else None
+    return value(x) if number is None else Number(number) if type(number) is int else number
 
 
 class Interpreter:
@@ -540,7 +569,9 @@ class Interpreter:
         if id(jit) not in self.functions:
             names = jit.fn.__globals__
             if id(names) not in self.modules:
-                self.modules[id(names)] = {name: self.translate(each) for name, each in names.items()}
+                self.modules[id(names)] = {name: self.translate(each) for name, each in names.items()} | {
+                    "range": numbers
+                }
             self.functions[id(jit)] = FunctionType(jit.fn.__code__, self.modules[id(names)], jit.fn.__name__)
         return self.functions[id(jit)]
 
@@ -582,8 +613,12 @@ class Kernel:
         def start(*arguments: Any, **named: Any) -> None:
             warps = named["num_warps"]
             named = {name: each for name, each in named.items() if name not in OPTIONS}
-            bound = inspect.signature(self.jit.fn).bind(*arguments, **named).arguments
-            wrapped = [self.wrap(name, each) for name, each in bound.items()]
+            signature = inspect.signature(self.jit.fn)
+            bound = signature.bind(*arguments, **named).arguments
+            wrapped = [
+                each if "constexpr" in str(signature.parameters[name].annotation) else self.wrap(name, each)
+                for name, each in bound.items()
+            ]
             launch, run = Launch(self.assembly), self.interpreter.function(self.jit)
             programs = [Program(place, grid, launch) for place in itertools.product(*map(range, grid))]
             tasks = [partial(program.partition, run, wrapped, warps, False) for program in programs]
@@ -596,7 +631,9 @@ class Kernel:
         constant = name in self.constants
         if isinstance(each, TensorDescriptor):
             return Descriptor(each, constant)
-        return Pointer(each, constant) if isinstance(each, Tensor) else each
+        if isinstance(each, Tensor):
+            return Pointer(each, constant)
+        return Number(each) if type(each) is int else each
 
 
 @contextmanager
