@@ -359,12 +359,14 @@ class Program:
     def __init__(self, place: Sequence[int], grid: Sequence[int], launch: Launch) -> None:
         self.place, self.grid, self.launch = (*place, 0, 0), (*grid, 1, 1), launch
         self.changed = threading.Condition()
+        self.waited = False  # one of its partitions has, for the kernel before
 
     def partition(self, run: Callable[..., None], arguments: Sequence[Any], warps: int, waited: bool) -> None:
         """Run what one partition of warps does, in the thread that this is called from."""
         here.program, here.warps, here.waited = self, warps, waited
         here.products, here.stores, here.copies = [], [], [[]]
         run(*arguments)
+        self.waited |= here.waited
         if here.products or here.stores or any(here.copies):
             raise RuntimeError("a program ends while the matrix unit or the copy engine still reads its memory")
 
@@ -546,6 +548,7 @@ class language:
     def warp_specialize(parts: Sequence[tuple[Any, Sequence[Any]]], warps: Sequence[int], _: Sequence[int]) -> None:
         program, waited, own = here.program, here.waited, (here.warps, *warps)
         program.launch.run([partial(program.partition, *part, n, waited) for part, n in zip(parts, own, strict=True)])
+        here.waited |= program.waited
 
     @staticmethod
     def inline_asm_elementwise(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
