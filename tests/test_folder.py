@@ -85,6 +85,37 @@ def test_a_kill_after_the_two_renames_is_cleared_away(tmp_path: Path) -> None:
     assert names(tmp_path / "model") == {"new"}
 
 
+def test_a_link_stands_for_the_folder_that_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "model"
+    link.symlink_to(tmp_path / "disk" / "model")
+    for number in range(3):  # the first makes the folder
+        with write_folder(link, overwrite=number > 0) as partial:
+            assert partial.parent == tmp_path / "disk"
+            (partial / str(number)).touch()
+        assert link.is_symlink()
+        assert names(link) == {str(number)}
+    assert names(tmp_path) == {"disk", "model"}
+    assert names(tmp_path / "disk") == {"model"}
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", ""])
+def test_the_folder_that_it_runs_in_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(LlmqError, match="runs in"), write_folder(Path(output), overwrite=True):
+        pass
+    assert names(tmp_path) == {"here"}
+
+
+def test_a_file_is_no_place_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LlmqError, match="file is a file"), write_folder(tmp_path / "file" / "model"):
+        pass
+
+
 def test_side_files_are_copied_but_neither_weights_nor_code(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
@@ -95,6 +126,17 @@ def test_side_files_are_copied_but_neither_weights_nor_code(tmp_path: Path) -> N
         (source / name).touch()
     copy_side_files(source, target)
     assert names(target) == kept
+
+
+def test_side_files_that_a_stopped_run_has_copied_are_copied_again(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    templates = source / "additional_chat_templates"
+    templates.mkdir(parents=True)
+    target.mkdir()
+    (templates / "tools.jinja").write_text("{{ tools }}")
+    for _ in range(2):
+        copy_side_files(source, target)
+    assert names(target / "additional_chat_templates") == {"tools.jinja"}
 
 
 def test_demo_is_a_folder_that_ships_with_the_package() -> None:

@@ -66,14 +66,20 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():
-        shutil.copytree(templates, target / templates.name)
+        shutil.copytree(
+            templates, target / templates.name, dirs_exist_ok=True
+        )  # a run that was stopped has copied them
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise LlmqError unless a folder may be written at ``output``."""
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise LlmqError(f"{output} is the folder that this runs in, or one above it", "choose another --output")
     if output.exists() and not overwrite:
         raise LlmqError(f"{output} exists already", "choose another --output, or pass --overwrite")
     parent = existing_parent(output)
+    if not parent.is_dir():
+        raise LlmqError(f"{parent} is a file, and no folder to write in", "choose another --output")
     if not os.access(parent, os.W_OK):
         raise LlmqError(f"{parent} is not writable", "choose another --output")
 
@@ -89,8 +95,8 @@ def check_disk_space(output: Path, needed: int) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder above ``path`` that is there."""
-    parent = path.absolute().parent
+    """What is there nearest above ``path``: a folder, if one can be made at ``path``."""
+    parent = path.resolve().parent
     while not parent.exists():
         parent = parent.parent
     return parent
@@ -98,12 +104,18 @@ def existing_parent(path: Path) -> Path:
 
 def partial_of(output: Path) -> Path:
     """The folder beside ``output`` that it is until it is complete."""
-    return output.with_name(f".{output.name}.partial")
+    return _beside(output, "partial")
 
 
 def journal_of(output: Path) -> Path:
     """The file beside ``output`` that says what of it is done. Where there is one, a run that was stopped can go on."""
-    return output.with_name(f".{output.name}.journal")
+    return _beside(output, "journal")
+
+
+def _beside(output: Path, what: str) -> Path:
+    """A link stands for where it leads to: that may be another disk."""
+    output = output.resolve()
+    return output.with_name(f".{output.name}.{what}")
 
 
 @contextmanager
@@ -114,11 +126,10 @@ def write_folder(output: Path, *, overwrite: bool = False, resume: bool = False)
     journal beside it, it is kept, and handed out again with ``resume``. Raises LlmqError when ``output`` exists, or
     could go on, or is being written by another process.
     """
-    output = output.absolute()
     check_output(output, overwrite=overwrite)
+    output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial, journal = partial_of(output), journal_of(output)
-    replaced = output.with_name(f".{output.name}.replaced")
+    partial, journal, replaced = partial_of(output), journal_of(output), _beside(output, "replaced")
     with _locked(output):
         if replaced.exists() and not output.exists():
             replaced.rename(output)  # killed between the two renames below: what stood here before comes back
@@ -153,7 +164,7 @@ def write_folder(output: Path, *, overwrite: bool = False, resume: bool = False)
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Nobody else writes ``output`` meanwhile. The lock goes with the process, however it ends."""
-    path = output.with_name(f".{output.name}.lock")
+    path = _beside(output, "lock")
     while True:
         file = path.open("a+")
         try:
