@@ -176,6 +176,11 @@ def test_a_run_that_can_go_on_is_not_thrown_away_by_mistake(model: Path, stopped
     assert [path.name for path in stopped.parent.iterdir()] == ["out"]
 
 
+def test_that_a_run_can_go_on_is_said_before_any_text_is_read_or_written(model: Path, stopped: Path) -> None:
+    error = refused(model, stopped, method=GPTQ, calibration=Calibration("missing.txt"))
+    assert "was stopped, and can go on" in error.message
+
+
 @pytest.mark.parametrize(
     ("options", "difference"),
     [

@@ -122,12 +122,13 @@ def quantize(
     if on_needs is not None:
         on_needs(needs)
     needs.check()
-    job = replace(job, batch_tokens=needs.batch_tokens, devices=needs.devices, windows=_windows(job, tell))
-    if job.source.device != "cpu":
-        torch.cuda.reset_peak_memory_stats(job.source.device)  # not of the model that wrote its own text
-    spill = output.absolute().parent if needs.spills else None
+    job = replace(job, batch_tokens=needs.batch_tokens, devices=needs.devices)
+    spill = output.resolve().parent if needs.spills else None
     try:
         with folders.write_folder(output, overwrite=overwrite, resume=resume) as partial:
+            job = replace(job, windows=_windows(job, tell))
+            if job.source.device != "cpu":
+                torch.cuda.reset_peak_memory_stats(job.source.device)  # not of the model that wrote its own text
             journal = Journal(folders.journal_of(output), job.settings, job.dtype)
             try:
                 return _run_at_any_width(job, output, partial, journal, spill, tell)
