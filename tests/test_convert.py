@@ -357,6 +357,31 @@ def test_missing_and_surplus_layers_are_said(w4: Path) -> None:
         assert part in problems
 
 
+def test_tensors_are_not_walked_for_each_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of experts has tens of thousands of both."""
+
+    class Counted(dict[str, Any]):
+        walks = 0
+
+        def items(self) -> Any:
+            self.walks += 1
+            return super().items()
+
+    def walks(layers: int) -> int:
+        folder = save_tiny(tmp_path / str(layers), num_hidden_layers=layers)
+        infos = Counted(Tensors(folder).infos)
+        monkeypatch.setattr("llmq.checkpoint.inspect.Tensors", lambda _: stand_in(folder, infos))
+        inspect(str(folder))
+        return infos.walks
+
+    def stand_in(folder: Path, infos: Counted) -> Tensors:
+        opened = Tensors(folder)
+        opened.infos = infos
+        return opened
+
+    assert walks(1) == walks(3) > 0
+
+
 def test_a_format_that_llmq_does_not_read_is_an_error(tmp_path: Path, w4: Path) -> None:
     edit_config(w4, quant_method="exl2")
     assert_refused(llmq("inspect", w4), "'exl2', which is not supported")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,9 @@ def inspect(model: str, revision: str | None = None) -> Inspection:
     shapes = config.all_linears
     if is_packed(format, HEAD, tensors) and not config.tied_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    sizes = _sizes(shapes, tensors)
     for name, shape in shapes.items():
-        layers.append(_layer(name, shape, format, tensors))
+        layers.append(_layer(name, shape, sizes[name], format, tensors))
         problems += _layer_problems(name, shape, format, tensors)
     strays = set() if format is None else packed_layers(format, tensors) - set(shapes)
     problems += [f"{name} is packed, and config.json has no such linear layer" for name in sorted(strays)]
@@ -79,8 +81,18 @@ def inspect(model: str, revision: str | None = None) -> Inspection:
     )
 
 
-def _layer(name: str, shape: tuple[int, int], format: Format | None, tensors: Tensors) -> LayerInfo:
-    num_bytes = sum(info.num_bytes for tensor, info in tensors.infos.items() if tensor.startswith(f"{name}."))
+def _sizes(layers: Collection[str], tensors: Tensors) -> Counter[str]:
+    """Bytes of all tensors of each layer. Experts make tens of thousands of both: the tensors are walked once."""
+    sizes: Counter[str] = Counter()
+    for tensor, info in tensors.infos.items():
+        name = tensor.rpartition(".")[0]
+        while name and name not in layers:
+            name = name.rpartition(".")[0]
+        sizes[name] += info.num_bytes
+    return sizes
+
+
+def _layer(name: str, shape: tuple[int, int], num_bytes: int, format: Format | None, tensors: Tensors) -> LayerInfo:
     quantized = is_packed(format, name, tensors)
     if format is not None and quantized:
         scheme = str(format.scheme_of(name) or format.scheme or "unknown")
