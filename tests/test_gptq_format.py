@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,3 +197,20 @@ def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> Non
     tensors = write(tmp_path, random_quantized(Scheme(4, 32), 32, 64, 0), gptq.Gptq.for_schemes({NAME: Scheme(4, 32)}))
     with pytest.raises(LlmqError, match=r"qzeros is I32 .* int4 g64 sym makes it"):
         gptq.Gptq.for_schemes({NAME: Scheme(4, 64)}).unpack(NAME, tensors)
+
+
+def test_more_rules_than_re_keeps_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of experts has a rule for each of tens of thousands of layers, and as many ask."""
+    names = [f"model.layers.0.mlp.experts.{number}.down_proj" for number in range(600)]
+    config = gptq.Gptq(Scheme(4, 128), gptq.V1, tuple((f"{name}$", Scheme(8, 128)) for name in names))
+    compiled, compile_ = [], re._compiler.compile  # type: ignore[attr-defined]
+
+    def counted(pattern: str, flags: int) -> object:
+        compiled.append(pattern)
+        return compile_(pattern, flags)
+
+    monkeypatch.setattr("re._compiler.compile", counted)
+    for _ in range(3):
+        assert config.scheme_of(names[-1]) == Scheme(8, 128)
+        assert config.scheme_of(NAME) == Scheme(4, 128)
+    assert len(compiled) == len(names)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmq.checkpoint.config import HEAD
@@ -156,7 +157,7 @@ class Gptq:
     def scheme_of(self, name: str) -> Scheme | None:
         """What the config says of layer ``name``; None: it is not quantized."""
         for pattern, scheme in self.rules:
-            if re.match(pattern, name):
+            if _compiled(pattern).match(name):
                 return scheme
         if name == HEAD:
             return self.default if self.head else None
@@ -257,6 +258,12 @@ def _read_rule(rule: str, fields: Mapping[str, Any], default: Mapping[str, Any])
     pattern = rule.removeprefix("-:").removeprefix("+:")
     check_regex(pattern)
     return pattern, None if rule.startswith("-:") else _read_scheme({**default, **fields})
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """``re`` keeps 512 by itself, and a model of experts may have more rules than that, each asked of every layer."""
+    return re.compile(pattern)
 
 
 def _within_block(names: Iterable[str]) -> set[str]:
