@@ -175,6 +175,16 @@ def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path: P
     assert not [layer["name"] for layer in report["layers"] if "v_proj" in layer["name"]]
 
 
+def test_of_overrides_that_cover_a_layer_the_last_counts_though_its_pattern_came_before(
+    tmp_path: Path, tiny: Path
+) -> None:
+    rules = ("down_proj=w8a16", "re:.*=int4 g64 sym", "down_proj=none")
+    flags = [part for rule in rules for part in ("--override", rule)]
+    done = llmq("quantize", tiny, "-o", tmp_path / "out", "--method", "rtn", *flags, "--json")
+    assert done.code == 0, done.err
+    assert {name.rpartition(".")[2] for name in json.loads(done.out)["left_out"]} == {"down_proj"}
+
+
 def test_flags_come_in_any_order(tmp_path: Path, tiny: Path) -> None:
     recipe = written(tmp_path, {"method": "rtn", "bits": 8})
     done = llmq("quantize", tiny, "-o", tmp_path / "out", "--bits", 3, "--recipe", recipe, "--json")

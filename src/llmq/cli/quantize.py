@@ -17,7 +17,7 @@ from llmq.errors import CHECK_FAILED
 from llmq.quant.backends import BACKEND_NAMES, preferences
 from llmq.quant.options import ACT_ORDERS, DEFAULTS, FP8, SELF, Calibration, Rule
 from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, choose
-from llmq.scheme import BITS, GROUP_SIZES, INT
+from llmq.scheme import BITS, GROUP_SIZES, INT, Scheme
 
 if TYPE_CHECKING:
     from llmq.quant.needs import Needs
@@ -115,7 +115,10 @@ def quantize(
     """
     choice = choose(*preferences(backend, scheme, method, format), bits=bits, group_size=group_size, symmetric=sym)
     calibration = Calibration(calib_data, calib_samples, calib_seqlen, calib_seed).of(model)
-    rules = [Rule.parse(text) for text in override or ()]
+    overrides: dict[str, Scheme | None] = {}
+    for rule in map(Rule.parse, override or ()):
+        overrides.pop(rule.pattern, None)  # the last counts, and where it stands
+        overrides[rule.pattern] = rule.scheme
 
     from llmq.quant.pipeline import quantize as run
 
@@ -139,7 +142,7 @@ def quantize(
             method=choice.method,
             format=choice.format,
             calibration=calibration,
-            overrides={rule.pattern: rule.scheme for rule in rules},
+            overrides=overrides,
             ignore=ignore or (),
             clip=clip,
             act_order=act_order,
