@@ -153,6 +153,9 @@ def test_a_long_file_is_not_read_to_its_end(folder: Path, tmp_path: Path) -> Non
         ("text.jsonl", b'{"text": 7}', "line 1"),
         ("text.jsonl", b'{"messages": [7]}', "line 1"),
         ("text.jsonl", b'"a string"', "line 1"),
+        ("text.jsonl", b"[" * 100_000, "line 1"),
+        ("text.jsonl", b'{"text": "half a pair: \\ud83d"}', "line 1"),
+        ("text.jsonl", b'{"messages": [{"role": "user", "content": "half a pair: \\ud83d"}]}', "line 1"),
     ],
 )
 def test_texts_that_cannot_be_used(
@@ -178,6 +181,14 @@ def test_numbers_that_are_not_positive_are_a_usage_error(field: str) -> None:
     with pytest.raises(LlmqError) as caught:
         Calibration(**{field: 0})
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 10**20])
+def test_a_seed_that_nothing_can_be_drawn_by_is_a_usage_error(folder: Path, tmp_path: Path, seed: int) -> None:
+    done = llmq("quantize", folder, "-o", tmp_path / "out", "--calib-seed", seed)
+    assert done.code == 2
+    assert "error: --calib-seed is" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 # What the model writes itself

@@ -47,7 +47,7 @@ def _jsonl_texts(path: Path, lines: Iterator[str], to_text: ToText) -> Iterator[
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         yield to_text(row, f"{path.name}, line {number}")
 
@@ -56,4 +56,13 @@ def _text(row: Any, where: str, hint: str) -> str:
     text = row.get("text") if isinstance(row, Mapping) else None
     if not isinstance(text, str):
         raise LlmqError(f'{where}: not a JSON object with a "text"', hint)
+    return checked(text, where, hint)
+
+
+def checked(text: str, where: str, hint: str) -> str:
+    """``text``. LlmqError where it has half of a surrogate pair, which JSON can say and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise LlmqError(f"{where}: half of a character (a lone surrogate)", hint) from None
     return text

@@ -26,7 +26,7 @@ from llmq.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from llmq.errors import LlmqError
 from llmq.quant.options import SELF, Calibration
 from llmq.quant.self_calibration import OnStage, self_text
-from llmq.texts import join, read_text
+from llmq.texts import checked, join, read_text
 
 CHARACTERS_PER_TOKEN = 32
 """Characters read for each token wanted: several times what a token takes, so that there is a choice of windows."""
@@ -91,10 +91,10 @@ def _read_text(data: str, tokenizer: Tokenizer, most: int) -> str:
 
 def _row_text(tokenizer: Tokenizer, row: Any, where: str) -> str:
     value = next((row[name] for name in COLUMNS if name in row), None) if isinstance(row, Mapping) else None
-    if isinstance(value, str):
-        return value
     if isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
-        return _conversation_text(value, tokenizer, where)
+        value = _conversation_text(value, tokenizer, where)
+    if isinstance(value, str):
+        return checked(value, where, DATA_HINT)
     raise LlmqError(f'{where}: not a JSON object with a "text", a "prompt" or "messages"', DATA_HINT)
 
 

@@ -15,6 +15,8 @@ from llmq.scheme import BITS, GROUP_SIZES, INT, Scheme
 ACT_ORDERS = STATIC, DYNAMIC, OFF = "static", "dynamic", "off"
 AUTO, FP8 = "auto", "fp8"
 SELF = "self"
+MAX_SEED = 2**31 - 1
+"""Each document that the model writes has a seed of its own: this one's bits, and 32 below them."""
 KEPT = ("none", "16")
 """How ``--override`` says that a layer stays as it is."""
 SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()}
@@ -41,6 +43,8 @@ class Calibration:
         for flag, value in (("--calib-samples", self.samples), ("--calib-seqlen", self.seqlen)):
             if value < 1:
                 raise LlmqError(f"{flag} is {value}", "give it a positive number", exit_code=USAGE)
+        if not 0 <= self.seed <= MAX_SEED:
+            raise LlmqError(f"--calib-seed is {self.seed}", f"give it a number from 0 to {MAX_SEED}", exit_code=USAGE)
 
     def of(self, model: str) -> Calibration:
         """The same for ``model``, its data decided."""
