@@ -195,6 +195,19 @@ def test_groups_in_activation_order_stay_gptq(tmp_path: Path, w4: Path, form: st
     assert [path.name for path in tmp_path.iterdir()] == ["w4"]
 
 
+def test_gptq_announces_groups_that_compressed_tensors_has_scattered(tmp_path: Path, tiny: Path) -> None:
+    """Without ``desc_act``, fast kernels take the groups to be in their places, whatever the index says."""
+    source, out = quantized(tiny, tmp_path / "source", Scheme(4, 32), format="compressed-tensors"), tmp_path / "out"
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    edit_tensors(source, weight_g_idx=(order // 32).int())
+    assert llmq("convert", source, "-o", out, "--format", "gptq").code == 0
+    for name in ("config.json", "quantize_config.json"):
+        fields = json.loads((out / name).read_text())
+        assert fields.get("quantization_config", fields)["desc_act"] is True
+    before, after = (open_source(folder, "cpu", torch.float32) for folder in (source, out))
+    assert torch.equal(*(one.format.unpack(ONE, one.tensors).dequantize() for one in (before, after) if one.format))
+
+
 def test_scales_that_the_format_cannot_hold_are_refused(tmp_path: Path, tiny: Path) -> None:
     source = quantized(tiny, tmp_path / "source", Scheme(4, 32), format="compressed-tensors")
     edit_tensors(source, weight_scale=torch.full((128, 8), 1e-30, dtype=torch.bfloat16))

@@ -23,6 +23,7 @@ from llmq.checkpoint.formats import (
     packed_layers,
     write_configs,
 )
+from llmq.checkpoint.formats.gptq import Gptq
 from llmq.checkpoint.formats.packed import stated_scheme
 from llmq.checkpoint.tensors import ShardWriter, Tensors
 from llmq.errors import LlmqError
@@ -88,7 +89,10 @@ def convert(
     with folders.write_folder(output, overwrite=overwrite) as partial:
         writer = ShardWriter(partial)
         for done, name in enumerate(shapes, start=1):
-            writer.add_all(target.pack(name, replace(source.unpack(name, tensors), scheme=schemes[name])))
+            weight = replace(source.unpack(name, tensors), scheme=schemes[name])
+            writer.add_all(target.pack(name, weight))
+            if weight.group_index is not None and isinstance(target, Gptq):
+                target = replace(target, act_order=True)  # or loaders would not look at the index
             if progress is not None:
                 progress(done, len(shapes))
         for name in kept:
