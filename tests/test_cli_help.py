@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,3 +85,11 @@ def test_an_unknown_command_is_a_usage_error() -> None:
     result = run("quantise")
     assert result.returncode == 2
     assert "quantise" in result.stderr
+
+
+def test_what_the_encoding_of_stdout_does_not_have_is_no_failure() -> None:
+    command = [sys.executable, "-m", "llmq", "memplan", "demo", "--gpu", "t4"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.isascii()
+    assert b"parameters" in done.stdout

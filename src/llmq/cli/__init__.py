@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -58,6 +59,8 @@ def _common(
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 failed, 2 usage, 3 does not fit or check failed, 130 Ctrl-C."""
     warnings.showwarning = _show_warning
+    if isinstance(sys.stdout, TextIOWrapper):  # an encoding without a bar's blocks is no reason to fail
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except LlmqError as error:
