@@ -479,6 +479,22 @@ def test_of_a_known_gpu_what_cuda_hands_out_is_counted() -> None:
     assert gpu.usable_memory(other) == other.memory
 
 
+@pytest.mark.parametrize(
+    ("line", "gib"),
+    [
+        ("NVIDIA H100 80GB HBM3, 81559, 580", 79.1),
+        ("NVIDIA A100-SXM4-80GB, 81920, 580", 79.1),
+        ("NVIDIA A100-SXM4-40GB, 40960, 580", 39.4),
+        ("Tesla V100-SXM2-32GB, 32768, 580", 31.7),
+        ("NVIDIA RTX 6000 Ada Generation, 49140, 580", 47.4),
+        ("NVIDIA GeForce RTX 4060 Ti, 16380, 580", 15.5),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU, 16376, 580", 16376 / 1024),  # is no RTX 4090
+    ],
+)
+def test_a_gpu_is_known_by_the_name_that_nvidia_smi_gives_it(line: str, gib: float) -> None:
+    assert gpu.usable_memory(*gpu.parse_gpus(line)) == int(gib * GIB)
+
+
 def test_where_there_is_no_nvidia_smi_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "QUERY", ("there-is-no-such-program",))
     assert gpu.detect_gpus() == []

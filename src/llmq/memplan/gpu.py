@@ -69,7 +69,9 @@ def first_gpu_memory() -> int | None:
 
 def usable_memory(gpu: Gpu) -> int:
     """What CUDA hands out of a GPU, where its name is a known one; else all of it."""
-    known = [name for name in _matches(gpu.name) if abs(USABLE_GIB[name] * GIB / gpu.memory - 1) < 0.1]
+    words = set(_words(gpu.name))  # NVIDIA H100 80GB HBM3
+    names = (*_matches(gpu.name), *(name for name in USABLE_GIB if set(name.split("-")) <= words))
+    known = [name for name in names if abs(USABLE_GIB[name] * GIB / gpu.memory - 1) < 0.1]
     return min(gpu.memory, int(USABLE_GIB[known[0]] * GIB)) if known else gpu.memory
 
 
@@ -98,7 +100,10 @@ def parse_gpus(answer: str) -> list[Gpu]:
 
 def _matches(name: str) -> list[str]:
     """The GPUs of the table that a name may mean: its own, else those that have all of its words."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    words = [word for word in words if word not in ("nvidia", "geforce", "tesla", "gpu", "sxm", "pcie")]
+    words = [word for word in _words(name) if word not in ("nvidia", "geforce", "tesla", "gpu", "sxm", "pcie")]
     exact = [gpu for gpu in USABLE_GIB if gpu.replace("-", "") == "".join(words)]
     return exact or [gpu for gpu in USABLE_GIB if words and set(words) <= set(gpu.split("-"))]
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.lower())
