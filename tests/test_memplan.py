@@ -462,6 +462,11 @@ def test_what_is_quantized_already_is_not_quantized_again() -> None:
         plan_quantization(model, Scheme(), "rtn", calibrated=False, samples=1, seqlen=1)
 
 
+def test_an_empty_quantization_config_says_nothing() -> None:
+    """As everywhere else: such a folder is inspected, run and quantized as a plain one."""
+    assert describe(LLAMA_31_8B | {"quantization_config": {}}).quantization is None
+
+
 # The GPU
 
 

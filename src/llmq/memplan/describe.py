@@ -122,7 +122,7 @@ def _quantization(raw: Mapping[str, Any], fields: Fields) -> Mapping[str, Any] |
     quantization = raw.get("quantization_config") or fields.value("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise fields.wrong("quantization_config", "must be an object", quantization)
-    return quantization
+    return quantization or None  # an empty one says nothing
 
 
 def _cache(block: Block, family: Family) -> LayerCache:
