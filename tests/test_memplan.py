@@ -660,7 +660,23 @@ def test_what_llmqs_engine_does_not_do_yet_is_said(llama: Path, flags: tuple[obj
 def test_the_phase_of_quantizing_is_planned_by_method(llama: Path) -> None:
     result = json.loads(llmq("memplan", llama, "--phase", "quantize", "--scheme", "w4a16", "--json").out)
     assert {method["method"] for method in result["methods"]} == {"gptq", "awq", "autoround", "rtn"}
-    assert llmq("memplan", llama, "--phase", "quantize", "--gpu-memory", "512MiB").code == CHECK_FAILED
+
+
+@pytest.mark.parametrize(
+    ("memory", "first", "code"),
+    [
+        ("512MiB", "does not fit, by any method: the device has 512.00 MiB", CHECK_FAILED),
+        ("2GiB", "fits, by rtn: the device has 2.00 GiB", 0),
+        ("24GiB", "fits, by gptq, awq, autoround or rtn: the device has 24.00 GiB", 0),
+    ],
+)
+def test_which_methods_fit_a_device_is_said(llama: Path, memory: str, first: str, code: int) -> None:
+    result = llmq("memplan", llama, "--phase", "quantize", "--gpu-memory", memory)
+    assert (result.out.splitlines()[0], result.code) == (first, code)
+    assert bool(code) is ("hint: " in result.err)
+    as_json = json.loads(llmq("memplan", llama, "--phase", "quantize", "--gpu-memory", memory, "--json").out)
+    assert as_json["fits"] is not bool(code)
+    assert all(method["fits"] is (method["method"] in first) for method in as_json["methods"])
 
 
 def test_gpus_are_listed_without_a_model() -> None:
@@ -710,6 +726,11 @@ def test_what_the_engine_does_not_run_is_planned_and_the_reason_given(
         (("--max-num-batched-tokens", 0), USAGE),
         (("--load-format", "none"), USAGE),
         (("--phase", "quantize", "--table"), USAGE),
+        (("--phase", "quantize", "--num-gpus", 2), USAGE),
+        (("--phase", "quantize", "--concurrency", 8), USAGE),
+        (("--phase", "quantize", "--max-model-len", 1024), USAGE),
+        (("--phase", "quantize", "--scheme", "none"), USAGE),
+        (("--scheme", "none", "--bits", 4), USAGE),
         (("--concurrency", 0), USAGE),
         (("--engine", "vllm", "--verify"), USAGE),
         (("--plot", "plan.exe"), USAGE),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, cast
@@ -13,7 +13,7 @@ import typer
 from llmq.cli import options
 from llmq.cli.console import out, print_json, table
 from llmq.engine.options import EngineOptions, LoadFormat
-from llmq.errors import CHECK_FAILED, USAGE, LlmqError
+from llmq.errors import CHECK_FAILED, USAGE, LlmqError, either
 from llmq.memory import KV_DTYPE_BYTES, format_bytes, parse_bytes
 from llmq.memplan import engines, report
 from llmq.memplan.gpu import USABLE_GIB, first_gpu_memory, named_memory
@@ -30,6 +30,10 @@ _ENGINE = EngineOptions()
 _LOAD = Load()
 SERVE, QUANTIZE = PHASES = ("serve", "quantize")
 AS_IT_IS = "none"
+OF_BOTH_PHASES = {
+    "model", "gpu", "gpu_memory", "scheme", "bits", "group_size", "symmetric", "phase", "revision", "json",
+}  # fmt: skip
+"""The parameters that mean something to QUANTIZE too."""
 
 
 def _list_gpus(wanted: bool) -> None:
@@ -43,6 +47,7 @@ def _list_gpus(wanted: bool) -> None:
 
 
 def memplan(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="A folder, a config.json, a hub id, or 'demo'.", show_default=False),
@@ -126,10 +131,10 @@ def memplan(
     memory = _gpu_memory(gpu, gpu_memory)
     known = open_model(model, revision)
     if phase == QUANTIZE:
-        asked = {"--solve": solve_for, "--table": as_table, "--explain": explain, "--plot": plot, "--verify": verify}
-        for flag, is_asked in asked.items():
-            if is_asked:
-                raise LlmqError(f"{flag} is of --phase {SERVE}", f"leave out {flag}", exit_code=USAGE)
+        if scheme == AS_IT_IS:
+            raise LlmqError(f"--scheme {AS_IT_IS} quantizes nothing", "choose another --scheme", exit_code=USAGE)
+        for flag in _typed(context, but=OF_BOTH_PHASES):
+            raise LlmqError(f"{flag} is of --phase {SERVE}", f"leave out {flag}", exit_code=USAGE)
         _quantization(model, known, planned_scheme or DEFAULTS.choice.scheme, memory, json=json)
         return
     result = plan(
@@ -183,6 +188,14 @@ def memplan(
         raise typer.Exit(CHECK_FAILED)
 
 
+def _typed(context: typer.Context, *, but: Collection[str]) -> Iterator[str]:
+    """The flags on the command line."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in but and source is not None and source.name == "COMMANDLINE":
+            yield parameter.opts[0]
+
+
 def _gpu_memory(gpu: str | None, size: str | None) -> int | None:
     if gpu is not None and size is not None:
         raise LlmqError("--gpu and --gpu-memory both say how large the GPU is", "keep one of them", exit_code=USAGE)
@@ -193,7 +206,12 @@ def _gpu_memory(gpu: str | None, size: str | None) -> int | None:
 
 def _scheme(name: str | None, bits: int | None, group_size: int | None, symmetric: bool | None) -> Scheme | None:
     """None when nothing is named, or none by name: the weights as they are."""
-    if (name, bits, group_size, symmetric) == (None, None, None, None) or name == AS_IT_IS:
+    changed = (bits, group_size, symmetric) != (None, None, None)
+    if name == AS_IT_IS and changed:
+        raise LlmqError(
+            f"--scheme {AS_IT_IS} has no bits, groups or zero points", f"leave out --scheme {AS_IT_IS}", exit_code=USAGE
+        )
+    if name == AS_IT_IS or (name is None and not changed):
         return None
     return choose(name or DEFAULTS.choice.scheme, bits=bits, group_size=group_size, symmetric=symmetric).scheme
 
@@ -229,16 +247,24 @@ def _quantization(model: str, known: Model, scheme: Scheme, gpu_memory: int | No
         )
         for method in methods_for(scheme)
     ]
-    fits = None if gpu_memory is None else min(plan.device for plan in plans) <= gpu_memory
+    fitting = [plan.method for plan in plans if gpu_memory is not None and plan.device <= gpu_memory]
+    fits = None if gpu_memory is None else bool(fitting)
     if json:
-        methods = [{"method": plan.method, **_parts(plan)} for plan in plans]
+        methods = [
+            {"method": plan.method, "fits": None if fits is None else plan.method in fitting, **_parts(plan)}
+            for plan in plans
+        ]
         value = {"model": model, "scheme": str(scheme), "gpu_memory": gpu_memory, "fits": fits, "methods": methods}
         print_json("llmq.memplan.quantize/1", value)
     else:
         columns = ["method", *_parts(plans[0])]
+        if gpu_memory is not None:
+            verdict = f"fits, by {either(fitting)}" if fitting else "does not fit, by any method"
+            out.print(f"{verdict}: the device has {format_bytes(gpu_memory)}")
         out.print(f"quantizing {model} to {scheme}; all but the disk are estimates")
         _print_table(columns, [[plan.method, *map(format_bytes, _parts(plan).values())] for plan in plans])
     if fits is False:
+        print("hint: llmq quantize --device cpu takes of main memory what it would of the device", file=sys.stderr)
         raise typer.Exit(CHECK_FAILED)
 
 
