@@ -24,7 +24,7 @@ from llmq.checkpoint.tensors import TensorInfo
 from llmq.engine.blocks import BlockManager
 from llmq.engine.options import EngineOptions
 from llmq.errors import CHECK_FAILED, USAGE, LlmqError
-from llmq.memory import KV_DTYPE_BYTES
+from llmq.memory import KV_DTYPE_BYTES, format_bytes
 from llmq.memplan import engines, gpu, report
 from llmq.memplan.describe import describe
 from llmq.memplan.engines import ENGINES
@@ -633,10 +633,24 @@ def test_a_table_says_how_many_fit_for_each_scheme_and_context(llama: Path) -> N
     assert "131,072 tokens" in out
 
 
+def test_json_has_the_table_too(llama: Path) -> None:
+    flags = ("memplan", llama, "--gpu", "a100-40gb", "--max-model-len", 8192, "--table")
+    table = json.loads(llmq(*flags, "--json").out)["table"]
+    assert [row["scheme"] for row in table[::2]] == ["as it is", *SCHEMES]
+    row = next(row for row in table if (row["scheme"], row["kv_dtype"]) == ("w4a16", "fp8"))
+    users = row["sequences"]["16384"]
+    assert f" {users:,} " in next(line for line in llmq(*flags).out.splitlines() if re.match(r"w4a16 +fp8", line))
+    at_once = ("memplan", llama, "--gpu", "a100-40gb", "--scheme", "w4a16", "--kv-cache-dtype", "fp8")
+    assert llmq(*at_once, "--max-model-len", 16384, "--batch-size", users).code == 0
+    assert llmq(*at_once, "--max-model-len", 16384, "--batch-size", users + 1).code == CHECK_FAILED
+
+
 def test_an_explanation_names_layers_engines_and_assumptions(llama: Path) -> None:
     out = llmq("memplan", llama, "--explain").out
     assert "32 layers with keys and values of 8 × 128" in out
     assert all(f"KV cache of {engine}" in out for engine in ENGINES)
+    in_json = json.loads(llmq("memplan", llama, "--json").out)["kv"]["engines"]
+    assert all(f"KV cache of {engine}: {format_bytes(in_json[engine])}" in out for engine in ENGINES)
     assert "CUDA graphs" in out
 
 

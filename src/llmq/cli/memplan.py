@@ -165,6 +165,8 @@ def memplan(
         lines = compare(model, result, revision=revision, load_format=cast(LoadFormat, load_format))
     if json:
         value = {"model": model, **report.as_json(result, SCHEMES)}
+        if as_table:
+            value["table"] = report.capacities(result, SCHEMES)
         if answer is not None:
             value["solve"] = {"question": answer.question, "answer": answer.value}
         if lines is not None:

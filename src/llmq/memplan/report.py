@@ -142,10 +142,14 @@ def explanation(plan: MemoryPlan) -> Iterator[str]:
     for layer, count in plan.architecture.kinds.items():
         size = format_bytes(plan.layer_bytes(layer))
         yield f"{count} {_layer_label(layer)}: {size} each for {plan.max_model_len:,} tokens"
-    for engine in ENGINES:
-        cache = replace(plan, engine=engine, block_size=_block_size(plan, engine)).kv_cache
+    for engine, cache in caches(plan).items():
         yield f"KV cache of {engine}: {format_bytes(cache)}{' (this plan)' if engine == plan.engine else ''}"
     yield from assumptions(plan)
+
+
+def caches(plan: MemoryPlan) -> dict[str, int]:
+    """What the cache takes in each engine."""
+    return {engine: replace(plan, engine=engine, block_size=_block_size(plan, engine)).kv_cache for engine in ENGINES}
 
 
 def warnings(plan: MemoryPlan) -> list[str]:
@@ -182,18 +186,27 @@ def assumptions(plan: MemoryPlan) -> list[str]:
     return found
 
 
-def capacity_table(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: how many sequences fit, for each scheme, KV type and context; – is none."""
+def capacities(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> list[dict[str, Any]]:
+    """How many sequences fit, for each scheme and KV type: ``sequences`` by the tokens of each. None without a GPU."""
     limit = plan.architecture.context_length or CONTEXTS[-1]
     contexts = sorted({min(tokens, limit) for tokens in CONTEXTS})
     rows = []
     for name, scheme in {"as it is": None, **schemes}.items():
         for kv_dtype in dict.fromkeys((plan.kv_dtype, *KV_TABLE)):
             changed = replace(plan, scheme=scheme or plan.scheme, kv_dtype=kv_dtype)
-            users = [replace(changed, max_model_len=tokens).max_concurrency for tokens in contexts]
-            cells = ["" if number is None else f"{number:,}" if number else "–" for number in users]
-            rows.append([name, kv_dtype, format_bytes(changed.weights.resident), *cells])
-    return ["scheme", "KV cache", "weights", *(f"{tokens:,} tokens" for tokens in contexts)], rows
+            users = {tokens: replace(changed, max_model_len=tokens).max_concurrency for tokens in contexts}
+            weights = changed.weights.resident
+            rows.append({"scheme": name, "kv_dtype": kv_dtype, "weights": weights, "sequences": users})
+    return rows
+
+
+def capacity_table(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of ``capacities``; – is none."""
+    found, rows = capacities(plan, schemes), []
+    for row in found:
+        cells = ["" if users is None else f"{users:,}" if users else "–" for users in row["sequences"].values()]
+        rows.append([row["scheme"], row["kv_dtype"], format_bytes(row["weights"]), *cells])
+    return ["scheme", "KV cache", "weights", *(f"{tokens:,} tokens" for tokens in found[0]["sequences"])], rows
 
 
 def as_json(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
@@ -233,6 +246,7 @@ def as_json(plan: MemoryPlan, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
             "naive_total": plan.textbook_kv_cache,
             "naive_ratio": plan.textbook_ratio,
             "tokens": plan.kv_tokens,
+            "engines": caches(plan),
             "layers": [
                 {
                     "kind": layer.kind,
