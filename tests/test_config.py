@@ -230,6 +230,7 @@ def test_without_generation_config_the_eos_is_that_of_config(tmp_path: Path) -> 
         ({"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2, "num_experts_per_tok": 9}, "of 8 in all"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [1]}, "layers without experts"),
         ({"num_key_value_heads": 3}, "cannot share 3"),
+        ({"rms_norm_eps": float("inf")}, "'rms_norm_eps'"),
     ],
 )
 def test_what_cannot_be_run_is_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -237,7 +238,7 @@ def test_what_cannot_be_run_is_named(tmp_path: Path, fields: dict[str, Any], mes
         read(tmp_path, **fields)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", '{"hidden_size": 1' + 5000 * "0" + "}"])
 def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(LlmqError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmq.checkpoint.rope import Rope, Theta, read_rope
 from llmq.errors import LlmqError
@@ -246,7 +246,7 @@ class _Raw(BaseModel):
     vocab_size: _Size
     max_position_embeddings: _Size = 2048
     original_max_position_embeddings: _Size | None = None
-    rms_norm_eps: PositiveFloat = 1e-6
+    rms_norm_eps: _Real = 1e-6
     rope_theta: Theta = 10_000.0
     rope_local_base_freq: Theta = 10_000.0
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -362,7 +362,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LlmqError(f"{path.parent} has no {path.name}", "point at a Hugging Face model folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of thousands of digits
         raise LlmqError(f"{path} cannot be read: {error}", f"mend {path.name}, or fetch it again") from None
     if not isinstance(value, dict):
         raise LlmqError(f"{path} does not hold a JSON object", f"mend {path.name}, or fetch it again")

@@ -187,7 +187,7 @@ def stored_scheme(quantization: Mapping[str, Any] | None) -> Scheme | None:
 
 
 def _format(quantization: Mapping[str, Any]) -> Format:
-    method = quantization.get("quant_method")
+    method = str(quantization.get("quant_method"))
     if method not in FORMATS:
         raise LlmqError(f"it does not run the format {method!r}")
     return FORMATS[method].read(quantization)

@@ -89,7 +89,7 @@ def open_format(config: ModelConfig) -> Format | None:
     """The format of a folder; None when it is not quantized. LlmqError on what llmq does not read."""
     if config.quantization is None:
         return None
-    method = config.quantization.get("quant_method")
+    method = str(config.quantization.get("quant_method"))
     if method not in FORMATS:
         raise LlmqError(
             f"the folder is quantized by {method!r}, which is not supported", f"llmq reads {either(FORMATS)}"

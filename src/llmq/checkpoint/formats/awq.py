@@ -32,6 +32,7 @@ from llmq.checkpoint.formats.packed import (
     most_common,
     natural_groups,
     pack_words,
+    stated_names,
     stated_scheme,
     stored_scheme,
     stored_shape,
@@ -99,7 +100,8 @@ class Awq:
         scheme = stored_scheme(bits, group_size, False)
         if scheme.bits != BITS:
             raise LlmqError(f"AWQ folders of {scheme.bits} bits are not supported", "the format has 4 bits a code")
-        return cls(scheme, tuple(quantization.get("modules_to_not_convert") or ()))
+        left_out = "modules_to_not_convert"
+        return cls(scheme, stated_names(left_out, quantization.get(left_out)))
 
     def scheme_of(self, name: str) -> Scheme | None:
         """What the config says of layer ``name``; None: it is not quantized."""

@@ -40,6 +40,7 @@ from llmq.checkpoint.formats.packed import (
     check_symmetric,
     most_common,
     natural_groups,
+    stated_names,
     stated_scheme,
     stored_shape,
     why_not_several,
@@ -97,8 +98,8 @@ class BitsAndBytes:
                 f"quantization_config of bitsandbytes states 4 bits: {four}, 8 bits: {eight}, type: {number!r}",
                 ORIGINAL,
             )
-        left_out = quantization.get("llm_int8_skip_modules") or (HEAD,)
-        return cls(Scheme(4, BLOCK, number=number) if four else INT8, tuple(left_out))
+        left_out = stated_names("llm_int8_skip_modules", quantization.get("llm_int8_skip_modules")) or (HEAD,)
+        return cls(Scheme(4, BLOCK, number=number) if four else INT8, left_out)
 
     def scheme_of(self, name: str) -> Scheme | None:
         """What the config says of layer ``name``; None: it is not quantized."""

@@ -42,6 +42,7 @@ from llmq.checkpoint.formats.packed import (
     num_words,
     pack_words,
     read_group_index,
+    stated_names,
     stated_scheme,
     stored_scheme,
     stored_shape,
@@ -132,8 +133,12 @@ class CompressedTensors:
         kind = quantization.get("format")
         try:
             groups = list(quantization["config_groups"].values())
-            ignore = tuple(str(pattern) for pattern in quantization.get("ignore") or ())
-            targets = {str(target): _read_group(group, kind) for group in groups for target in group["targets"]}
+            ignore = stated_names("ignore", quantization.get("ignore"))
+            targets = {
+                target: _read_group(group, kind)
+                for group in groups
+                for target in stated_names("targets", group["targets"])
+            }
             kv_scales = _read_rest(quantization)
         except (KeyError, TypeError, AttributeError) as error:
             raise LlmqError(f"quantization_config has no usable config_groups: {error!r}", DAMAGED_CONFIG) from None

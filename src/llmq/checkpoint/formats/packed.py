@@ -130,6 +130,14 @@ def check_regex(pattern: str) -> None:
         ) from None
 
 
+def stated_names(field: str, value: Any) -> tuple[str, ...]:
+    """The layers that ``field`` of a quantization_config lists. LlmqError when it is no list of names."""
+    names = [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise LlmqError(f"quantization_config: {field} is {value!r}, and no list of names", DAMAGED_CONFIG)
+    return tuple(names)
+
+
 def exact_fp16(name: str, scales: Tensor) -> Tensor:
     """``scales`` as fp16. LlmqError where that would change one."""
     import torch
