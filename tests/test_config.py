@@ -230,12 +230,15 @@ def test_without_generation_config_the_eos_is_that_of_config(tmp_path: Path) -> 
         ({"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2, "num_experts_per_tok": 9}, "of 8 in all"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [1]}, "layers without experts"),
         ({"num_key_value_heads": 3}, "cannot share 3"),
+        ({"architectures": []}, "does not name one"),
+        ({"eos_token_id": "</s>"}, "'eos_token_id"),
         ({"rms_norm_eps": float("inf")}, "'rms_norm_eps'"),
     ],
 )
 def test_what_cannot_be_run_is_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(LlmqError, match=message):
+    with pytest.raises(LlmqError, match=message) as caught:
         read(tmp_path, **fields)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00", '{"hidden_size": 1' + 5000 * "0" + "}"])

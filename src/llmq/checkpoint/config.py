@@ -25,6 +25,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 """The kinds of layers, as ``layer_types`` names them."""
 SEPARATE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
 """Files that say what config.json has as ``quantization_config``, and the method that they may not name."""
+MEND = "mend config.json, or fetch it again"
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 """The checkpoint's names of what is in no decoder block."""
 
@@ -304,7 +305,7 @@ def read_config(folder: Path) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
-        raise LlmqError(f"{folder / 'config.json'}: field {location!r}: {first['msg']}") from None
+        raise LlmqError(f"{folder / 'config.json'}: field {location!r}: {first['msg']}", MEND) from None
 
     gemma = model_type.startswith("gemma")
     activation = raw.hidden_activation if gemma and raw.hidden_activation is not None else raw.hidden_act
@@ -317,7 +318,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise LlmqError(f"{folder}: the dtype {dtype!r} is not supported", f"use {', '.join(DTYPE_BYTES)}")
     if raw.num_attention_heads % raw.kv_heads:
         raise LlmqError(
-            f"{folder}: {raw.num_attention_heads} attention heads cannot share {raw.kv_heads} key-value heads"
+            f"{folder}: {raw.num_attention_heads} attention heads cannot share {raw.kv_heads} key-value heads", MEND
         )
     if raw.use_bidirectional_attention:
         raise LlmqError(f"{folder}: tokens that see later ones are not supported", "llmq runs causal attention")
@@ -371,7 +372,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _architecture(folder: Path, names: object) -> Architecture:
     if not isinstance(names, list) or not names:
-        raise LlmqError(f"{folder / 'config.json'}: field 'architectures' does not name one")
+        raise LlmqError(f"{folder / 'config.json'}: field 'architectures' does not name one", MEND)
     found = ARCHITECTURES.get(str(names[0]))
     if found is None:
         raise LlmqError(
@@ -399,7 +400,7 @@ def _layer_kinds(model_type: str, raw: _Raw) -> tuple[str, ...]:
         return (SLIDING,) * layers
     if raw.layer_types is not None:
         if len(raw.layer_types) != layers:
-            raise LlmqError(f"config.json names {len(raw.layer_types)} layer_types for {layers} layers")
+            raise LlmqError(f"config.json names {len(raw.layer_types)} layer_types for {layers} layers", MEND)
         for kind in set(raw.layer_types) - {FULL, SLIDING}:
             raise LlmqError(f"layers of {kind!r} are not supported", f"llmq runs {FULL} and {SLIDING}")
         return tuple(raw.layer_types)
@@ -435,7 +436,7 @@ def _read_experts(model_type: str, raw: _Raw) -> Experts:
     mixtral = model_type == "mixtral"
     inner = raw.intermediate_size if mixtral else raw.moe_intermediate_size
     if count is None or per_token is None or inner is None or per_token > count:
-        raise LlmqError(f"config.json has {per_token} experts of {inner} for each token, of {count} in all")
+        raise LlmqError(f"config.json has {per_token} experts of {inner} for each token, of {count} in all", MEND)
     dense = set(raw.mlp_only_layers or ()) & set(range(raw.num_hidden_layers))
     if not mixtral and (dense or raw.decoder_sparse_step > 1):
         raise LlmqError(
@@ -453,5 +454,8 @@ def _read_eos(folder: Path, raw: _Raw) -> tuple[int, ...]:
         eos = read_json(generation).get("eos_token_id", eos)
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token, int) for token in ids):
-        raise LlmqError(f"{generation}: eos_token_id must be a token id or a list of them")
+        raise LlmqError(
+            f"{generation}: eos_token_id must be a token id or a list of them",
+            f"mend {generation.name}, or fetch it again",
+        )
     return tuple(ids)

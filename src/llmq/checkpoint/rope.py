@@ -99,7 +99,10 @@ def read_rope(fields: Mapping[str, Any], *, theta: float, fraction: float, conte
     base = Rope(raw.rope_theta or theta, fraction=raw.partial_rotary_factor or fraction)
     rotated = base.rotated(head_dim)
     if rotated < 2 or rotated % 2:
-        raise LlmqError(f"heads of {head_dim} channels, {rotated} of them rotated, cannot be rotated in pairs")
+        raise LlmqError(
+            f"heads of {head_dim} channels, {rotated} of them rotated, cannot be rotated in pairs",
+            "check head_dim and partial_rotary_factor in config.json",
+        )
     if raw.rope_type == "default":
         return base
     original = raw.original_max_position_embeddings or context

@@ -103,7 +103,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise LlmqError(f"{folder / INDEX} has no weight_map")
+            raise LlmqError(f"{folder / INDEX} has no weight_map", "download or copy it again")
         files = [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))

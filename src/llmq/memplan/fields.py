@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from llmq.checkpoint.config import MEND
 from llmq.errors import LlmqError
 
 LARGEST = 2**31 - 1
@@ -126,10 +127,7 @@ class Fields:
     def wrong(self, name: str, rule: str, value: object) -> LlmqError:
         """What to raise for a ``value`` that cannot be."""
         shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:39]}…"
-        return LlmqError(
-            f"{self._path}: field {self._find(name)[0]!r} {rule}, not {shown}",
-            "mend config.json, or fetch it again",
-        )
+        return LlmqError(f"{self._path}: field {self._find(name)[0]!r} {rule}, not {shown}", MEND)
 
     def _find(self, name: str) -> tuple[str, Any]:
         names = (name, *OTHER_NAMES.get(name, ()))
