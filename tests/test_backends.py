@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import llmq
 
-from llmq.errors import LlmqError
+from llmq.errors import LlmqError, either
 from llmq.quant.backends import BACKENDS, Backend, environment, find_backend
 from llmq.quant.backends.driver import run_worker
 from llmq.quant.schemes import Choice
@@ -170,10 +170,17 @@ def test_the_list_says_what_there_is(cache: Path) -> None:
     assert all(f"{name} " in done.out for name in BACKENDS)
 
 
-def test_an_unknown_backend_is_a_usage_error() -> None:
-    done = llmq("backends", "remove", "exllama")
+@pytest.mark.parametrize("name", ["exllama", "native"])
+def test_a_backend_without_an_environment_is_a_usage_error_whose_hint_names_those_that_have_one(name: str) -> None:
+    done = llmq("backends", "remove", name)
     assert done.code == 2
-    assert "hint: there are native, auto-gptq" in done.err
+    assert f"hint: there are those of {either(BACKENDS)}\n" in done.err
+
+
+def test_an_unknown_backend_is_a_usage_error(tmp_path: Path) -> None:
+    done = llmq("quantize", "demo", "-o", tmp_path / "out", "--backend", "exllama")
+    assert done.code == 2
+    assert "hint: choose --backend native, auto-gptq" in done.err
 
 
 @pytest.mark.parametrize(

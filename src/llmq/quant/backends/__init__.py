@@ -110,11 +110,15 @@ def preferences(
 
 def third_party(name: str) -> Backend | None:
     """The backend ``--backend NAME``; None where llmq does the work. LlmqError when there is none of that name."""
-    return None if name in (NATIVE, BITSANDBYTES) else find_backend(name)
+    if name not in BACKEND_NAMES:
+        raise LlmqError(f"there is no backend {name!r}", f"choose --backend {either(BACKEND_NAMES)}", exit_code=USAGE)
+    return BACKENDS.get(name)
 
 
 def find_backend(name: str) -> Backend:
     """The backend ``name``, which has an environment of its own. LlmqError when there is none."""
     if name not in BACKENDS:
-        raise LlmqError(f"there is no backend {name!r}", f"there are {either(BACKEND_NAMES)}", exit_code=USAGE)
+        raise LlmqError(
+            f"there is no environment for a backend {name!r}", f"there are those of {either(BACKENDS)}", exit_code=USAGE
+        )
     return BACKENDS[name]
