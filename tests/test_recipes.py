@@ -205,6 +205,7 @@ def test_flags_come_in_any_order(tmp_path: Path, tiny: Path) -> None:
         ("just text", "not a mapping", "llmq recipe show"),
         ("", "not a mapping", "llmq recipe show"),
         ("scheme: [", "not YAML", "llmq recipe show"),
+        ("[" * 10_000, "not YAML", "llmq recipe show"),
     ],
 )
 def test_a_recipe_that_is_not_understood(tmp_path: Path, content: Any, message: str, hint: str) -> None:
@@ -351,6 +352,14 @@ def test_the_groups_of_what_llm_compressor_wrote_are_the_schemes_read_from_it(tm
             },
             {"method": "smoothquant", "scheme": "w8a8", "alpha": 0.8},
         ),
+        (  # as llm-compressor saves it beside a model
+            {
+                "GPTQModifier": {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": "W4A16"}
+                | {"block_size": 128, "dampening_frac": 0.01, "actorder": "static", "offload_hessians": False}
+                | {"bypass_divisibility_checks": False}
+            },
+            {"method": "gptq", "scheme": "w4a16", "act-order": "static"},
+        ),
         (
             {"QuantizationModifier": {"ignore": ["lm_head", "re:.*o_proj"], "scheme": "FP8_DYNAMIC"}},
             {"method": "rtn", "scheme": "fp8", "ignore": ["re:.*o_proj"]},
@@ -375,6 +384,14 @@ def test_a_recipe_of_theirs_comes_to_these_flags(
         ({"GPTQModifier": {"scheme": "W4A16", "dampening_frac": 0.1}}, "dampening_frac: 0.1"),
         ({"GPTQModifier": {"scheme": "NVFP4"}}, "NVFP4"),
         ({"GPTQModifier": {"scheme": "W4A16", "actorder": "sideways"}}, "sideways"),
+        ({"GPTQModifier": {"scheme": "W4A16", "actorder": ["group"]}}, "['group']"),
+        ({"GPTQModifier": {"config_groups": {"g": {"weights": [4]}}}}, "weights: [4]"),
+        ({"QuantizationModifier": {"config_groups": {"g": {"weights": {"num_bits": [4]}}}}}, "[4] bits"),
+        (
+            {"QuantizationModifier": {"config_groups": {"g": {"weights": {"strategy": ["group"]}}}}},
+            "strategy ['group']",
+        ),
+        ({"GPTQModifier": {"scheme": "W4A16", "bypass_divisibility_checks": True}}, "bypass_divisibility_checks: True"),
         ({"QuantizationModifier": {"scheme": "FP8"}}, "FP8"),
         ({"QuantizationModifier": {"scheme": "W4A16", "ignore": ["LlamaMLP"]}}, "LlamaMLP"),
         ({"QuantizationModifier": {"scheme": "W4A16", "surprise": 1}}, "surprise"),

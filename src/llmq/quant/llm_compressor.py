@@ -103,9 +103,10 @@ def _compensation(own: dict[str, Any]) -> dict[str, Any]:
     groups = [
         _mapping(name, group) for name, group in _mapping("config_groups", own.get("config_groups") or {}).items()
     ]
-    asked += [order for group in groups if (order := (group.get("weights") or {}).get("actorder")) is not None]
-    orders = {ORDERS.get(order, order) for order in asked} or {STATIC}
-    if len(orders) > 1 or not orders <= set(ORDERS.values()):
+    weights = [_mapping("weights", group.get("weights") or {}) for group in groups]
+    asked += [order for fields in weights if (order := fields.get("actorder")) is not None]
+    orders = {ORDERS[order] for order in asked if order in list(ORDERS)} or {STATIC}
+    if len(orders) > 1 or any(order not in list(ORDERS) for order in asked):
         _refuse(f"actorder: {either(asked)}", f"there are {either(filter(None, ORDERS))}, one for all layers")
     (order,) = orders
     return {"act-order": order} | ({"format": "gptq"} if order == DYNAMIC else {})
@@ -120,6 +121,7 @@ def _layers(fields: dict[str, Any]) -> dict[str, Any]:
     if cache is not None:
         _settled("kv_cache_scheme", dict(_mapping("kv_cache_scheme", cache)), KV_CACHE)
         flags["kv-cache-scheme"] = FP8
+    _same("layers", fields, {"bypass_divisibility_checks": (False, None)})  # which every saved recipe has
     if fields:
         _refuse(next(iter(fields)))
     if not groups:
@@ -167,7 +169,7 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
     number, bits = weights.pop("type", "int"), weights.pop("num_bits", 8)
     symmetric = weights.pop("symmetric", True)
     sizes = {"channel": WHOLE_ROW, "tensor": WHOLE_TENSOR, "group": size, None: size or WHOLE_TENSOR}
-    if strategy not in sizes or (number, bits) not in {("float", 8), *(("int", bits) for bits in BITS[INT])}:
+    if strategy not in list(sizes) or (number, bits) not in [("float", 8), *(("int", bits) for bits in BITS[INT])]:
         _refuse(f"weights of type {number}, {bits} bits and strategy {strategy}")
     _settled("weights", weights, {"dynamic": (False, None), "observer": MINMAX})
     if inputs:

@@ -85,7 +85,7 @@ def read_recipe(recipe: str) -> Recipe:
         raise LlmqError(
             f"{path} cannot be read: {reason}", "llmq recipe list shows those that come with llmq"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise LlmqError(f"{path.name} is not YAML: {' '.join(str(error).split())}", LOOK) from None
     if not isinstance(document, Mapping):
         raise LlmqError(f"{path.name} is not a mapping of flags to values", LOOK)
