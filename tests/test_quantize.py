@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -593,3 +595,29 @@ def test_defaults_are_known_without_torch() -> None:
 def test_quantize_is_part_of_the_package() -> None:
     assert quantize is pipeline.quantize
     assert QuantizationReport.__name__ in pipeline.quantize.__annotations__["return"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("lm_head.weight", 0),
+        ("model.norm.weight", 0),
+        ("model.embed_tokens.weight", 200),
+        ("model.layers.1.post_attention_layernorm.weight", 0),
+    ],
+)
+def test_tensors_that_are_looked_at_last_are_missed_before_the_work(
+    tmp_path: Path, tiny: Path, name: str, rows: int
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    stored = load_file(folder / "model.safetensors")
+    tensor = stored.pop(name)
+    if rows:
+        stored[name] = tensor[:rows].clone()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    steps: list[Any] = []
+    with pytest.raises(LlmqError, match=re.escape(name)) as caught:
+        quantize(str(folder), tmp_path / "out", method="rtn", device="cpu", progress=steps.append)
+    assert caught.value.hint
+    assert not steps

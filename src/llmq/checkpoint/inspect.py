@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import folder as folders
-from llmq.checkpoint.config import EMBEDDING, HEAD, ModelConfig, read_config, read_json
+from llmq.checkpoint.config import EMBEDDING, FINAL_NORM, HEAD, ModelConfig, read_config, read_json
 from llmq.checkpoint.formats import Format, is_packed, open_format, packed_layers
 from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmq.checkpoint.formats.packed import contradictions
@@ -134,6 +134,8 @@ def _model_problems(config: ModelConfig, format: Format | None, tensors: Tensors
             yield f"{name}.weight is missing"
         elif info.shape != shape:
             yield f"{name}.weight is {list(info.shape)}, and config.json makes it {list(shape)}"
+    if f"{FINAL_NORM}.weight" not in tensors:
+        yield f"{FINAL_NORM}.weight is missing"
 
 
 def _config_problems(folder: Path, config: ModelConfig, format: Format | None) -> Iterator[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from llmq.checkpoint.config import HEAD, read_config
+import torch
+
+from llmq.checkpoint.config import EMBEDDING, FINAL_NORM, HEAD, ModelConfig, block_name, read_config
 from llmq.checkpoint.formats import FORMATS, format_for, kept_layers
 from llmq.checkpoint.formats.merged import merged_layers
 from llmq.checkpoint.tensors import Tensors
@@ -15,6 +17,7 @@ from llmq.quant.job import Job, shape_of
 from llmq.quant.methods import bnb
 from llmq.quant.options import QuantizeOptions
 from llmq.quant.schemes import BNB
+from llmq.runtime.decoder import DecoderLayer
 from llmq.runtime.device import resolve_device, resolve_dtype
 from llmq.runtime.loader import Source
 from llmq.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
@@ -29,6 +32,7 @@ def prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
             f"{model} is quantized already",
             "quantize the model that it was made from; to change only its format: llmq convert",
         )
+    _check_tensors(config, tensors)
     if options.choice.method == BNB:
         bnb.check_installed()
     notes: list[str] = []
@@ -63,6 +67,32 @@ def prepare(model: str, folder: Path, options: QuantizeOptions) -> Job:
         None,
         (device,),
     )
+
+
+def _check_tensors(config: ModelConfig, tensors: Tensors) -> None:
+    """Raise LlmqError unless the folder has every tensor of the model, in its shape: some are looked at last."""
+    with torch.device("meta"):
+        block = DecoderLayer(config, 0)
+    shapes = {
+        f"{block_name(layer)}.{name}": tuple(parameter.shape)
+        for layer in range(config.num_layers)
+        for name, parameter in block.named_parameters()
+    }
+    shapes |= {f"{EMBEDDING}.weight": (config.vocab_size, config.hidden_size)}
+    shapes |= {f"{FINAL_NORM}.weight": (config.hidden_size,)}
+    if not config.tied_embeddings:
+        shapes[f"{HEAD}.weight"] = config.vocab_size, config.hidden_size
+    for name, shape in shapes.items():
+        info = tensors.infos.get(name)
+        if info is None:
+            raise LlmqError(
+                f"{tensors.folder} has no tensor {name}", "the folder is incomplete, or its config.json is another's"
+            )
+        if info.shape != shape:
+            raise LlmqError(
+                f"{name} is {list(info.shape)}, and config.json makes it {list(shape)}",
+                "the folder's config.json is another model's",
+            )
 
 
 def _wanted(names: Sequence[str], options: QuantizeOptions) -> dict[str, Scheme]:
