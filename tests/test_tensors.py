@@ -81,6 +81,21 @@ def test_a_shard_that_the_index_names_and_is_missing_is_named(tmp_path: Path) ->
         Tensors(tmp_path)
 
 
+def test_beside_model_safetensors_nothing_else_is_of_the_model(tmp_path: Path) -> None:
+    """As in transformers: adapters and the same weights by other names may lie there."""
+    save_file(some_tensors(2), tmp_path / "model.safetensors")
+    save_file({"lora_A.weight": torch.zeros(4, 4)}, tmp_path / "adapter_model.safetensors")
+    assert set(Tensors(tmp_path).infos) == set(some_tensors(2))
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], {"a": ["x.safetensors"]}])
+def test_an_index_that_names_no_files_is_refused(tmp_path: Path, weight_map: object) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(LlmqError, match="has no weight_map") as caught:
+        Tensors(tmp_path)
+    assert caught.value.hint
+
+
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(LlmqError, match="pickled") as caught:

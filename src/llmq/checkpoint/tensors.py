@@ -102,9 +102,12 @@ class Tensors:
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        names = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not names or not all(isinstance(name, str) for name in names):
             raise LlmqError(f"{folder / INDEX} has no weight_map", "download or copy it again")
-        files = [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
+        files = [folder / Path(name).name for name in sorted(set(names))]
+    elif (folder / SINGLE).exists():  # adapters and other layouts of the same may lie beside it
+        files = [folder / SINGLE]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if files:
