@@ -20,6 +20,7 @@ from tiny_models import save_tiny
 from llmq import quantize
 from llmq.cli.progress import show_progress
 from llmq.errors import CHECK_FAILED, LlmqError
+from llmq.memory import MICRO_BATCH_TOKENS
 from llmq.quant.activations import in_file
 from llmq.quant.needs import Needs
 from llmq.quant.options import Calibration
@@ -143,6 +144,18 @@ def test_hidden_states_in_files_give_the_same_bytes(tmp_path: Path, method: str,
     assert needs[0].batch_tokens == needs[1].batch_tokens
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "files" / name).read_bytes()
+
+
+def test_a_window_longer_than_the_context_takes_no_more_than_the_context(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", max_position_embeddings=64)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} squared is {n * n}. " for n in range(400)))
+    needs: list[Needs] = []
+    for number, seqlen in enumerate((64, 4096)):
+        calibration = Calibration(str(text), samples=64, seqlen=seqlen)
+        output, room = tmp_path / str(number), 4 * 2**20  # for fewer tokens than pass a block otherwise
+        quantize(str(model), output, calibration=calibration, device="cpu", max_memory=room, on_needs=needs.append)
+    assert needs[0].batch_tokens == needs[1].batch_tokens < MICRO_BATCH_TOKENS
 
 
 def test_what_cannot_fit_is_refused_before_any_work(tmp_path: Path) -> None:

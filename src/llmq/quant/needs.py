@@ -83,7 +83,8 @@ def needs_of(job: Job, output: Path, max_memory: int | None) -> Needs:
     Of main memory, only what belongs to the run counts: what is read is mapped, and the system may drop it.
     """
     device, on_cpu, choice = job.source.device, job.source.device == "cpu", job.options.choice
-    samples, seqlen = job.options.calibration.samples, job.options.calibration.seqlen
+    samples = job.options.calibration.samples
+    seqlen = min(job.options.calibration.seqlen, job.source.config.context_length)
     calibrated = job.options.calibrated and job.options.third_party is None
     memory = available_memory_bytes() if max_memory is None else max_memory
     room = memory if on_cpu else available_bytes(device)
