@@ -359,6 +359,7 @@ def test_codes_scales_and_the_rest_of_a_quantized_folder_are_told_apart() -> Non
         "b.weight_scale": tensor(dtype="BF16", num_bytes=8),
         "c.weight": tensor(dtype="U8", num_bytes=100),
         "c.weight.absmax": tensor(dtype="F32", num_bytes=4),
+        "c.weight.quant_state.bitsandbytes__nf4": tensor(dtype="U8", num_bytes=70),
         "experts.down_proj_blocks": tensor(dtype="U8", num_bytes=90),
         "experts.down_proj_scales": tensor(dtype="U8", num_bytes=9),
         "f.weight": tensor(dtype="F8_E4M3", num_bytes=10),
@@ -368,7 +369,7 @@ def test_codes_scales_and_the_rest_of_a_quantized_folder_are_told_apart() -> Non
         "c.bias": tensor(num_bytes=6),
     }
     weights = plan(Model(describe(LLAMA_31_8B | {"quantization_config": GPTQ}), tensors)).weights
-    assert (weights.quantized, weights.scales, weights.unquantized) == (800, 85, 10)
+    assert (weights.quantized, weights.scales, weights.unquantized) == (800, 155, 10)
     assert weights.parameters == 8_030_261_248
 
 

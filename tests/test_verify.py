@@ -164,6 +164,8 @@ CT = (*RTN, "--format", "compressed-tensors")
         ("qwen3", (*CT, "--scheme", "fp8", "--override", "lm_head=fp8", "--kv-cache-scheme", "fp8")),
         ("mixtral", (*CT, "--scheme", "w8a8")),
         ("qwen2", (*CT, "--scheme", "w8a8")),
+        ("qwen2", ("--scheme", "nf4")),
+        ("llama", ("--scheme", "bnb-int8")),
     ],
     ids=str,
 )

@@ -140,7 +140,8 @@ def loaded_bytes(tensors: Mapping[str, TensorInfo], config: ModelConfig, dtype_b
     for name, info in tensors.items():
         if name.endswith(NOT_LOADED) or (name == HEAD_WEIGHT and config.tied_embeddings):
             continue
-        if name.endswith(".bias") or name.rpartition(".")[0].removesuffix(".weight") not in packed:
+        layer = name.partition(".weight.")[0] if ".weight." in name else name.rpartition(".")[0]
+        if name.endswith(".bias") or layer not in packed:
             total += info.num_bytes // FLOATS.get(info.dtype, 1) * dtype_bytes
     return total + memory.offset_norm_bytes(config, dtype_bytes)
 
@@ -194,8 +195,8 @@ def _format(quantization: Mapping[str, Any]) -> Format:
 
 
 def _part(name: str, info: TensorInfo) -> str:
-    module, _, last = name.rpartition(".")
+    last = name.rpartition(".")[2]
     if last.endswith(CODES) or (last == "weight" and info.dtype not in FLOATS):
         return "quantized"
-    beside = last.startswith(BESIDE_CODES) or last.endswith("_scales") or module.endswith(".weight")
+    beside = last.startswith(BESIDE_CODES) or last.endswith("_scales") or ".weight." in name
     return "scales" if beside else "unquantized"
