@@ -32,6 +32,10 @@ def test_the_extra_that_is_recommended_brings_the_package(feature: Feature) -> N
         )
 
 
+def test_every_extra_is_there_to_be_missing() -> None:
+    assert {feature.extra for feature in FEATURES} - {None} == set(PYPROJECT["optional-dependencies"])
+
+
 def test_what_is_missing_is_named_with_its_purpose_and_the_command_that_brings_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

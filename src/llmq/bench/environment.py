@@ -45,6 +45,7 @@ class Feature:
 FEATURES = (
     Feature("triton", "kernels on a GPU", None),
     Feature("bitsandbytes", "quantizing by bitsandbytes", "bitsandbytes"),
+    Feature("datasets", "texts of the hub", "datasets"),
     Feature("matplotlib", "plots", "plots"),
     Feature("fastapi", "the HTTP server", "serve"),
     Feature("uvicorn", "the HTTP server", "serve"),
