@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,13 @@ def test_a_pattern_s_bars_do_not_break_the_table_of_the_card(tmp_path: Path, tin
     overrides = {"re:.*(q_proj|k_proj)": Scheme(8, 128)}
     quantize(str(tiny), tmp_path / "out", method="rtn", overrides=overrides, device="cpu")
     assert r"| re:.*(q_proj\|k_proj) | int8 g128 sym |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_command_of_the_card_is_one_that_a_shell_reads(tmp_path: Path, tiny: Path) -> None:
+    source = tmp_path / "a model"
+    shutil.copytree(tiny, source)
+    quantize(str(source), tmp_path / "its codes", method="rtn", ignore=["re:.*(q|k)_proj"], device="cpu")
+    card = (tmp_path / "its codes" / "README.md").read_text()
+    command = next(shlex.split(line) for line in card.splitlines() if line.startswith("llmq quantize"))
+    assert command[2:5] == ["a model", "-o", "its codes"]
+    assert "re:.*(q|k)_proj=none" in command

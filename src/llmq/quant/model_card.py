@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from statistics import fmean
 from typing import Any
 
@@ -57,7 +58,7 @@ def model_card(
 | made by | {writer} |
 
 ```
-llmq quantize {report.model} -o {Path(report.output).name} {" ".join(words(settings(options)))}
+llmq quantize {quote(report.model)} -o {quote(Path(report.output).name)} {" ".join(words(settings(options)))}
 ```
 
 {table}{"".join(f"{chr(10)}- {warning}" for warning in report.warnings)}
