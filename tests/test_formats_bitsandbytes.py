@@ -80,6 +80,19 @@ def test_blocks_that_go_from_row_to_row_are_refused(tmp_path: Path) -> None:
         format_for("bitsandbytes", {NAME: SCHEMES[0]}).unpack(NAME, Tensors(tmp_path))
 
 
+@pytest.mark.parametrize("shape", ['["a", "b"]', "[1e999, 2]", "[8.5, 64]"])
+def test_a_shape_that_is_none_is_refused(tmp_path: Path, shape: str) -> None:
+    scheme = SCHEMES[0]
+    text = f'{{"quant_type": "{scheme.number}", "blocksize": 64, "shape": {shape}}}'
+    writer = ShardWriter(tmp_path)
+    name = f"{NAME}.weight.quant_state.bitsandbytes__{scheme.number}"
+    writer.add(name, torch.tensor(list(text.encode()), dtype=torch.uint8))
+    writer.close()
+    with pytest.raises(LlmqError, match="is not readable") as caught:
+        format_for("bitsandbytes", {NAME: scheme}).unpack(NAME, Tensors(tmp_path))
+    assert caught.value.hint
+
+
 def test_blocks_of_another_length_are_refused(tmp_path: Path) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     packed, state = functional.quantize_4bit(torch.randn(8, 128), blocksize=128, quant_type="nf4")

@@ -157,7 +157,7 @@ class BitsAndBytes:
             scales = tensors.load(f"{name}.SCB", device).unsqueeze(1) / INT8_MAX
             return QuantizedWeight(scheme, codes, scales, torch.full_like(scales, scheme.middle_code).to(torch.uint8))
         state = _read_state(name, tensors, scheme)
-        shape = (int(state["shape"][0]), int(state["shape"][1]))
+        shape = (state["shape"][0], state["shape"][1])
         if not scheme.divides(shape[1]):
             raise LlmqError(f"{name} has {shape[1]} inputs: blocks of {BLOCK} would go from row to row", ORIGINAL)
         check_layout(name, tensors, self.layout(shape, scheme), scheme)
@@ -213,6 +213,8 @@ def _read_state(name: str, tensors: Tensors, scheme: Scheme) -> Mapping[str, Any
     try:
         state: dict[str, Any] = json.loads(bytes(stored.tolist()))
         number, block, sides = state["quant_type"], state["blocksize"], len(state["shape"])
+        if not all(isinstance(side, int) for side in state["shape"]):
+            raise TypeError(f"shape {state['shape']}")
         nested = state.get("nested_blocksize", NESTED_BLOCK)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LlmqError(f"{name}.{_state_name(scheme)} is not readable: {error!r}", DAMAGED) from None
