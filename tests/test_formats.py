@@ -195,6 +195,25 @@ def test_compressed_tensors_keeps_scales_of_any_type_and_reads_scattered_groups(
     assert torch.equal(restored.group_index, SCATTERED)
 
 
+@pytest.mark.parametrize(("suffix", "name"), [("g_idx", "gptq"), ("weight_g_idx", "compressed-tensors")])
+@pytest.mark.parametrize(
+    "index", [torch.full((64,), 2), torch.full((64,), -1), torch.zeros(5).int()], ids=["too large", "negative", "few"]
+)
+def test_an_index_of_groups_that_are_not_there_is_refused(
+    tmp_path: Path, name: str, suffix: str, index: torch.Tensor
+) -> None:
+    """On a GPU it would be read from somewhere else in memory."""
+    scheme = Scheme(4, 32)
+    form = format_for(name, {NAME: scheme})
+    tensors = dict(form.pack(NAME, random_quantized(scheme, 32, 64))) | {f"{NAME}.{suffix}": index.int()}
+    writer = ShardWriter(tmp_path)
+    writer.add_all(tensors.items())
+    writer.close()
+    with pytest.raises(LlmqError, match=suffix) as caught:
+        form.unpack(NAME, Tensors(tmp_path))
+    assert caught.value.hint
+
+
 @pytest.mark.parametrize("name", ["awq", "compressed-tensors"])
 def test_scattered_groups_are_not_written_where_they_cannot_be_said(name: str) -> None:
     scheme = Scheme(4, 32)

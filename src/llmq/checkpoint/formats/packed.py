@@ -201,11 +201,17 @@ def unpack_words(words: Tensor, bits: int, rows: int) -> Tensor:
 
 
 def read_group_index(tensor: str, tensors: Tensors, in_features: int, scheme: Scheme, device: str) -> Tensor | None:
-    """The group of each input channel, int64 [in]; None without such a tensor, or where groups are in their places."""
+    """The group of each input channel, int64 [in]; None without such a tensor, or where groups are in their places.
+
+    LlmqError unless it has one of the groups for each channel.
+    """
     import torch
 
     if tensor not in tensors:
         return None
     index = tensors.load(tensor, device).long()
+    groups = scheme.num_groups(in_features)
+    if index.shape != (in_features,) or not ((index >= 0) & (index < groups)).all():
+        raise LlmqError(f"{tensor} does not give each of {in_features} channels one of {groups} groups", DAMAGED)
     natural = torch.arange(in_features, device=index.device) // scheme.group_length(in_features)
     return None if torch.equal(index, natural) else index
