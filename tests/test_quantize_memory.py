@@ -182,6 +182,7 @@ def test_a_dry_run_says_what_it_takes_and_stops(tmp_path: Path) -> None:
     )
     assert short.returncode == CHECK_FAILED
     assert "of main memory, which has 1.00 MiB" in short.stderr
+    assert [line.split(":")[0] for line in short.stderr.splitlines()[-2:]] == ["error", "hint"]
     assert not out.exists()
 
 

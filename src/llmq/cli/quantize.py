@@ -13,7 +13,6 @@ from llmq.checkpoint.formats import FORMATS
 from llmq.cli import options
 from llmq.cli.console import err, out, print_json, table
 from llmq.cli.progress import show_progress
-from llmq.errors import CHECK_FAILED
 from llmq.quant.backends import BACKEND_NAMES, preferences
 from llmq.quant.options import ACT_ORDERS, DEFAULTS, FP8, SELF, Calibration, Rule
 from llmq.quant.schemes import CALIBRATED, DEFAULT, METHODS, PRESETS, choose
@@ -132,7 +131,8 @@ def quantize(
             for line in needs.lines():
                 err.print(line, style="dim")
         if dry_run:
-            raise typer.Exit(0 if needs.fits else CHECK_FAILED)
+            needs.check()
+            raise typer.Exit
 
     with show_progress(err) as progress:
         report = run(
