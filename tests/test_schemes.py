@@ -112,7 +112,7 @@ def refused(result: Result, message: str, hint: str, code: int = 2) -> None:
         (("--scheme", "nf4", "--method", "rtn"), "rtn does not make nf4", "--method bnb"),
         (("--scheme", "w8a8", "--format", "gptq"), "8-bit activations", "--format compressed-tensors"),
         (("--bits", 5, "--format", "gptq"), "have 5", "--format compressed-tensors"),
-        (("--scheme", "w8a8", "--bits", 4), "activations of 8 bits", "--scheme w8a8"),
+        (("--scheme", "w8a8", "--bits", 4), "activations of 8 bits", "leave out --bits"),
         (("--override", "down_proj"), "--override down_proj", "re:.*down_proj=w8a16"),
         (("--override", "down_proj=w9"), "--override down_proj=w9", "w8a16"),
         (("--override", "re:(=w8a16"), "not a regular expression", "re"),

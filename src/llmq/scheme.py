@@ -58,7 +58,7 @@ class Scheme:
         if self.activation_bits == 8 and not (self.bits == 8 and self.symmetric and self.group_size in WHOLE):
             raise LlmqError(
                 "activations of 8 bits go with symmetric weights of 8 bits and a scale for each row",
-                "choose --scheme w8a8 or fp8",
+                "choose --scheme w8a8 or fp8, and leave out --bits, --group-size and --asym",
                 exit_code=USAGE,
             )
 
