@@ -13,7 +13,7 @@ import torch
 from command_line import llmq
 from tiny_models import save_tiny, save_variant
 
-from llmq import LLM, SamplingParams
+from llmq import LLM, LlmqError, SamplingParams
 from llmq.checkpoint.folder import demo_folder
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import Request
@@ -325,6 +325,11 @@ def test_priorities_of_a_file_s_lines_order_the_answers(tiny: Path, tmp_path: Pa
     flags = ("--max-num-seqs", 1, "--queue", "priority", "--max-tokens", 2, "--ignore-eos")
     result = llmq("generate", tiny, "-i", tmp_path / "in.jsonl", *flags)
     assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["b", "c", "a"]
+
+
+def test_one_text_is_no_tuple_of_stop_texts() -> None:
+    with pytest.raises(LlmqError, match="stop must be a tuple of texts, none of them empty, not END"):
+        SamplingParams(stop="END")  # type: ignore[arg-type]
 
 
 def test_the_stop_text_is_kept_where_asked() -> None:

@@ -104,7 +104,8 @@ class SamplingParams:
             (self.top_k >= 0, "top_k", "0 (all) or more"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
             (self.seed is None or 0 <= self.seed <= MAX_SEED - MAX_SEQUENCES, "seed", "0 or more, well below 2^63"),
-            (all(self.stop), "stop", "made of texts that are not empty"),
+            # One text would be taken for as many as it has characters.
+            (not isinstance(self.stop, str) and all(self.stop), "stop", "a tuple of texts, none of them empty"),
             (1 <= self.n <= MAX_SEQUENCES, "n", f"from 1 to {MAX_SEQUENCES}"),
             (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", counts),
             (0 <= self.min_p <= 1, "min_p", "from 0 to 1"),
