@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_models import VARIANTS, save_tiny, save_variant
 
-from llmq import LLM, SamplingParams
+from llmq import LLM, LlmqError, SamplingParams
 from llmq.checkpoint.folder import demo_folder
+from llmq.engine.baselines import Batching
 from llmq.engine.options import EngineOptions
 from llmq.llm import RequestOutput, TextDelta
 
@@ -217,6 +218,18 @@ def test_leaving_a_stream_early_empties_the_engine(tiny: Path, expected: list[li
     stream.close()  # type: ignore[attr-defined]
     assert llm._blocks.used == 0
     assert tokens(llm.generate(random_prompts(LENGTHS), GREEDY)) == expected
+
+
+@pytest.mark.parametrize("batching", ["continuous", "static"])
+def test_a_stream_that_is_under_way_loses_nothing_to_another_call(
+    tiny: Path, expected: list[list[int]], batching: Batching
+) -> None:
+    llm = LLM(str(tiny), device="cpu")
+    answers = llm.as_completed(random_prompts(LENGTHS), GREEDY)
+    first = next(answers)
+    with pytest.raises(LlmqError, match="the engine works on other requests"):
+        llm.generate(["x"], GREEDY, batching=batching)
+    assert tokens(sorted([first, *answers], key=lambda output: output.index)) == expected
 
 
 def test_messages_go_through_the_chat_template(tiny: Path) -> None:

@@ -269,6 +269,7 @@ class LLM:
         """Run what is submitted meanwhile in one of the ways of ``engine.baselines``. Nothing may be under way."""
         if batching not in BATCHINGS:
             raise LlmqError(f"there is no batching {batching!r}", f"choose {', '.join(BATCHINGS)}", exit_code=USAGE)
+        self._check_idle()
         if batching == "continuous" and kv_cache:
             yield
             return
@@ -354,6 +355,7 @@ class LLM:
         ids = [("", next(self._request_numbers)) for _ in prompts] if request_ids is None else list(request_ids)
         if len(each) != len(prompts) or len(ids) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, {len(each)} params and {len(ids)} request ids")
+        self._check_idle()
         try:
             for index, (prompt, own, request_id) in enumerate(zip(prompts, each, ids, strict=True)):
                 output = self._submit(index, prompt, own, request_id)
@@ -372,6 +374,11 @@ class LLM:
             self._flights.clear()
             self._live.clear()
             self._ended.clear()
+
+    def _check_idle(self) -> None:
+        """LlmqError while another call is under way: it would lose its requests to this one."""
+        if not self.idle:
+            raise LlmqError("the engine works on other requests", "read that stream to its end, or close() it")
 
     def _submit(self, index: int, prompt: Prompt, params: SamplingParams, request_id: Hashable) -> RequestOutput:
         output = RequestOutput(index, prompt, [], time.perf_counter())
