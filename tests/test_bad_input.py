@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -145,6 +146,10 @@ def test_an_empty_prompt(tiny: Path) -> None:
     assert_refused(llmq("generate", tiny, "-p", ""), "the prompt is empty")
 
 
+def test_a_prompt_of_another_encoding(tiny: Path) -> None:
+    assert_refused(llmq("generate", tiny, "-p", os.fsdecode("é".encode("latin-1"))), "the prompt is not Unicode text")
+
+
 def test_a_prompt_longer_than_the_context(tiny: Path) -> None:
     result = llmq("generate", tiny, "-p", "x" * 5000, "-o", "out.jsonl")
     assert result.code == 1
@@ -171,6 +176,8 @@ def test_in_a_batch_one_bad_prompt_fails_alone(tiny: Path) -> None:
         ('{"prompt": ""}', "line 2: prompt"),
         ('{"prompt": 7}', "line 2: prompt"),
         ('{"prompt": "x", "messages": []}', "line 2"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 2 is not Unicode text"),
+        ('{"prompt": "x", "note": "\\ud800"}', "line 2 is not Unicode text"),
         ('{"prompt": "x", "priority": "soon"}', "line 2: priority"),
         ('{"messages": [{"content": "no role"}]}', "line 2: messages.0.role"),
     ],

@@ -205,8 +205,8 @@ def test_a_full_context_ends_the_completion(tiny: Path) -> None:
 
 
 def test_a_refused_prompt_leaves_the_others_alone(tiny: Path) -> None:
-    outputs = LLM(str(tiny), device="cpu").generate(["good", "", "x" * 600, [999]], GREEDY)
-    assert [output.error is None for output in outputs] == [True, False, False, False]
+    outputs = LLM(str(tiny), device="cpu").generate(["good", "", "x" * 600, [999], "\ud800"], GREEDY)
+    assert [output.error is None for output in outputs] == [True, False, False, False, False]
     assert "empty" in str(outputs[1].error)
     assert len(outputs[0].completions[0].token_ids) == 24
 

@@ -21,7 +21,7 @@ from llmq import memory
 from llmq.checkpoint.config import read_config
 from llmq.checkpoint.folder import resolve
 from llmq.checkpoint.formats import open_format
-from llmq.checkpoint.tokenizer import Tokenizer, encode_chat, has_tokenizer, load_tokenizer
+from llmq.checkpoint.tokenizer import Tokenizer, encode_chat, encode_text, has_tokenizer, load_tokenizer
 from llmq.engine import request
 from llmq.engine.admission import Limits, Rejected, format_cache_size
 from llmq.engine.baselines import BATCHINGS, BaselineScheduler, Batching
@@ -534,7 +534,7 @@ class LLM:
         if not prompt:
             raise LlmqError("the prompt is empty", "give at least one character")
         if isinstance(prompt, str):
-            return list(self.tokenizer.encode(prompt))
+            return encode_text(self.tokenizer, prompt)
         if isinstance(prompt[0], Mapping):
             return encode_chat(self.tokenizer, list(prompt))  # type: ignore[arg-type]
         token_ids: list[int] = list(prompt)  # type: ignore[arg-type]

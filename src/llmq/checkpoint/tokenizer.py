@@ -137,6 +137,15 @@ def _load_with_transformers(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def encode_text(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> list[int]:
+    """The token ids of ``text``. LlmqError when halves of characters are in it, as JSON and bytes of another encoding
+    in arguments can spell them."""
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=special_tokens))
+    except TypeError:  # tokenizers takes it for no text at all
+        raise LlmqError("the prompt is not Unicode text", "write it in UTF-8, with no surrogates alone") from None
+
+
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> list[int]:
     """The token ids of a conversation by the model's own chat template, ending where the answer begins."""
     if not tokenizer.chat_template:
@@ -146,4 +155,4 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> lis
     except Exception as error:  # templates are programs, and raise what they like
         raise LlmqError(f"the chat template refuses these messages: {error}") from error
     # The template writes the special tokens itself: adding them again would double the BOS.
-    return tokenizer.encode(text, add_special_tokens=False)
+    return encode_text(tokenizer, text, special_tokens=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmq.checkpoint.config import ModelConfig
-from llmq.checkpoint.tokenizer import Tokenizer, encode_chat
+from llmq.checkpoint.tokenizer import Tokenizer, encode_chat, encode_text
 from llmq.engine.admission import Limits, Rejected
 from llmq.engine.grammar import Grammars
 from llmq.engine.request import SamplingParams
@@ -71,7 +71,7 @@ class Service:
     async def encode(self, prompt: str | list[int], *, special_tokens: bool = True) -> list[int]:
         """The prompt's token ids. ApiError where they are not the model's, or it has no tokenizer."""
         if isinstance(prompt, str):
-            return await self._tokenize(_encode, prompt, special_tokens)
+            return await self._tokenize(encode_text, prompt, special_tokens)
         self.check_token_ids(prompt)
         return prompt
 
@@ -136,9 +136,3 @@ class Service:
             return encode(self.tokenizer, prompt, *arguments)
         except LlmqError as error:
             raise ApiError(400, error.message) from None
-        except TypeError:  # JSON can spell halves of characters, which tokenizers takes for no text at all
-            raise ApiError(400, "the prompt is not Unicode text") from None
-
-
-def _encode(tokenizer: Tokenizer, text: str, special_tokens: bool) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=special_tokens)
