@@ -98,14 +98,14 @@ class SamplingParams:
         most = self.max_tokens if self.max_tokens is not None else math.inf
         counts = f"from 0 to {MAX_LOGPROBS}"
         penalty = f"from −{MAX_PENALTY:g} to {MAX_PENALTY:g}"
+        stop: Iterable[str] = self.stop  # which one text is too: each of its characters would end the completion
         checks = (
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or more"),
             (math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more"),
             (self.top_k >= 0, "top_k", "0 (all) or more"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
             (self.seed is None or 0 <= self.seed <= MAX_SEED - MAX_SEQUENCES, "seed", "0 or more, well below 2^63"),
-            # One text would be taken for as many as it has characters.
-            (not isinstance(self.stop, str) and all(self.stop), "stop", "a tuple of texts, none of them empty"),
+            (not isinstance(stop, str) and all(stop), "stop", "a tuple of texts, none of them empty"),
             (1 <= self.n <= MAX_SEQUENCES, "n", f"from 1 to {MAX_SEQUENCES}"),
             (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", counts),
             (0 <= self.min_p <= 1, "min_p", "from 0 to 1"),
