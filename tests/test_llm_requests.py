@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,21 @@ def test_a_stop_token_ends_the_completion_after_min_tokens(llm: LLM) -> None:
         [prompt], SamplingParams(max_tokens=12, temperature=0, stop_token_ids=(stop,), min_tokens=10, ignore_eos=True)
     )[0].completions[0]
     assert stop not in later.token_ids[:10]
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}], ids=str)
+def test_the_coldest_draw_is_the_likeliest_token_and_the_hottest_is_what_is_not_cut(
+    llm: LLM, cut: dict[str, Any]
+) -> None:
+    asked = SamplingParams(max_tokens=4, temperature=0, logprobs=5, seed=3, ignore_eos=True, **cut)
+    greedy = llm.generate([[5, 6]], asked)[0].completions[0]
+    for cold in (1e-300, 1e-46, 1e-39):
+        assert tokens(llm.generate([[5, 6]], replace(asked, temperature=cold)))[0][0] == greedy.token_ids
+    hot = llm.generate([[5, 6]], replace(asked, temperature=1e300, n=20))[0].completions
+    first = {one.token_ids[0] for one in hot}
+    assert len(first) > 3
+    if cut:
+        assert first <= {token for token, _ in greedy.logprobs[0].top}
 
 
 def test_priorities_of_a_file_s_lines_order_the_answers(tiny: Path, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ MAX_LOGPROBS = 50
 MAX_SEED = 2**63 - 1
 MAX_SEQUENCES = 1024
 MAX_PENALTY = 100.0
+COLDEST, HOTTEST = 1e-30, 1e30
+"""Temperatures between which fp32 holds every score: the likeliest is drawn below, and above any that may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,8 +313,10 @@ def alone(sequence: Sequence, index: int) -> RowSampling:
 
 def _row_sampling(params: SamplingParams, seed: int, *, samples: int = 1, beams: int = 0) -> RowSampling:
     ranked = params.best_of is not None and params.best_of > params.n
+    # What a beam draws is not looked at.
+    greedy = params.beam_width > 0 or params.temperature == 0
     return RowSampling(
-        temperature=0.0 if params.beam_width else params.temperature,  # what a beam draws is not looked at
+        temperature=0.0 if greedy else min(max(params.temperature, COLDEST), HOTTEST),
         top_k=params.top_k,
         top_p=params.top_p,
         seed=seed,
