@@ -70,3 +70,15 @@ def test_a_stop_text_that_comes_too_soon_does_not_count() -> None:
     assert detokenizer.push(b"ab", may_stop=False) == "ab"
     assert detokenizer.push(b"cb", last=True) == "c"
     assert detokenizer.stopped
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1), st.integers(0, 12))
+def test_a_stop_text_counts_that_begins_too_soon_and_ends_in_time(text: str, stop: list[str], soonest: int) -> None:
+    """The first to be complete ends the text that is at least ``soonest`` long by then."""
+    ends = [(end, -len(one)) for one in stop for end in range(1, len(text) + 1) if text[:end].endswith(one)]
+    cuts = [end + minus_length for end, minus_length in sorted(ends) if end >= soonest]
+    detokenizer = Detokenizer(decode_bytes, b"", stop)
+    for place, byte in enumerate(text.encode(), 1):
+        detokenizer.push([byte], may_stop=place >= soonest)
+    detokenizer.push([], last=True)
+    assert detokenizer.text == (text[: cuts[0]] if cuts else text)

@@ -356,6 +356,22 @@ def test_the_stop_text_is_kept_where_asked() -> None:
     assert demo.generate(["def "], asked)[0].completions[0].text == whole[: whole.index(stop) + 3]
 
 
+@pytest.mark.parametrize("kind", [{}, {"best_of": 2}], ids=str)
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_stop_text_ends_the_completion_after_min_tokens(kind: dict[str, Any], before: int) -> None:
+    demo = LLM("demo", device="cpu")
+    asked = SamplingParams(max_tokens=12, temperature=0, **kind)
+    whole = demo.generate(["def "], asked)[0].completions[0]
+    texts = [demo.tokenizer.decode(whole.token_ids[:count], skip_special_tokens=True) for count in range(13)]
+    stop = texts[3][len(texts[before]) :]  # one token, or two
+    assert whole.text.count(stop) == 1
+    ended, ended_too, goes_on = (
+        demo.generate(["def "], replace(asked, stop=(stop,), min_tokens=count))[0].completions[0].text
+        for count in (1, 2, 3)
+    )
+    assert (ended, ended_too, goes_on) == (texts[before], texts[before], whole.text)
+
+
 @pytest.mark.parametrize(("truncate", "kept"), [("left", slice(-502, None)), ("right", slice(0, 502))])
 def test_a_long_prompt_is_cut_only_where_asked(llm: LLM, truncate: Any, kept: slice) -> None:
     prompt = [number % 250 for number in range(600)]

@@ -465,7 +465,7 @@ class LLM:
         text = ""
         # Without a reader or a stop text there is nothing to look at before the end.
         if streaming or live.request.params.stop:
-            may_stop = sequence.num_output >= live.request.params.min_tokens
+            may_stop = sequence.num_output > live.request.params.min_tokens
             text = detokenizer.push(self._readable(sequence, sequence.token_ids[-1:]), may_stop=may_stop)
             if detokenizer.stopped:
                 self._scheduler.finish(sequence, "stop")

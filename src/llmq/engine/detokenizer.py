@@ -35,6 +35,8 @@ class Detokenizer:
         self._prefix = 0
         self._read = len(self._ids)
         self._held = ""
+        self._too_soon = 0
+        """Of the held text, what came before a stop text counted: where it may begin, but not end."""
 
     def push(self, token_ids: Sequence[int], *, last: bool = False, may_stop: bool = True) -> str:
         """Take in ``token_ids`` and return the text that they settle. ``last``: settle everything. ``may_stop``: no
@@ -47,22 +49,27 @@ class Detokenizer:
         if last or not after.endswith(INCOMPLETE):
             self._held += after[len(before) :]
             self._prefix, self._read = self._read, len(self._ids)
-        settled = self._settle(last, self._stop if may_stop else ())
+        if not may_stop:
+            self._too_soon = len(self._held)
+        settled = self._settle(last, may_stop)
         self.text += settled
         return settled
 
-    def _settle(self, last: bool, stops: Sequence[str]) -> str:
+    def _settle(self, last: bool, may_stop: bool) -> str:
         """What of the held text can go out: all but the beginning of a possible stop text."""
-        cuts = [(cut, len(stop)) for stop in stops if (cut := self._held.find(stop)) >= 0]
+        held, stops = self._held, self._stop
+        found = [(held.find(stop, max(0, self._too_soon - len(stop) + 1)), len(stop)) for stop in stops if may_stop]
+        cuts = [(cut, size) for cut, size in found if cut >= 0]
         if cuts:
             self.stopped = True
             start, size = min(cuts)
             keep = start + size if self._include_stop else start
         elif last:
-            keep = len(self._held)
+            keep = len(held)
         else:
-            keep = len(self._held) - max((_overlap(self._held, stop) for stop in stops), default=0)
-        settled, self._held = self._held[:keep], self._held[keep:]
+            keep = len(held) - max((_overlap(held, stop) for stop in stops), default=0)
+        settled, self._held = held[:keep], held[keep:]
+        self._too_soon = max(0, self._too_soon - keep)
         return settled
 
 

@@ -119,7 +119,7 @@ class Generation:
             piece.logprobs.append(token.logprobs)
         hidden = token.finish_reason == "stop" and not params.include_stop
         piece.text += detokenizer.push(
-            [] if hidden else [token.token_id], may_stop=self._numbers[index] >= params.min_tokens
+            [] if hidden else [token.token_id], may_stop=self._numbers[index] > params.min_tokens
         )
         if detokenizer.stopped and reason is None:
             self._stream.finish(index)
