@@ -104,6 +104,12 @@ def test_without_a_cache_a_request_too_long_for_a_step_is_refused() -> None:
         make_baseline(kv_cache=False).add(make_request(0, 20, 10, n=4))
 
 
+def test_without_a_cache_samples_that_share_no_prompt_and_then_do_not_fit_the_pool_are_refused() -> None:
+    scheduler = make_baseline(blocks=12, batching="continuous", kv_cache=False, max_num_batched_tokens=1000)
+    with pytest.raises(LlmqError, match="without a KV cache the request takes 16 blocks, and there are 12"):
+        scheduler.add(make_request(0, 3 * BLOCK, 8, n=4))
+
+
 def mixture() -> list[Request]:
     kinds: list[dict[str, object]] = [{}, {"n": 3}, {"beam_width": 2}, {}, {}]
     return [make_request(number, 3 + 5 * number, 9, **kind) for number, kind in enumerate(kinds)]

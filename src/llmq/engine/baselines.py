@@ -72,6 +72,15 @@ class BaselineScheduler(Scheduler):
                 f"{self.options.batched_tokens}",
                 f"lower --max-tokens, or raise --max-num-batched-tokens to {most}",
             )
+        # Anew in every step, samples share nothing, not even their prompt.
+        scratch = (
+            request.params.width * len(self.blocks.windows) * blocks_for(request.max_total, self.blocks.block_size)
+        )
+        if not self.kv_cache and scratch > self.blocks.total:
+            raise LlmqError(
+                f"without a KV cache the request takes {scratch} blocks, and there are {self.blocks.total}",
+                "lower --max-tokens or --n, or raise --kv-cache-memory",
+            )
         super().add(request)
 
     def schedule(self) -> StepPlan:
