@@ -119,5 +119,20 @@ def test_a_prompt_is_cut_so_that_the_answer_has_room(truncate: str, new: int | N
     assert limits.truncated(list(range(20)), ask(new, truncate=truncate)) == list(kept)
 
 
+@pytest.mark.parametrize(
+    ("truncate", "new", "hint"),
+    [
+        ("error", 20, "shorten the prompt to 19 tokens or fewer, or pass --truncate left"),
+        ("left", 20, "lower --max-tokens to 19 or less: the prompt is cut to what the answer leaves"),
+        ("right", 50, "lower --max-tokens to 19 or less: the prompt is cut to what the answer leaves"),
+    ],
+)
+def test_a_prompt_that_is_not_cut_because_the_answer_may_fill_the_context(truncate: str, new: int, hint: str) -> None:
+    params, limits = ask(new, truncate=truncate), make_limits(context=20)
+    with pytest.raises(Rejected) as refused:
+        limits.max_total(len(limits.truncated([1] * 30, params)), params)
+    assert refused.value.hint == hint
+
+
 def test_a_prompt_that_fits_is_never_cut() -> None:
     assert make_limits(context=20).truncated([1] * 19, ask(10, truncate="left")) == [1] * 19

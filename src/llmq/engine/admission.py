@@ -45,10 +45,14 @@ class Limits:
         """How long a completion may get, prompt included. Rejected, with the numbers, when it can never run."""
         options, blocks = self.options, self.blocks
         if prompt_tokens >= self.context:
+            most = self.context - 1
+            hint = f"shorten the prompt to {most} tokens or fewer, or pass --truncate left"
+            if params.truncate != "error":
+                hint = f"lower --max-tokens to {most} or less: the prompt is cut to what the answer leaves"
             raise Rejected(
                 "context",
                 f"the prompt has {prompt_tokens} tokens and the model's context is {self.context}, the answer included",
-                f"shorten the prompt to {self.context - 1} tokens or fewer, or pass --truncate left",
+                hint,
             )
         if options.scheduler == "prefill-first" and prompt_tokens > options.batched_tokens:
             raise Rejected(
