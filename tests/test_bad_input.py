@@ -271,6 +271,13 @@ def test_a_swap_space_larger_than_main_memory(tiny: Path) -> None:
     )
 
 
+def test_a_pool_larger_than_main_memory(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**9}))
+    result = llmq("generate", broken, "-p", "x", "--kv-cache-memory", "100TB")
+    assert_refused(result, "is more memory than there is", code=3)
+
+
 def test_a_pool_that_cannot_hold_one_sequence_of_the_length_asked_for(tiny: Path) -> None:
     result = llmq("generate", tiny, "-p", "x", "--max-model-len", 300, "--kv-cache-memory", "256KiB")
     assert_refused(result, "a sequence of --max-model-len 300 does not fit", code=3)

@@ -37,6 +37,7 @@ from llmq.errors import CHECK_FAILED, USAGE, LlmqError
 from llmq.plan import StepPlan, TokenLogprobs, layer_groups
 from llmq.runtime.device import (
     KV_DTYPES,
+    available_bytes,
     available_memory_bytes,
     check_deterministic,
     check_weights_fit,
@@ -598,7 +599,15 @@ class LLM:
                 f"give it at least --kv-cache-memory {format_cache_size(groups, self._block_bytes)}",
                 exit_code=CHECK_FAILED,
             )
-        return min(affordable, useful + memory.RESERVED_BLOCKS)
+        blocks = min(affordable, useful + memory.RESERVED_BLOCKS)
+        size, free = blocks * self._block_bytes, available_bytes(self.device)
+        if options.kv_cache_memory is not None and size > free:
+            raise LlmqError(
+                f"a KV cache of {memory.format_bytes(size)} is more memory than there is: {memory.format_bytes(free)}",
+                "lower --kv-cache-memory",
+                exit_code=CHECK_FAILED,
+            )
+        return blocks
 
 
 def _token_delta(live: _Live, sequence: request.Sequence) -> TokenDelta:
