@@ -278,6 +278,11 @@ def test_a_pool_larger_than_main_memory(broken: Path) -> None:
     assert_refused(result, "is more memory than there is", code=3)
 
 
+def test_seats_for_more_sequences_than_a_step_has_tokens(tiny: Path) -> None:
+    result = llmq("generate", tiny, "-p", "x", "--max-num-seqs", 10**10, "--max-tokens", 2)
+    assert result.code == 0, result.err
+
+
 def test_a_pool_that_cannot_hold_one_sequence_of_the_length_asked_for(tiny: Path) -> None:
     result = llmq("generate", tiny, "-p", "x", "--max-model-len", 300, "--kv-cache-memory", "256KiB")
     assert_refused(result, "a sequence of --max-model-len 300 does not fit", code=3)

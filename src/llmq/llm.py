@@ -201,7 +201,7 @@ class LLM:
             self.decoder,
             self._cache,
             self.device,
-            max_sequences=options.max_num_seqs,
+            max_sequences=options.seats,
             max_tokens=self.max_model_len,
             enforce_eager=options.enforce_eager,
             deterministic=options.deterministic,
