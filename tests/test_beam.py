@@ -111,6 +111,13 @@ def test_scores_are_log_probability_by_generated_length_to_the_penalty_the_end_c
     assert scores[0] >= greedy - 1e-4
 
 
+def test_each_token_of_an_answer_has_a_time(llm: LLM) -> None:
+    output = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=NEW, beam_width=2, n=2, ignore_eos=True))[0]
+    times = [one.token_times for one in output.completions]
+    assert [len(each) for each in times] == [NEW, NEW]
+    assert times[0] == sorted(times[0])
+
+
 def test_one_beam_is_greedy(llm: LLM) -> None:
     beam = llm.generate(PROMPTS, SamplingParams(max_tokens=NEW, beam_width=1))
     greedy = llm.generate(PROMPTS, SamplingParams(max_tokens=NEW, temperature=0))

@@ -699,8 +699,7 @@ class Scheduler:
         if not heirs:
             del self._requests[request.request_id]
             progress.finished.append(request)
-        else:
-            progress.extended.extend(heirs[:1])
+        progress.extended.append(request.sequences[0])
 
     def _book_prompt(
         self, flight: Flight, sequence_id: int, logprobs: list[TokenLogprobs], displaced: list[Request]
