@@ -48,7 +48,7 @@ def llm(folder: Path, eos: int) -> LLM:
 
 
 def transformers_beams(
-    model: Any, prompt: list[int], eos: int, width: int, early_stopping: str, penalty: float
+    model: Any, prompt: list[int], eos: int, width: int, early_stopping: str, penalty: float, **others: float
 ) -> list[list[int]]:
     ids = torch.tensor([prompt])
     found = model.generate(
@@ -62,6 +62,7 @@ def transformers_beams(
         length_penalty=penalty,
         eos_token_id=eos,
         pad_token_id=eos,
+        **others,
     )
     return [cut(row[len(prompt) :].tolist(), eos) for row in found]
 
@@ -84,6 +85,17 @@ def test_the_answers_are_those_of_transformers(
         ours = [completion.token_ids for completion in output.completions]
         assert ours == transformers_beams(reference, prompt, eos, width, early_stopping, penalty)
     assert any(completion.finish_reason == "stop" for output in outputs for completion in output.completions)
+
+
+@pytest.mark.parametrize("theirs", [{"repetition_penalty": 1.5}, {"min_new_tokens": 6}], ids=str)
+def test_penalties_and_bans_change_log_probabilities_as_in_transformers(
+    llm: LLM, reference: Any, eos: int, theirs: dict[str, Any]
+) -> None:
+    ours = {{"min_new_tokens": "min_tokens"}.get(name, name): value for name, value in theirs.items()}
+    outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=NEW, beam_width=4, n=4, **ours))
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        answers = [completion.token_ids for completion in output.completions]
+        assert answers == transformers_beams(reference, prompt, eos, 4, "false", 1.0, **theirs)
 
 
 def test_a_small_pool_swapping_and_recomputing_change_no_beam(llm: LLM, folder: Path, eos: int) -> None:

@@ -30,11 +30,11 @@ def sample(logits: Tensor, rows: Sequence[PlanRow], before: Tensor | None = None
     """Draw one token, or as many as it has samples, for each of ``rows`` from its ``logits`` [rows, vocabulary].
     ``before``: what the step before drew.
 
-    In this order, as in transformers: penalties, banned tokens and grammars, temperature, top_k, top_p, min_p. Nothing
-    waits for the device.
+    In this order, as in transformers: penalties, banned tokens and grammars, temperature, top_k, top_p, min_p; beams
+    have the first two on log-probabilities. Nothing waits for the device.
     """
     raw, logits = logits, restrict(logits, rows, before)
-    candidates = _beam_candidates(logits, rows)
+    candidates = _beam_candidates(raw, rows, before)
     draws = [(index, sample) for index, row in enumerate(rows) for sample in range(_sampling(row).samples)]
     samplings = [_sampling(rows[index]) for index, _ in draws]
     if len(draws) > len(rows):
@@ -162,13 +162,16 @@ def _logprobs(
     return collect
 
 
-def _beam_candidates(logits: Tensor, rows: Sequence[PlanRow]) -> Callable[[], dict[int, tuple[tuple[int, float], ...]]]:
+def _beam_candidates(
+    logits: Tensor, rows: Sequence[PlanRow], before: Tensor | None
+) -> Callable[[], dict[int, tuple[tuple[int, float], ...]]]:
     """For the rows that are beams, by index: their likeliest tokens, best first."""
     beams = {index: _sampling(row).beams for index, row in enumerate(rows) if _sampling(row).beams}
     if not beams:
         return dict
     index = on_device(list(beams), torch.int64, logits.device)
-    top = logits[index].log_softmax(dim=-1).topk(min(max(beams.values()), logits.shape[1]), dim=-1)
+    logprobs = restrict(logits[index].log_softmax(dim=-1), [rows[row] for row in beams], before)
+    top = logprobs.topk(min(max(beams.values()), logits.shape[1]), dim=-1)
     ids, values = ToHost(top.indices), ToHost(top.values)
 
     def collect() -> dict[int, tuple[tuple[int, float], ...]]:
