@@ -34,6 +34,18 @@ def test_no_piece_holds_half_a_character(text: str) -> None:
     assert not any("\ufffd" in piece for piece in stream(text))
 
 
+def decode_words(token_ids: Sequence[int]) -> str:
+    """As Llama 2's tokenizer: each word brings its space, a text begins with none, and special tokens have no text."""
+    return "".join(("", " a", " b", "c")[token] for token in token_ids).removeprefix(" ")
+
+
+@given(st.lists(st.integers(0, 3), min_size=1), st.lists(st.integers(0, 3)))
+def test_a_special_token_between_words_takes_no_space_along(prompt: list[int], token_ids: list[int]) -> None:
+    detokenizer = Detokenizer(decode_words, prompt, ())
+    pieces = [detokenizer.push([token]) for token in token_ids]
+    assert "".join(pieces) == decode_words(prompt[-6:] + token_ids).removeprefix(decode_words(prompt[-6:]))
+
+
 def test_bytes_that_never_become_a_character_come_out_at_the_end() -> None:
     detokenizer = Detokenizer(decode_bytes, b"", ())
     assert detokenizer.push([0xF0, 0x9F]) == ""

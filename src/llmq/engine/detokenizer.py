@@ -46,7 +46,10 @@ class Detokenizer:
         self._ids.extend(token_ids)
         before = self._decode(self._ids[self._prefix : self._read])
         after = self._decode(self._ids[self._prefix :])
-        if last or not after.endswith(INCOMPLETE):
+        complete = last or not after.endswith(INCOMPLETE)
+        if complete and before and after == before:
+            del self._ids[self._read :]  # a special token: with no word before it, the next one would lose its space
+        elif complete:
             self._held += after[len(before) :]
             self._prefix, self._read = self._read, len(self._ids)
         if not may_stop:
