@@ -294,6 +294,15 @@ def test_best_of_keeps_the_likeliest_samples(llm: LLM) -> None:
     assert all(one.logprobs == [] and len(one.token_times) == 8 for one in best.completions)
 
 
+def test_a_ranked_sample_has_a_time_for_each_token_whenever_the_others_end(llm: LLM) -> None:
+    asked = SamplingParams(max_tokens=24, n=2, best_of=3, seed=1, ignore_eos=True)
+    first = llm.generate([[1, 2, 3]], replace(asked, best_of=None))[0].completions[0]
+    ended = replace(asked, n=3, best_of=4, stop_token_ids=(first.token_ids[2],))
+    ranked = llm.generate([[1, 2, 3]], ended)[0].completions
+    assert len({len(one.token_ids) for one in ranked}) > 1
+    assert all(len(one.token_times) == len(one.token_ids) for one in ranked)
+
+
 def test_penalties_are_those_of_transformers_greedy(llm: LLM, tiny: Path) -> None:
     from transformers import AutoModelForCausalLM
 

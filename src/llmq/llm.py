@@ -437,7 +437,7 @@ class LLM:
         for sequence in progress.extended:
             live = self._live[sequence.request.request_id]
             if live.ranked:
-                if sequence is live.request.sequences[0]:
+                if now not in live.times[-1:]:  # one for the step, whichever of the sequences go on
                     live.times.append(now)
             else:
                 yield from self._extend(live, sequence, now, streaming)
