@@ -232,6 +232,17 @@ def test_a_stream_that_is_under_way_loses_nothing_to_another_call(
     assert tokens(sorted([first, *answers], key=lambda output: output.index)) == expected
 
 
+def test_an_iterator_that_was_read_to_its_last_answer_leaves_later_calls_alone(tiny: Path) -> None:
+    llm = LLM(str(tiny), device="cpu")
+    before = llm.as_completed(["x"], GREEDY)
+    next(before)
+    stream = llm.stream(["y"], GREEDY)
+    next(stream)
+    before.close()  # type: ignore[attr-defined]
+    *_, last = stream
+    assert isinstance(last, RequestOutput)
+
+
 def test_messages_go_through_the_chat_template(tiny: Path) -> None:
     llm = LLM(str(tiny), device="cpu")
     output = llm.generate([[{"role": "user", "content": "hi"}]], GREEDY)[0]

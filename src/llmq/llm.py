@@ -212,6 +212,8 @@ class LLM:
         self._ended: list[_Live] = []
         """Requests of which no more is to come, and the answers have not been handed out."""
         self._request_numbers = count()
+        self._last_run = object()
+        """The last call of ``generate`` and its like, by an object that no other has."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -357,6 +359,7 @@ class LLM:
         if len(each) != len(prompts) or len(ids) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, {len(each)} params and {len(ids)} request ids")
         self._check_idle()
+        self._last_run = run = object()
         try:
             for index, (prompt, own, request_id) in enumerate(zip(prompts, each, ids, strict=True)):
                 output = self._submit(index, prompt, own, request_id)
@@ -368,13 +371,14 @@ class LLM:
             self._scheduler.check_integrity()
         finally:
             # The caller may leave early, or a step may fail: the next call starts from an empty engine. A step may
-            # still run for nobody, where all have ended by stop tokens.
-            for request_id in self._live:
-                self._scheduler.abort(request_id)
-            self._scheduler.forget_flights()
-            self._flights.clear()
-            self._live.clear()
-            self._ended.clear()
+            # still run for nobody, where all have ended by stop tokens. Who leaves when all was said may come late.
+            if self._last_run is run:
+                for request_id in self._live:
+                    self._scheduler.abort(request_id)
+                self._scheduler.forget_flights()
+                self._flights.clear()
+                self._live.clear()
+                self._ended.clear()
 
     def _check_idle(self) -> None:
         """LlmqError while another call is under way: it would lose its requests to this one."""
