@@ -152,6 +152,14 @@ def test_a_model_says_the_same_in_all_of_them(llm: LLM, batching: Batching, kv_c
     assert [output.completions[0].token_ids for output in llm.generate(PROMPTS, params)] == expected
 
 
+def test_a_long_prompt_beside_a_long_answer_pads_nobody_beyond_the_context(llm: LLM) -> None:
+    prompts = [[3] * 500, [4] * 5]
+    params = [SamplingParams(max_tokens=new, temperature=0, ignore_eos=True) for new in (2, 20)]
+    expected = [output.completions[0].token_ids for output in llm.generate(prompts, params)]
+    found = llm.generate(prompts, params, batching="static")
+    assert [output.completions[0].token_ids for output in found] == expected
+
+
 def test_a_batching_that_there_is_not(llm: LLM) -> None:
     with pytest.raises(LlmqError, match="no batching 'hourly'"):
         llm.generate(PROMPTS, batching="hourly")  # type: ignore[arg-type]

@@ -170,7 +170,9 @@ class BaselineScheduler(Scheduler):
         for request in self.running:
             self._decode(request, draft)
         self._columns += 1
-        return [self._padding(self._columns - 1, self._columns)] * (self._batch_rows - len(draft.rows))
+        # The rectangle of a long prompt and a long answer may be wider than any sequence, and than the context.
+        end = min(self._columns, max(request.max_total for request in self._batch))
+        return [self._padding(end - 1, end)] * (self._batch_rows - len(draft.rows))
 
     def _recompute(self, draft: Draft, *, pad: bool) -> list[PlanRow]:
         """All tokens of as many sequences as a step has tokens and blocks for; who was served longest ago is first."""
