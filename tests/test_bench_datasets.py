@@ -64,6 +64,11 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str) -> N
     assert "p.jsonl, line 3 " in refused(written(tmp_path, "p.jsonl", {"prompt": "fine"}, "", line), "jsonl")
 
 
+def test_what_only_python_takes_for_the_end_of_a_line_is_a_character(tmp_path: Path) -> None:
+    path = written(tmp_path, "p.jsonl", json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False))
+    assert [item.prompt for item in read(path, "jsonl")] == ["a\u2028b\x85c"]
+
+
 def test_each_measurement_has_its_own_part_of_a_file(tmp_path: Path) -> None:
     path = written(tmp_path, "p.jsonl", *({"prompt": f"number {number}"} for number in range(5)))
     first, second = (read(path, "jsonl", cell=cell, num_prompts=2) for cell in (0, 1))

@@ -131,6 +131,15 @@ def test_resume_refuses_the_answers_to_other_prompts(tiny: Path) -> None:
     assert "holds answers to other prompts" in result.err
 
 
+def test_what_only_python_takes_for_the_end_of_a_line_is_a_character(tiny: Path) -> None:
+    prompt = "a\u2028b\u2029c\x85d"
+    Path("in.jsonl").write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n", encoding="utf-8")
+    command = ("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", *SEEDED)
+    assert llmq(*command).code == 0
+    assert json.loads(Path("out.jsonl").read_text(encoding="utf-8"))["prompt"] == prompt
+    assert "1 of 1 prompts are answered already" in llmq(*command, "--resume").err
+
+
 def test_resume_with_nothing_left_changes_nothing(tiny: Path) -> None:
     write_prompts(3)
     llmq("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", *SEEDED)

@@ -98,7 +98,7 @@ def read_jobs(path: str, *, chat: bool) -> list[Job]:
     text = _read_text(path)
     is_json = path.endswith((".jsonl", ".json")) or (path == STDIO and text.lstrip().startswith("{"))
     jobs: list[Job] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold what splitlines takes for an end: U+2028
         if line.strip():
             jobs.append(_read_job(line, len(jobs), f"{path}, line {number}", is_json=is_json, chat=chat))
     if not jobs:
@@ -245,7 +245,7 @@ def _read_done(path: Path, jobs: Sequence[Job], samples: int) -> dict[int, list[
     """The prompts that ``path`` answers in full. A last line that was cut short, and errors, do not count."""
     found: dict[int, list[dict[str, Any]]] = {}
     by_custom_id = {job.custom_id: job.index for job in jobs}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             fields = json.loads(line)
             is_openai = batch.is_answer(fields)

@@ -161,7 +161,7 @@ def _field(entry: object, name: str, kind: type) -> Any:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines ends lines within texts: at U+2028
         if not line.strip():
             continue
         with _numbered(path, "line", number):
