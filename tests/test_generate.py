@@ -140,6 +140,16 @@ def test_what_only_python_takes_for_the_end_of_a_line_is_a_character(tiny: Path)
     assert "1 of 1 prompts are answered already" in llmq(*command, "--resume").err
 
 
+@pytest.mark.parametrize("own", [{"error": "TypeError: …"}, {"custom_id": "a", "response": "what a human said"}])
+def test_fields_of_the_users_say_nothing_about_the_answer(tiny: Path, own: dict[str, str]) -> None:
+    Path("in.jsonl").write_text(json.dumps({"prompt": "x"} | own))
+    command = ("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", *SEEDED)
+    assert llmq(*command).code == 0
+    (line,) = read_lines("out.jsonl")
+    assert own.items() <= line.items()
+    assert "1 of 1 prompts are answered already" in llmq(*command, "--resume").err
+
+
 def test_resume_with_nothing_left_changes_nothing(tiny: Path) -> None:
     write_prompts(3)
     llmq("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", *SEEDED)

@@ -222,7 +222,8 @@ def _read_job(line: str, index: int, where: str, *, is_json: bool, chat: bool) -
 
 
 def _failed(line: Mapping[str, Any]) -> bool:
-    return batch.failed(line) if batch.is_answer(line) else line.get("error") is not None
+    # Not by "error": that may be a field of the input line.
+    return batch.failed(line) if batch.is_answer(line) else line["finish_reason"] == "error"
 
 
 def _answer(completion: Completion, output: RequestOutput) -> dict[str, Any]:

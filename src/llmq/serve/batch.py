@@ -44,8 +44,8 @@ def is_request(fields: object) -> bool:
 
 
 def is_answer(fields: Mapping[str, Any]) -> bool:
-    """Whether a line of an output file is one of OpenAI's."""
-    return "custom_id" in fields and "response" in fields
+    """Whether a line of an output file is one of OpenAI's: a plain one has an index, and may have the user's fields."""
+    return "response" in fields and "index" not in fields
 
 
 def failed(answer: Mapping[str, Any]) -> bool:
