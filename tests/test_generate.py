@@ -150,6 +150,16 @@ def test_fields_of_the_users_say_nothing_about_the_answer(tiny: Path, own: dict[
     assert "1 of 1 prompts are answered already" in llmq(*command, "--resume").err
 
 
+@pytest.mark.parametrize(
+    "content", ["my notes\n", "my notes", '{"prompt": "one"}', '{"prompt": "one"}\n', "[1]\n", "7"]
+)
+def test_resume_leaves_a_file_alone_that_is_no_output(tiny: Path, content: str) -> None:
+    Path("mine").write_text(content)
+    result = llmq("generate", tiny, "-p", "one", "-o", "mine", "--resume", *SEEDED)
+    assert (result.code, Path("mine").read_text()) == (1, content)
+    assert "mine, line 1 is no answer of llmq generate" in result.err
+
+
 def test_resume_with_nothing_left_changes_nothing(tiny: Path) -> None:
     write_prompts(3)
     llmq("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", *SEEDED)

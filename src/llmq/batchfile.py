@@ -243,17 +243,25 @@ def _answer(completion: Completion, output: RequestOutput) -> dict[str, Any]:
 
 
 def _read_done(path: Path, jobs: Sequence[Job], samples: int) -> dict[int, list[dict[str, Any]]]:
-    """The prompts that ``path`` answers in full. A last line that was cut short, and errors, do not count."""
+    """The prompts that ``path`` answers in full. A last line that was cut short, and errors, do not count.
+
+    LlmqError where it holds anything else, which would be lost.
+    """
     found: dict[int, list[dict[str, Any]]] = {}
     by_custom_id = {job.custom_id: job.index for job in jobs}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (number == len(lines) and _is_cut_short(line)):
+            continue
         try:
             fields = json.loads(line)
             is_openai = batch.is_answer(fields)
             index = by_custom_id.get(fields["custom_id"], -1) if is_openai else fields["index"]
             failed = _failed(fields)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+        except (ValueError, KeyError, TypeError):
+            raise LlmqError(
+                f"{path}, line {number} is no answer of llmq generate", "choose another --output, or pass --overwrite"
+            ) from None
         job = jobs[index] if index in range(len(jobs)) else None
         if job is None or not (is_openai or all(fields.get(key) == job.fields.get(key) for key in _PROMPT_KEYS)):
             raise LlmqError(f"{path} holds answers to other prompts", "choose another --output, or pass --overwrite")
@@ -261,6 +269,15 @@ def _read_done(path: Path, jobs: Sequence[Job], samples: int) -> dict[int, list[
             found.setdefault(index, []).append(fields)
     lines_each = {job.index: samples if job.body is None else 1 for job in jobs}
     return {index: lines for index, lines in found.items() if len(lines) == lines_each[index]}
+
+
+def _is_cut_short(line: str) -> bool:
+    """Whether ``line`` is the beginning of a JSON object, and no more."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith("{")
+    return False
 
 
 def _write_whole(path: Path, lines_by_index: Mapping[int, list[dict[str, Any]]]) -> None:
