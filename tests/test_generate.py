@@ -160,6 +160,23 @@ def test_resume_leaves_a_file_alone_that_is_no_output(tiny: Path, content: str) 
     assert "mine, line 1 is no answer of llmq generate" in result.err
 
 
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--overwrite",)])
+def test_an_output_that_is_no_file_is_not_replaced_by_one(tiny: Path, flags: tuple[str, ...]) -> None:
+    os.mkfifo("pipe")
+    result = llmq("generate", tiny, "-p", "one", "-o", "pipe", *flags, *SEEDED)
+    assert "pipe is no file" in result.err
+    assert (result.code, Path("pipe").is_fifo()) == (1, True)
+
+
+def test_an_output_that_is_a_link_stays_one(tiny: Path) -> None:
+    Path("elsewhere").mkdir()
+    Path("out.jsonl").symlink_to("elsewhere/out.jsonl")
+    Path("elsewhere/out.jsonl").touch()
+    assert llmq("generate", tiny, "-p", "one", "-o", "out.jsonl", "--overwrite", *SEEDED).code == 0
+    assert Path("out.jsonl").is_symlink()
+    assert len(read_lines("elsewhere/out.jsonl")) == 1
+
+
 def test_resume_with_nothing_left_changes_nothing(tiny: Path) -> None:
     write_prompts(3)
     llmq("generate", tiny, "-i", "in.jsonl", "-o", "out.jsonl", *SEEDED)

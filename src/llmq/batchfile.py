@@ -167,15 +167,17 @@ def open_output(
     Raises LlmqError when the file exists and neither ``resume`` nor ``overwrite`` says what to do with it, when it was
     made from other prompts, or when it cannot be written.
     """
+    if path.exists() and not path.is_file():
+        raise LlmqError(f"{path} is no file, and would be replaced by one", "choose another --output; - is stdout")
     done: dict[int, list[dict[str, Any]]] = {}
     if path.exists() and not overwrite:
         if not resume:
             raise LlmqError(f"{path} exists already", "pass --resume to go on with it, or --overwrite")
         done = _read_done(path, jobs, samples)
     try:
-        # What was cut short, and what failed and is tried again, goes first.
-        _write_whole(path, done)
-        file = OutputFile(path, done)
+        # What was cut short, and what failed and is tried again, goes first. A link stays, and its file is written.
+        _write_whole(path.resolve(), done)
+        file = OutputFile(path.resolve(), done)
     except OSError as error:
         raise LlmqError(f"{path} cannot be written: {error.strerror}", "choose another --output") from None
     complete = False
