@@ -69,6 +69,12 @@ def test_what_only_python_takes_for_the_end_of_a_line_is_a_character(tmp_path: P
     assert [item.prompt for item in read(path, "jsonl")] == ["a\u2028b\x85c"]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "one"}', encoding="utf-8-sig")
+    assert [item.prompt for item in read(path, "jsonl")] == ["one"]
+
+
 def test_each_measurement_has_its_own_part_of_a_file(tmp_path: Path) -> None:
     path = written(tmp_path, "p.jsonl", *({"prompt": f"number {number}"} for number in range(5)))
     first, second = (read(path, "jsonl", cell=cell, num_prompts=2) for cell in (0, 1))

@@ -62,6 +62,13 @@ def test_a_text_file_is_a_prompt_a_line(tiny: Path) -> None:
     assert [line["prompt"] for line in read_lines("out.jsonl")] == ["one", "two"]
 
 
+@pytest.mark.parametrize(("path", "text"), [("in.txt", "one"), ("in.jsonl", '{"prompt": "one"}'), ("-", "one")])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tiny: Path, path: str, text: str) -> None:
+    Path(path).write_text(text, encoding="utf-8-sig")
+    llmq("generate", tiny, "-i", path, "-o", "out.jsonl", *SEEDED, stdin="\ufeff" + text)
+    assert read_lines("out.jsonl")[0]["prompt"] == "one"
+
+
 @pytest.mark.parametrize("stdin", ["one\ntwo\n", '{"prompt": "one"}\n{"prompt": "two"}\n'])
 def test_stdin_and_stdout_are_files_too(tiny: Path, stdin: str) -> None:
     result = llmq("generate", tiny, "-i", "-", "-o", "-", *SEEDED, stdin=stdin)

@@ -20,6 +20,7 @@ from llmq.evals.held_out import DEMO_TEXT
 from llmq.evals.perplexity import cut, evaluate_perplexity
 from llmq.runtime.decoder import DecoderLayer
 from llmq.scheme import E4M3, INT, NF4, WHOLE_ROW, Scheme
+from llmq.texts import read_text
 
 TEXT = "".join(chr(32 + number * 37 % 90) for number in range(400))
 
@@ -202,6 +203,12 @@ def test_lines_of_a_jsonl_file_are_one_text(tiny: Path, tmp_path: Path) -> None:
 
 
 # Failures
+
+
+@pytest.mark.parametrize(("name", "content"), [("t.txt", "one"), ("t.jsonl", '{"text": "one"}')])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_text(tmp_path / name, "") == "one"
 
 
 def test_a_line_without_text_is_numbered(tiny: Path, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def open_output(
 
 def _read_text(path: str) -> str:
     try:
-        return sys.stdin.read() if path == STDIO else Path(path).read_text(encoding="utf-8")
+        return sys.stdin.read().removeprefix("\ufeff") if path == STDIO else Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise LlmqError(f"{path} cannot be read: {error.strerror}", "check --input") from None
     except UnicodeDecodeError as error:

@@ -22,7 +22,7 @@ def read_text(path: Path, hint: str, most: int | None = None, to_text: ToText | 
     """The text of ``path``, about ``most`` characters of it if it is longer. ``to_text``: of what a line of ``.jsonl``
     says, else its ``text``. LlmqError, with ``hint``, when it cannot be read."""
     try:
-        with path.open(encoding="utf-8") as stream:
+        with path.open(encoding="utf-8-sig") as stream:
             if path.suffix != ".jsonl":
                 return stream.read(most)
             return join(_jsonl_texts(path, stream, to_text or partial(_text, hint=hint)), most)
