@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from serving import Server, served
 from tiny_models import save_tiny
 
 from llmq import LLM, SamplingParams
+from llmq.errors import FAILED, USAGE
 
 FLAGS = ("--max-tokens", 8, "--seed", 1)
 
@@ -74,6 +78,7 @@ def test_what_was_saved_can_be_continued(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_message_that_fails_is_not_remembered(where: tuple[object, ...], tiny: Path, tmp_path: Path) -> None:
     result = talk(where, "x" * 600, "one", "/nothing", "/save", f"/save {tmp_path / 'chat.jsonl'}")
+    assert result.code == 1
     assert "hint: /reset begins anew" in result.err
     assert "there is no /nothing" in result.err
     assert "/save needs a file" in result.err
@@ -86,3 +91,59 @@ def test_a_server_that_is_not_there_or_wants_a_key(server: Server) -> None:
     assert "http://127.0.0.1:9/v1 cannot be reached" in nowhere.err
     assert "the server answers 401" in llmq("chat", "--url", server.url).err
     assert llmq("chat").code == llmq("chat", "demo", "--url", server.url).code == 2
+
+
+@contextmanager
+def answering(models: bytes, stream: bytes) -> Iterator[str]:
+    """The URL of a server that says this, and closes the connection where a chunk should follow."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(models)
+
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(stream)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+HELLO = b'data: {"choices": [{"index": 0, "delta": {"content": "hello"}}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("rest", "reason"),
+    [
+        (b"", "the server's answer broke off"),
+        (b"40\r\ndata: {", "the server's answer broke off"),
+        (b"8\r\ndata: {\n\r\n", "the server's answer broke off"),
+        (b'1b\r\ndata: {"error": "no more"}\n\r\n', "the server gave up: no more"),
+    ],
+)
+def test_an_answer_that_breaks_off_is_an_error(rest: bytes, reason: str) -> None:
+    with answering(b'{"data": [{"id": "m"}]}', b"%x\r\n%s\r\n%s" % (len(HELLO), HELLO, rest)) as url:
+        result = llmq("chat", "--url", url, stdin="hi\n")
+    assert (result.code, result.out) == (FAILED, "hello\n")
+    assert reason in result.err
+
+
+def test_a_url_that_is_none_or_of_something_else() -> None:
+    assert "error: 'localhost:8000' is no URL" in (result := llmq("chat", "--url", "localhost:8000")).err
+    assert result.code == USAGE
+    with answering(b"<html>", b"") as url:
+        assert "is not OpenAI's interface" in llmq("chat", "--url", url).err

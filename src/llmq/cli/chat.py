@@ -17,7 +17,7 @@ from llmq.cli.console import err, print_error
 from llmq.cli.serve import API_KEY
 from llmq.engine.options import EngineOptions
 from llmq.engine.request import SamplingParams
-from llmq.errors import USAGE, LlmqError
+from llmq.errors import FAILED, USAGE, LlmqError
 
 Answer = Callable[[Sequence[dict[str, str]]], Iterator[str | int]]
 """From the conversation so far, the pieces of what comes next, and at last the number of its tokens."""
@@ -92,23 +92,26 @@ def _answer_here(llm: Any, messages: Sequence[dict[str, str]], params: SamplingP
 
 
 def _converse(answer: Answer, name: str, start: Sequence[dict[str, str]]) -> None:
-    """Read messages from stdin and print answers on stdout until either ends. Ctrl-C ends an answer, or the chat."""
+    """Read messages from stdin and print answers on stdout until either ends. Ctrl-C ends an answer, or the chat.
+
+    Exits with 1 where nobody is there to see that a message failed.
+    """
     interactive = sys.stdin.isatty()
     if interactive:
         err.print(f"{name}: {COMMANDS}; Ctrl-C stops an answer", style="dim")
         with suppress(ImportError):
             import readline  # noqa: F401 (lines can be edited, and earlier ones come back)
-    messages = list(start)
+    messages, failed = list(start), False
     while True:
         try:
             line = input("> " if interactive else "").strip()
         except (EOFError, KeyboardInterrupt):
             if interactive:
                 print()  # behind the prompt
-            return
+            break
         command, _, argument = line.partition(" ")
         if command == "/exit":
-            return
+            break
         if command == "/reset":
             messages = list(start)
         elif command == "/save":
@@ -116,7 +119,11 @@ def _converse(answer: Answer, name: str, start: Sequence[dict[str, str]]) -> Non
         elif command.startswith("/"):
             print_error(LlmqError(f"there is no {command}", COMMANDS))
         elif line:
-            messages = _turn(answer, [*messages, {"role": "user", "content": line}])
+            asked = [*messages, {"role": "user", "content": line}]
+            messages = _turn(answer, asked)
+            failed |= len(messages) < len(asked)
+    if failed and not interactive:
+        raise typer.Exit(FAILED)
 
 
 def _turn(answer: Answer, messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -132,6 +139,8 @@ def _turn(answer: Answer, messages: list[dict[str, str]]) -> list[dict[str, str]
     except KeyboardInterrupt:
         print(" …", end="")
     except LlmqError as error:
+        if text:
+            print()
         print_error(LlmqError(error.message, "/reset begins anew"))
         return messages[:-1]
     print()

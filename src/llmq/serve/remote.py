@@ -9,20 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 
-from llmq.errors import LlmqError
+from llmq.errors import USAGE, LlmqError
 
 TIMEOUT_SECONDS = 600.0
 DONE = "[DONE]"
+BROKE_OFF = "the server's answer broke off"
 
 
 class RemoteModel:
     """A model that is served at ``url``, which ends in ``/v1`` or just before it.
 
-    ``model`` is its name; None: the first that the server lists. Raises LlmqError when the server cannot be reached or
-    refuses a request.
+    ``model`` is its name; None: the first that the server lists. Raises LlmqError when the server cannot be reached,
+    refuses a request, or breaks off its answer.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, model: str | None = None) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise LlmqError(f"{url!r} is no URL", "write --url http://127.0.0.1:8000", exit_code=USAGE)
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
@@ -37,17 +40,24 @@ class RemoteModel:
         with self._open(
             "/chat/completions", {"model": self.name, "messages": list(messages), **stream, **asked}
         ) as reply:
+            ended = False
             for event in _events(reply):
-                if "error" in event:
-                    raise LlmqError(f"the server gave up: {event['error']['message']}")
-                for choice in event["choices"]:
+                if event.get("error"):
+                    raise LlmqError(f"the server gave up: {_message(event)}")
+                for choice in event.get("choices") or ():
+                    ended |= choice.get("finish_reason") is not None
                     yield choice["delta"].get("content") or ""
                 if event.get("usage"):
                     yield int(event["usage"]["completion_tokens"])
+            if not ended:
+                raise LlmqError(BROKE_OFF)
 
     def _first_model(self) -> str:
         with self._open("/models") as reply:
-            models = json.load(reply)["data"]
+            try:
+                models = json.load(reply)["data"]
+            except (HTTPException, OSError, ValueError, KeyError, TypeError):
+                raise LlmqError(f"{self._base} is not OpenAI's interface", "check --url") from None
         if not models:
             raise LlmqError(f"{self._base} serves no model", "name one")
         return str(models[0]["id"])
@@ -66,15 +76,24 @@ class RemoteModel:
 
 
 def _events(reply: HTTPResponse) -> Iterator[dict[str, Any]]:
-    for line in reply:
-        field, _, data = line.decode().strip().partition(":")
-        if field == "data" and data.strip() != DONE:
-            yield json.loads(data)
+    try:
+        for line in reply:
+            field, _, data = line.decode().strip().partition(":")
+            if field == "data" and data.strip() != DONE:
+                yield json.loads(data)
+    except (HTTPException, OSError, ValueError) as error:
+        raise LlmqError(f"{BROKE_OFF}: {error}") from None
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
     """OpenAI's message, where there is one."""
     try:
-        return str(json.load(error)["error"]["message"])
+        return _message(json.load(error))
     except (ValueError, KeyError, TypeError):
         return str(error.reason)
+
+
+def _message(said: Mapping[str, Any]) -> str:
+    """Of an error, which is OpenAI's object or, of some servers, a text."""
+    error = said["error"]
+    return str(error["message"] if isinstance(error, Mapping) else error)
