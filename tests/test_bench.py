@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -437,6 +438,15 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
         result = llmq("bench", command, tiny, "-o", path)
         assert (result.code, result.out) == (USAGE, "")
         assert "cannot be written" in result.err
+
+
+def test_a_disk_that_fills_meanwhile_costs_the_file_and_not_the_report(tiny: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    result = llmq("bench", "throughput", tiny, *SMALL, "--json", "-o", "/dev/full")
+    assert result.code == FAILED
+    assert json.loads(result.out)["completed"] == 3
+    assert "error: /dev/full cannot be written: No space left on device" in result.err
 
 
 def test_tables_are_at_most_100_columns_wide(tiny: Path) -> None:

@@ -41,14 +41,20 @@ def as_json(schema: str, value: dict[str, Any]) -> str:
 def print_report(
     schema: str, value: dict[str, Any], *, show: Callable[[], None], json: bool, file: Path | None
 ) -> None:
-    """A report on stdout, as ``show`` prints it or as JSON, and the JSON in ``file`` as well if there is one."""
+    """A report on stdout, as ``show`` prints it or as JSON, and the JSON in ``file`` as well if there is one. LlmqError
+    behind the report when ``file`` cannot be written: what took long is not lost with it."""
+    unwritten: OSError | None = None
     if file is not None:
-        text = as_json(schema, value)
-        file.write_text(text + "\n", encoding="utf-8")
+        try:
+            file.write_text(as_json(schema, value) + "\n", encoding="utf-8")
+        except OSError as error:
+            unwritten = error
     if json:
         print_json(schema, value)
     else:
         show()
+    if unwritten is not None:
+        raise LlmqError(f"{file} cannot be written: {unwritten.strerror}", "the report is on stdout, and nowhere else")
 
 
 @contextmanager

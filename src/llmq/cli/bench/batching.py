@@ -59,11 +59,11 @@ def batching(
             peer=peer,
             progress=bar,
         )
+    print_report("llmq.bench.batching/1", report.as_json(), show=partial(_print, report), json=json, file=output)
     if plot is not None:
         from llmq.bench.batching_plot import draw_batching
 
         draw_batching(report, plot)
-    print_report("llmq.bench.batching/1", report.as_json(), show=partial(_print, report), json=json, file=output)
     every = [run for result in report.results for run in (*result.rounds, result.one_by_one) if run is not None]
     failed = sum(run.metrics.failed for run in every)
     total = sum(run.metrics.failed + run.metrics.completed for run in every)
