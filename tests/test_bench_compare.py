@@ -201,6 +201,11 @@ def test_all_schemes_are_made_measured_and_judged(model: Path, texts: Path, tmp_
         assert list(row["decode_throughput"]) == ["1", "3"]
 
 
+def test_a_file_with_fewer_prompts_than_asked_for_is_counted_as_it_is(model: Path, texts: Path) -> None:
+    printed = compare(model, texts, "--num-prompts", 5, "--schemes", "bf16", "--batch-sizes", 1).out
+    assert "\n2 requests, all there at the start" in printed
+
+
 def test_requests_of_every_round_fit_though_their_lengths_are_drawn_anew(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,6 +134,12 @@ class CompareReport:
         return found
 
     @property
+    def requests(self) -> int:
+        """Of each round: a file may have fewer than were asked for."""
+        metrics = self.rows[0].rounds[0].run.metrics
+        return metrics.completed + metrics.failed
+
+    @property
     def recommendation(self) -> str:
         return recommend(self)
 

@@ -85,14 +85,14 @@ def compare(
             peer=peer,
             progress=bar,
         )
+    print_report("llmq.bench.compare/1", report.as_json(), show=partial(_print, report), json=json, file=output)
     if plot is not None:
         from llmq.bench.compare_plot import draw_compare
 
         draw_compare(report, plot)
-    print_report("llmq.bench.compare/1", report.as_json(), show=partial(_print, report), json=json, file=output)
     failed = sum(row.failed for row in report.rows)
     errors = sorted({error for row in report.rows for speeds in row.rounds for error in speeds.run.errors})
-    flags.raise_if_failed(failed, num_prompts * rounds * len(report.rows), errors)
+    flags.raise_if_failed(failed, report.requests * rounds * len(report.rows), errors)
 
 
 def _folders(given: Sequence[str]) -> dict[str, Path]:
@@ -141,7 +141,7 @@ def _print(report: CompareReport) -> None:
     rounds = len(report.rows[0].rounds)
     turns = "in turns" if report.side_by_side else "one scheme after another"
     out.print(
-        f"{report.workload.num_prompts} requests, all there at the start; {rounds} round{'s' * (rounds > 1)}, {turns}; "
+        f"{report.requests} requests, all there at the start; {rounds} round{'s' * (rounds > 1)}, {turns}; "
         f"{report.setup.device_name}" + ("" if peer is None else f"; the peer: {peer.peer} {peer.version or ''}")
     )
 
