@@ -118,6 +118,13 @@ def test_a_load_that_is_none_is_a_usage_error(wrong: dict[str, Any]) -> None:
     assert caught.value.exit_code == USAGE
 
 
+def test_bursts_so_close_that_gaps_are_nothing_are_refused() -> None:
+    with pytest.raises(LlmqError) as caught:
+        Load(request_rate=5, burstiness=1e-9).schedule(items(2), 0)
+    assert caught.value.exit_code == USAGE
+    assert "--burstiness" in (caught.value.hint or "")
+
+
 # What it measures
 
 

@@ -185,7 +185,7 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise LlmqError(f"{path} cannot be read: {reason}", "check --dataset-path") from None
+        raise LlmqError(f"{path} cannot be read: {reason}", "check the path") from None
 
 
 class _numbered:

@@ -18,6 +18,8 @@ from llmq.bench.metrics import Goodput, Metrics, Timeline, summarize
 from llmq.bench.workload import Item
 from llmq.errors import USAGE, LlmqError
 
+LEAST_SUM = 1e-300
+"""Of gaps between requests, for a number to scale them by."""
 Progress = Callable[[int, int], None]
 """Told how many of how many requests are over."""
 
@@ -71,6 +73,12 @@ class Load:
             return [0.0] * len(items)
         noise = random.Random(f"arrivals {seed}")
         gaps = [self._gap(noise) for _ in items[1:]]
+        if gaps and sum(gaps) < LEAST_SUM:
+            raise LlmqError(
+                f"with a burstiness of {self.burstiness:g} no request comes after another",
+                "raise --burstiness, or leave out --request-rate: all at once",
+                exit_code=USAGE,
+            )
         scale = len(gaps) / self.request_rate / sum(gaps) if gaps else 0.0
         return [self._ramped(at) for at in accumulate((gap * scale for gap in gaps), initial=0.0)]
 
