@@ -172,6 +172,8 @@ def test_in_a_batch_one_bad_prompt_fails_alone(tiny: Path) -> None:
     [
         ("{", "line 2 is not JSON"),
         ("[1]", "line 2"),
+        pytest.param('{"prompt": "x", "mine": ' + "9" * 5000 + "}", "line 2 is JSON that cannot be read", id="digits"),
+        pytest.param("[" * 200_000, "line 2 is JSON that cannot be read", id="brackets"),
         ('{"text": "x"}', "line 2"),
         ('{"prompt": ""}', "line 2: prompt"),
         ('{"prompt": 7}', "line 2: prompt"),

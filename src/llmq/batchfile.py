@@ -220,6 +220,8 @@ def _read_job(line: str, index: int, where: str, *, is_json: bool, chat: bool) -
         raise LlmqError(f"{where}: {place + ': ' if place else ''}{first['msg']}", _LINE_HINT) from None
     except ApiError as error:
         raise LlmqError(f"{where}: {error.message}", "a body is what llmq serve takes at that url") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in …
+        raise LlmqError(f"{where} is JSON that cannot be read: {str(error).split(':')[0]}", _LINE_HINT) from None
     return Job(index, to_prompt(fields, chat=chat), fields)
 
 
