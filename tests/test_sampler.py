@@ -48,8 +48,9 @@ def test_top_p_draws_only_among_the_smallest_set_that_reaches_p() -> None:
     assert set(draw_many(logits, sampling(top_p=0.85)).tolist()) == {0, 1, 2}
 
 
-def test_the_likeliest_token_survives_any_top_p() -> None:
-    assert set(draw_many(torch.tensor([0.0, 9.0, 0.0]), sampling(top_p=1e-9)).tolist()) == {1}
+@pytest.mark.parametrize("top_p", [1e-9, 1e-300])
+def test_the_likeliest_token_survives_any_top_p(top_p: float) -> None:
+    assert set(draw_many(torch.tensor([0.0, 9.0, 0.0]), sampling(top_p=top_p)).tolist()) == {1}
 
 
 @given(st.integers(0, 2**62), st.integers(0, 10**6), st.integers(1, 5), st.integers(0, 4))

@@ -16,6 +16,9 @@ from llmq.plan import PlanRow, RowSampling, SampledToken, TokenLogprobs
 from llmq.runtime.device import ToHost, on_device
 from llmq.runtime.kernels.gumbel import draw_gumbel
 
+LEAST_TOP_P = 1e-30
+"""Far below the share of any likeliest token, and above 0 in fp32, which would leave nothing to draw."""
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:
@@ -121,7 +124,7 @@ def _cut(logits: Tensor, temperatures: Tensor, samplings: Sequence[RowSampling])
     if any(sampling.top_k or sampling.top_p < 1 for sampling in samplings):
         vocabulary = logits.shape[1]
         top_k = [min(sampling.top_k or vocabulary, vocabulary) for sampling in samplings]
-        top_p = [sampling.top_p for sampling in samplings]
+        top_p = [max(sampling.top_p, LEAST_TOP_P) for sampling in samplings]
         kept = _keep_likeliest(scores, _column(top_k, torch.int64, logits), _column(top_p, torch.float32, logits))
     if any(sampling.min_p for sampling in samplings):
         least = _column([sampling.min_p for sampling in samplings], torch.float32, logits)
