@@ -83,6 +83,16 @@ def test_json_prints_one_object_with_a_schema(tiny: Path) -> None:
     assert [line["index"] for line in answer["outputs"]] == [0, 1]
 
 
+@pytest.mark.parametrize("output", ["out.jsonl", "-"])
+def test_json_prints_one_object_beside_an_output_file_too(tiny: Path, output: str) -> None:
+    write_prompts(3)
+    found = json.loads(llmq("generate", tiny, "-i", "in.jsonl", "-o", output, "--json", *SEEDED).out)
+    assert found["schema"] == "llmq.generate/1"
+    assert [line["index"] for line in found["outputs"]] == [0, 1, 2]
+    if output != "-":
+        assert read_lines(output) == found["outputs"]
+
+
 def test_a_lone_prompt_prints_its_text_and_nothing_else(tiny: Path) -> None:
     text = json.loads(llmq("generate", tiny, "-p", "one", "--json", *SEEDED).out)["outputs"][0]["text"]
     for mode in ("--stream", "--no-stream"):

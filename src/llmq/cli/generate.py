@@ -152,10 +152,12 @@ def generate(
             for job, result in _as_completed(llm, todo, params):
                 file.write(job, result, llm.tokenizer)
                 results.append(result)
+        if json:
+            print_json("llmq.generate/1", {"outputs": [one for _, lines in sorted(file.done.items()) for one in lines]})
     else:
         llm = load()
         started = time.perf_counter()
-        results = _print_results(llm, jobs, params, lines=output == STDIO, json=json, stream=stream)
+        results = _print_results(llm, jobs, params, lines=output == STDIO and not json, json=json, stream=stream)
     if any(result.completions for result in results):
         _summarize(llm, results, time.perf_counter() - started)
     _raise_if_failed(results)
