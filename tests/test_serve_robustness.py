@@ -137,6 +137,13 @@ def test_a_bad_request_is_answered_with_the_reason(
         assert error["param"].split(".")[0] == param
 
 
+def test_a_body_that_is_no_json_is_told_where_and_blames_no_field(server: Server) -> None:
+    answer = server.http.post(COMPLETIONS, content=b'{"prompt": x}', headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, None)
+    assert error["message"] == "the body is not JSON: Expecting value at character 11"
+
+
 def test_a_body_that_is_not_called_json_is_refused_with_the_header_that_mends_it(server: Server) -> None:
     """As ``curl -d`` sends it."""
     answer = server.http.post(COMPLETIONS, content=b'{"prompt": "x"}', headers={"content-type": FORM})

@@ -255,6 +255,10 @@ def _answer_errors(app: FastAPI) -> None:
         if "json" not in request.headers.get("content-type", ""):
             return answer(ApiError(415, "the body must be JSON, and say so: Content-Type: application/json"))
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return answer(
+                ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
+            )
         # "body" names nothing to a client, and of a union pydantic names every member that it tried.
         place = ".".join(str(part) for part in first["loc"][1:]) or None
         return answer(ApiError(400, f"{place + ': ' if place else ''}{first['msg']}", param=place))
