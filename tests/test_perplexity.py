@@ -259,6 +259,13 @@ def test_a_window_of_one_token_is_a_usage_error(tiny: Path) -> None:
     assert caught.value.exit_code == USAGE
 
 
+@pytest.mark.parametrize("flags", [("--limit", 3), ("--task-folder", "x"), ("--tasks", "x", "--limit", 0)])
+def test_flags_of_tasks_are_not_ignored(tiny: Path, flags: tuple[object, ...]) -> None:
+    result = llmq("eval", tiny, *flags, "--device", "cpu")
+    assert (result.code, result.out) == (USAGE, "")
+    assert "--limit" in result.err
+
+
 def test_a_model_that_computes_nan_is_an_error_and_not_a_perplexity(tmp_path: Path, text: Path) -> None:
     from safetensors.torch import load_file, save_file
 

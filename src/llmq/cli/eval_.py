@@ -60,6 +60,10 @@ def evaluate(
     allowed = None if max_ppl_increase is None else _share(max_ppl_increase)
     if allowed is not None and reference is None:
         raise LlmqError("--max-ppl-increase has nothing to compare with", "pass --reference MODEL", exit_code=USAGE)
+    if tasks is None and (task_folder is not None or limit is not None):
+        raise LlmqError("--task-folder and --limit are of tasks", "name some: --tasks NAMES", exit_code=USAGE)
+    if limit is not None and limit < 1:
+        raise LlmqError(f"--limit {limit} leaves no examples", "make it 1 or more", exit_code=USAGE)
     if tasks is not None:
         if reference is not None or data is not None:
             raise LlmqError("tasks bring their own texts", "leave out --reference and --data", exit_code=USAGE)
