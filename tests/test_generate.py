@@ -140,6 +140,13 @@ def test_resume_tries_again_what_failed(tiny: Path) -> None:
     assert ["error" in line for line in read_lines("out.jsonl")] == [False, True]
 
 
+def test_what_failed_first_is_named_by_its_place_among_all_prompts(tiny: Path) -> None:
+    Path("in.txt").write_text("\n".join(["good", "fine", "x" * 600, "y" * 600]))
+    command = ("generate", tiny, "-i", "in.txt", "-o", "out.jsonl", *SEEDED)
+    assert "2 of 4 prompts failed; the first, 2:" in llmq(*command).err
+    assert "2 of 2 prompts failed; the first, 2:" in llmq(*command, "--resume").err
+
+
 def test_resume_refuses_the_answers_to_other_prompts(tiny: Path) -> None:
     llmq("generate", tiny, "-p", "one", "-o", "out.jsonl", *SEEDED)
     before = Path("out.jsonl").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -181,7 +182,8 @@ def _as_completed(llm: LLM, jobs: Sequence[Job], params: SamplingParams) -> Iter
         results = llm.as_completed([job.prompt for job in jobs], [job.params(params) for job in jobs])
         for done, result in enumerate(results, 1):
             bar(done, len(jobs))
-            yield jobs[result.index], result
+            job = jobs[result.index]
+            yield job, replace(result, index=job.index)  # with --resume, jobs are some of the prompts
 
 
 def _print_results(
@@ -245,10 +247,11 @@ def _raise_if_failed(results: Sequence[RequestOutput]) -> None:
     failed = [result for result in results if result.error is not None]
     if not failed:
         return
-    first = failed[0].error
-    assert first is not None
+    first = min(failed, key=lambda result: result.index)
+    error = first.error
+    assert error is not None
     if len(results) == 1:
-        raise first
+        raise error
     raise LlmqError(
-        f"{len(failed)} of {len(results)} prompts failed; the first, {failed[0].index}: {first.message}", first.hint
+        f"{len(failed)} of {len(results)} prompts failed; the first, {first.index}: {error.message}", error.hint
     )
