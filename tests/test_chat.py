@@ -147,3 +147,10 @@ def test_a_url_that_is_none_or_of_something_else() -> None:
     assert result.code == USAGE
     with answering(b"<html>", b"") as url:
         assert "is not OpenAI's interface" in llmq("chat", "--url", url).err
+
+
+def test_a_message_that_is_not_text(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda prompt: b"\xff".decode())
+    result = llmq("chat", tiny, "--device", "cpu", stdin="x")
+    assert (result.code, result.out) == (FAILED, "")
+    assert "error: what stdin brings is not UTF-8 text" in result.err

@@ -109,6 +109,8 @@ def _converse(answer: Answer, name: str, start: Sequence[dict[str, str]]) -> Non
             if interactive:
                 print()  # behind the prompt
             break
+        except UnicodeDecodeError:
+            raise LlmqError("what stdin brings is not UTF-8 text", "write it in UTF-8") from None
         command, _, argument = line.partition(" ")
         if command == "/exit":
             break
