@@ -184,6 +184,13 @@ def test_resume_leaves_a_file_alone_that_is_no_output(tiny: Path, content: str) 
     assert "mine, line 1 is no answer of llmq generate" in result.err
 
 
+def test_a_run_that_fails_before_its_first_answer_leaves_the_output_as_it_was(tiny: Path) -> None:
+    Path("out.jsonl").write_text("of yesterday\n")
+    for path, left in (("out.jsonl", ["of yesterday\n"]), ("new.jsonl", [])):
+        assert llmq("generate", "nowhere", "-p", "x", "-o", path, "--overwrite").code == 1
+        assert [one.read_text() for one in Path().glob(path)] == left
+
+
 @pytest.mark.parametrize("flags", [(), ("--resume",), ("--overwrite",)])
 def test_an_output_that_is_no_file_is_not_replaced_by_one(tiny: Path, flags: tuple[str, ...]) -> None:
     os.mkfifo("pipe")

@@ -28,7 +28,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -136,14 +137,25 @@ def output_lines(job: Job, output: RequestOutput, tokenizer: Tokenizer) -> list[
 
 
 class OutputFile:
-    """The file that completions go to while a run lasts. Use ``open_output``."""
+    """The file that completions go to while a run lasts. Use ``open_output``.
+
+    What is there stays until the first completion comes: a run that fails before costs nothing.
+    """
 
     def __init__(self, path: Path, done: dict[int, list[dict[str, Any]]]) -> None:
         self.done = done
         self._path = path
-        self._stream = path.open("a", encoding="utf-8")
+        self._is_new = not path.exists()
+        self._stream: TextIO | None = None
+        # Whether both the file and one beside it can be written is found before any work.
+        path.open("a").close()
+        TemporaryFile(dir=path.parent).close()
 
     def write(self, job: Job, output: RequestOutput, tokenizer: Tokenizer) -> None:
+        if self._stream is None:
+            # What was cut short, and what failed and is tried again, goes first.
+            _write_whole(self._path, self.done)
+            self._stream = self._path.open("a", encoding="utf-8")
         lines = output_lines(job, output, tokenizer)
         # One write for all lines of a prompt, and flushed: a kill leaves at most one line cut short, the last.
         self._stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -151,7 +163,10 @@ class OutputFile:
         self.done[job.index] = lines
 
     def close(self, *, complete: bool) -> None:
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
+        elif not complete and not self._is_new:
+            return
         if all(_failed(line) for lines in self.done.values() for line in lines):
             self._path.unlink()  # nothing was answered: nothing is left behind
         elif complete:
@@ -175,9 +190,7 @@ def open_output(
             raise LlmqError(f"{path} exists already", "pass --resume to go on with it, or --overwrite")
         done = _read_done(path, jobs, samples)
     try:
-        # What was cut short, and what failed and is tried again, goes first. A link stays, and its file is written.
-        _write_whole(path.resolve(), done)
-        file = OutputFile(path.resolve(), done)
+        file = OutputFile(path.resolve(), done)  # a link stays, and its file is written
     except OSError as error:
         raise LlmqError(f"{path} cannot be written: {error.strerror}", "choose another --output") from None
     complete = False
