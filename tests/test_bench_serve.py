@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from pathlib import Path
@@ -12,6 +13,7 @@ from command_line import Result, llmq
 from serving import served
 from stand_in import StandIn
 
+from llmq.bench.http import parse_url
 from llmq.errors import FAILED, USAGE
 
 SMALL = ("--num-prompts", 4, "--input-len", 6, "--output-len", 5)
@@ -161,6 +163,28 @@ def test_a_url_that_does_not_answer_is_an_error_with_a_hint() -> None:
     assert (result.code, result.out) == (FAILED, "")
     assert "does not answer" in result.err
     assert "hint: " in result.err
+
+
+def test_an_address_of_ipv6_is_told_in_brackets() -> None:
+    heads = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async def ask() -> str:
+        async with await asyncio.start_server(answer, "::1", 0) as server:
+            address = f"[::1]:{server.sockets[0].getsockname()[1]}"
+            async with parse_url(f"http://{address}").request("/") as response:
+                await response.whole()
+        return address
+
+    try:
+        address = asyncio.run(ask())
+    except OSError:
+        pytest.skip("no IPv6 here")
+    assert f"Host: {address}\r\n".encode() in heads[0]
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://host:port", "http://"])

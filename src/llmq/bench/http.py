@@ -60,7 +60,7 @@ class Address:
         try:
             lines = [
                 f"{'GET' if body is None else 'POST'} {self.prefix}{path} HTTP/1.1",
-                f"Host: {self.host}:{self.port}",
+                f"Host: {f'[{self.host}]' if ':' in self.host else self.host}:{self.port}",
                 "Connection: close",
                 *(f"{name}: {value}" for name, value in (headers or {}).items()),
                 *([] if body is None else [f"Content-Length: {len(body)}"]),
