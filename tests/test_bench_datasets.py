@@ -165,7 +165,7 @@ def test_a_trace_has_fresh_prompts_in_every_measurement(tmp_path: Path) -> None:
     assert not {str(item.prompt) for item in first} & {str(item.prompt) for item in other}
 
 
-@pytest.mark.parametrize("row", ["1,two,1", "soon,1,1", "1,1", "1,1,0", "-1,1,1"])
+@pytest.mark.parametrize("row", ["1,two,1", "soon,1,1", "1,1", "1,1,0", "-1,1,1", "nan,1,1", "inf,1,1"])
 def test_a_malformed_row_is_named_by_its_number(tmp_path: Path, row: str) -> None:
     path = written(tmp_path, "t.csv", "timestamp,input_length,output_length", "0,1,1", row)
     assert "t.csv, line 3 " in refused(path, "trace")

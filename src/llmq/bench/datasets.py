@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 from collections.abc import Iterator
 from datetime import datetime
@@ -144,9 +145,12 @@ def _length(entry: dict[str, Any], name: str, default: int | None = None) -> int
 
 def _seconds(value: object, *, milliseconds: bool) -> float:
     try:
-        return float(value) / (1000 if milliseconds else 1)  # type: ignore[arg-type]
+        seconds = float(value) / (1000 if milliseconds else 1)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         pass
+    else:
+        if math.isfinite(seconds):
+            return seconds
     try:
         return datetime.fromisoformat(str(value)).timestamp()
     except ValueError:
