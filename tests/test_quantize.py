@@ -584,7 +584,7 @@ def test_a_tensor_that_is_missing_is_noticed_before_any_work(tmp_path: Path) -> 
     tensors = load_file(source / "model.safetensors")
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    refused(r"no matrix model\.layers\.1\.mlp\.down_proj\.weight", source, tmp_path / "out", scheme=W4)
+    refused(r"no tensor model\.layers\.1\.mlp\.down_proj\.weight", source, tmp_path / "out", scheme=W4)
 
 
 def test_defaults_are_known_without_torch() -> None:
