@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmq.checkpoint.folder import check_disk_space, copy_side_files, resolve, write_folder
+from llmq.checkpoint.folder import check_disk_space, check_keeps, copy_side_files, resolve, write_folder
 from llmq.errors import LlmqError
 
 
@@ -108,6 +108,17 @@ def test_the_folder_that_it_runs_in_is_not_overwritten(
     with pytest.raises(LlmqError, match="runs in"), write_folder(Path(output), overwrite=True):
         pass
     assert names(tmp_path) == {"here"}
+
+
+def test_a_model_is_not_overwritten_with_the_folder_that_it_lies_in(tmp_path: Path) -> None:
+    model = tmp_path / "models" / "tiny"
+    model.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    for output in (tmp_path, tmp_path / "models", tmp_path / "link"):
+        with pytest.raises(LlmqError, match="tiny lies in it"):
+            check_keeps(model, output)
+    for output in (model, model / "quantized", tmp_path / "others"):
+        check_keeps(model, output)
 
 
 def test_a_file_is_no_place_for_a_folder(tmp_path: Path) -> None:

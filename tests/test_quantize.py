@@ -468,6 +468,12 @@ def test_an_output_that_exists_is_kept(tmp_path: Path, tiny: Path) -> None:
     assert (tmp_path / "out" / "mine").read_text() == "precious"
 
 
+def test_the_folder_that_the_model_lies_in_is_not_overwritten(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "models" / "tiny")
+    refused("tiny lies in it", model, tmp_path / "models", overwrite=True)
+    assert (model / "config.json").exists()
+
+
 @pytest.mark.parametrize(("width", "reason"), [(224, "has 224 inputs, which groups of 128"), (240, "multiples of 32")])
 def test_a_layer_that_scheme_or_format_cannot_hold_stays_as_it_is_and_is_named(
     tmp_path: Path, width: int, reason: str

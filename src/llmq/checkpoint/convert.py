@@ -68,6 +68,7 @@ def convert(
     output = Path(output)
     folders.check_output(output, overwrite=overwrite)
     folder = folders.resolve(model, revision)
+    folders.check_keeps(folder, output)
     config, tensors = read_config(folder), Tensors(folder)
     source = open_format(config)
     if source is None:

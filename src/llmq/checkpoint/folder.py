@@ -66,9 +66,8 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():
-        shutil.copytree(
-            templates, target / templates.name, dirs_exist_ok=True
-        )  # a run that was stopped has copied them
+        # A run that was stopped may have copied them.
+        shutil.copytree(templates, target / templates.name, dirs_exist_ok=True)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -82,6 +81,12 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise LlmqError(f"{parent} is a file, and no folder to write in", "choose another --output")
     if not os.access(parent, os.W_OK):
         raise LlmqError(f"{parent} is not writable", "choose another --output")
+
+
+def check_keeps(model: Path, output: Path) -> None:
+    """Raise LlmqError where the folder ``output`` has that of the model in it, and would be overwritten with it."""
+    if output.resolve() in model.resolve().parents:
+        raise LlmqError(f"{output} is overwritten, and {model} lies in it", "choose another --output")
 
 
 def check_disk_space(output: Path, needed: int) -> None:

@@ -117,7 +117,9 @@ def quantize(
     )
     folders.check_output(output, overwrite=overwrite)
     tell = progress or (lambda step: None)
-    job = prepare(model, folders.resolve(model, revision), options)
+    folder = folders.resolve(model, revision)
+    folders.check_keeps(folder, output)
+    job = prepare(model, folder, options)
     needs = needs_of(job, output, max_memory)
     if on_needs is not None:
         on_needs(needs)
