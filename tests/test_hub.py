@@ -1,4 +1,4 @@
-"""A plan of a model on the hub: config.json and the headers of its files, and not a byte of its weights."""
+"""A model on the hub: of its plan config.json and the headers of its files alone, and of no model its weights twice."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ def safetensors() -> bytes:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as such a plan asks for: files, also in part, and what a repository holds."""
+    """As much of the hub as is asked for: files, also in part, and what a repository holds."""
 
-    files = {"config.json": json.dumps(QWEN_25_05B).encode(), "model.safetensors": safetensors()}
+    files = {
+        "config.json": json.dumps(QWEN_25_05B).encode(),
+        "model.safetensors": safetensors(),
+        "consolidated.safetensors": safetensors(),
+    }
     sent: dict[str, int] = {}
 
     def do_HEAD(self) -> None:
@@ -86,9 +90,7 @@ def endpoint() -> Iterator[str]:
     server.server_close()
 
 
-def memplan(
-    endpoint: str, home: Path, model: str, *flags: str, offline: bool = False
-) -> subprocess.CompletedProcess[str]:
+def llmq(endpoint: str, home: Path, *arguments: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
     # Without what other tests' libraries say of proxies and caches.
     variables = {
         name: value
@@ -96,12 +98,12 @@ def memplan(
         if not name.lower().endswith("_proxy") and not name.startswith(("HF_", "HUGGINGFACE_"))
     }
     variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
-    command = [sys.executable, "-m", "llmq", "memplan", model, *flags]
+    command = [sys.executable, "-m", "llmq", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=variables)
 
 
 def test_a_model_on_the_hub_is_planned_by_its_headers(endpoint: str, tmp_path: Path) -> None:
-    done = memplan(endpoint, tmp_path, REPOSITORY, "--json")
+    done = llmq(endpoint, tmp_path, "memplan", REPOSITORY, "--json")
     assert done.returncode == 0, done.stderr
     weights = json.loads(done.stdout)["weights"]
     assert (weights["on_disk"], weights["stored"]) == (WEIGHT_BYTES, True)
@@ -109,28 +111,35 @@ def test_a_model_on_the_hub_is_planned_by_its_headers(endpoint: str, tmp_path: P
 
 
 def test_offline_a_config_in_the_cache_will_do(endpoint: str, tmp_path: Path) -> None:
-    memplan(endpoint, tmp_path, REPOSITORY)
-    done = memplan(endpoint, tmp_path, REPOSITORY, "--json", offline=True)
+    llmq(endpoint, tmp_path, "memplan", REPOSITORY)
+    done = llmq(endpoint, tmp_path, "memplan", REPOSITORY, "--json", offline=True)
     assert done.returncode == 0, done.stderr
     weights = json.loads(done.stdout)["weights"]
     assert (weights["on_disk"], weights["stored"]) == (2 * 494_032_768, False)
 
 
 def test_a_model_that_is_not_on_the_hub_is_refused(endpoint: str, tmp_path: Path) -> None:
-    done = memplan(endpoint, tmp_path, "someone/else")
+    done = llmq(endpoint, tmp_path, "memplan", "someone/else")
     assert done.returncode == 1
     assert "no such model on the hub" in done.stderr
 
 
 def test_without_a_network_that_is_said_at_once(tmp_path: Path) -> None:
     nobody_listens = "http://127.0.0.1:9"
-    done = memplan(nobody_listens, tmp_path, REPOSITORY)
+    done = llmq(nobody_listens, tmp_path, "memplan", REPOSITORY)
     assert done.returncode == 1
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]  # no talk of further tries
 
 
 def test_offline_there_is_an_error_and_a_hint(endpoint: str, tmp_path: Path) -> None:
-    done = memplan(endpoint, tmp_path, REPOSITORY, offline=True)
+    done = llmq(endpoint, tmp_path, "memplan", REPOSITORY, offline=True)
     assert done.returncode == 1
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
     assert "the hub cannot be reached" in done.stderr
+
+
+def test_the_weights_are_fetched_once_though_they_are_there_by_two_names(endpoint: str, tmp_path: Path) -> None:
+    Hub.sent.clear()
+    llmq(endpoint, tmp_path, "inspect", REPOSITORY)
+    assert Hub.sent["model.safetensors"] > WEIGHT_BYTES
+    assert "consolidated.safetensors" not in Hub.sent

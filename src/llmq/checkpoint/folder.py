@@ -24,6 +24,8 @@ WRITTEN_ANEW = {
 }  # fmt: skip
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 """What is fetched from the hub: no pickles, no code."""
+HUB_DUPLICATES = ["consolidated*", "original/*"]
+"""What is not: the same weights by the names of those who trained them."""
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -52,7 +54,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     with explained(hub_id, revision):
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_PATTERNS))
+        fetched = snapshot_download(
+            hub_id, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_DUPLICATES
+        )
+        return Path(fetched)
 
 
 def copy_side_files(source: Path, target: Path) -> None:
