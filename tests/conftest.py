@@ -11,7 +11,8 @@ settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` where there is none."""
+    """The README's commands last, as they take all cores; and skip what is marked ``gpu`` where there is none."""
+    items.sort(key=lambda item: item.path.name == "test_readme.py")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
