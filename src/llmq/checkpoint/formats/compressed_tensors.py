@@ -21,7 +21,6 @@ plus 2^(bits−1): what is packed are our unsigned ones.  https://github.com/vll
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,8 +35,8 @@ from llmq.checkpoint.formats.packed import (
     Layout,
     Stored,
     check_layout,
-    check_regex,
     check_symmetric,
+    compiled,
     natural_groups,
     num_words,
     pack_words,
@@ -146,7 +145,7 @@ class CompressedTensors:
             raise LlmqError("quantization_config names no layers", DAMAGED_CONFIG)
         for pattern in (*targets, *ignore):
             if pattern.startswith("re:"):
-                check_regex(pattern.removeprefix("re:"))
+                compiled(pattern.removeprefix("re:"))  # or it is refused
         # The library's own order: names, regular expressions, classes, each from a to z.
         ordered = sorted(targets.items(), key=lambda item: (item[0] == CLASS, item[0].startswith("re:"), item[0]))
         return cls(tuple(ordered), ignore, kv_scales)
@@ -356,5 +355,5 @@ def _packed_shape(name: str, tensors: Tensors, scheme: Scheme) -> tuple[int, int
 def _matches(pattern: str, name: str) -> bool:
     """Does a target or an ignored pattern cover the linear layer ``name``?"""
     if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
+        return compiled(pattern.removeprefix("re:")).match(name) is not None
     return pattern in (name, CLASS)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmq.checkpoint.config import HEAD
@@ -32,8 +31,8 @@ from llmq.checkpoint.formats.packed import (
     Layout,
     Stored,
     check_layout,
-    check_regex,
     check_symmetric,
+    compiled,
     exact_fp16,
     most_common,
     pack_words,
@@ -157,7 +156,7 @@ class Gptq:
     def scheme_of(self, name: str) -> Scheme | None:
         """What the config says of layer ``name``; None: it is not quantized."""
         for pattern, scheme in self.rules:
-            if _compiled(pattern).match(name):
+            if compiled(pattern).match(name):
                 return scheme
         if name == HEAD:
             return self.default if self.head else None
@@ -256,14 +255,8 @@ def _read_scheme(fields: Mapping[str, Any]) -> Scheme:
 def _read_rule(rule: str, fields: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[str, Scheme | None]:
     """An entry of ``dynamic``: a pattern after ``-:`` (not quantized) or ``+:`` (or nothing), and what it changes."""
     pattern = rule.removeprefix("-:").removeprefix("+:")
-    check_regex(pattern)
+    compiled(pattern)  # or it is refused
     return pattern, None if rule.startswith("-:") else _read_scheme({**default, **fields})
-
-
-@cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """``re`` keeps 512 by itself, and a model of experts may have more rules than that, each asked of every layer."""
-    return re.compile(pattern)
 
 
 def _within_block(names: Iterable[str]) -> set[str]:

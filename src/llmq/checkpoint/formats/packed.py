@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -120,10 +121,14 @@ def check_symmetric(name: str, weight: QuantizedWeight) -> None:
         raise LlmqError(f"{name}: said to be symmetric, but has zero points other than the middle code", DAMAGED)
 
 
-def check_regex(pattern: str) -> None:
-    """Raise LlmqError unless ``pattern``, of a quantization_config, is a regular expression."""
+@cache
+def compiled(pattern: str) -> re.Pattern[str]:
+    """``pattern``, of a quantization_config. LlmqError when it is no regular expression.
+
+    ``re`` keeps 512 by itself, and a model of experts may have more rules than that, each asked of every layer.
+    """
     try:
-        re.compile(pattern)
+        return re.compile(pattern)
     except re.error as error:
         raise LlmqError(
             f"quantization_config: {pattern!r} is not a regular expression: {error}", DAMAGED_CONFIG
