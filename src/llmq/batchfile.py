@@ -39,6 +39,7 @@ from llmq.errors import LlmqError
 from llmq.llm import Completion, Prompt, RequestOutput
 from llmq.serve import batch
 from llmq.serve.errors import ApiError
+from llmq.texts import checked
 
 STDIO = "-"
 _PROMPT_KEYS = ("prompt", "messages")
@@ -218,15 +219,13 @@ def _read_job(line: str, index: int, where: str, *, is_json: bool, chat: bool) -
     try:
         if is_json:
             fields = json.loads(line)
-        json.dumps(fields, ensure_ascii=False).encode()  # as it will be written
+        checked(json.dumps(fields, ensure_ascii=False), where, _LINE_HINT)  # as it will be written
         if batch.is_request(fields):
             prompt, body = batch.read_request(fields)
             return Job(index, prompt, fields, body)
         _Line.model_validate(fields)
     except json.JSONDecodeError as error:
         raise LlmqError(f"{where} is not JSON: {error.msg} at column {error.colno}", _LINE_HINT) from None
-    except UnicodeEncodeError:
-        raise LlmqError(f"{where} is not Unicode text: it spells halves of characters", _LINE_HINT) from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -64,5 +64,5 @@ def checked(text: str, where: str, hint: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise LlmqError(f"{where}: half of a character (a lone surrogate)", hint) from None
+        raise LlmqError(f"{where} is not Unicode text: it has half of a character", hint) from None
     return text
