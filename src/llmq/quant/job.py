@@ -19,7 +19,6 @@ from llmq.checkpoint.formats.compressed_tensors import CompressedTensors
 from llmq.checkpoint.formats.gptq import Gptq
 from llmq.checkpoint.shards import Place
 from llmq.checkpoint.tensors import Tensors
-from llmq.errors import LlmqError
 from llmq.memory import MICRO_BATCH_TOKENS
 from llmq.quant.methods.gptq import DAMP_PERCENT
 from llmq.quant.options import DYNAMIC, QuantizeOptions
@@ -168,13 +167,9 @@ class Job:
 
 
 def shape_of(name: str, tensors: Tensors) -> tuple[int, int]:
-    """(out_features, in_features) of a layer. LlmqError when the folder does not have it."""
-    info = tensors.infos.get(f"{name}.weight")
-    if info is None or len(info.shape) != 2:
-        raise LlmqError(
-            f"{tensors.folder} has no matrix {name}.weight", "the folder is incomplete, or its config.json is another's"
-        )
-    return info.shape[0], info.shape[1]
+    """(out_features, in_features) of a layer that is there."""
+    out_features, in_features = tensors.infos[f"{name}.weight"].shape
+    return out_features, in_features
 
 
 def _flags(options: Any) -> Iterator[tuple[str, str]]:
