@@ -45,7 +45,7 @@ from llmq.checkpoint.quantized_weight import QuantizedWeight
 from llmq.engine.options import EngineOptions
 from llmq.quant.options import Calibration
 from llmq.quant.schemes import PRESETS, RTN
-from llmq.runtime.decoder import CausalAttention
+from llmq.runtime.decoder import CausalAttention, Decoder
 from llmq.runtime.kernels.angles import cos_and_sin
 from llmq.runtime.kernels.attention import Fresh, paged_attention
 from llmq.runtime.kernels.dense import dense_matmul
@@ -822,9 +822,13 @@ class GraphCase:
         return Outcome(worst, TOLERANCE[BF16], True)
 
 
-def logits(folder: Path, device: str, dtype: torch.dtype, ids: Tensor) -> Tensor:
-    """fp64 [tokens, vocabulary] of ``ids`` [tokens], on the device."""
-    model = load_decoder(open_source(folder, device, dtype))
+def load(folder: Path, device: str, dtype: torch.dtype) -> Decoder:
+    return load_decoder(open_source(folder, device, dtype))
+
+
+def logits(model: Decoder, ids: Tensor) -> Tensor:
+    """fp64 [tokens, vocabulary] of ``ids`` [tokens], where the model is."""
+    device = model.norm.weight.device
     with torch.inference_mode():
         hidden = model(ids.to(device), torch.arange(len(ids), device=device), CausalAttention(len(ids)))
         return model.logits(hidden).double()
@@ -858,7 +862,7 @@ class ModelCase:
                 ids = prompts[-1]
                 exact = theirs(ids).logits[0].double()
                 narrow = theirs.to(BF16)(ids).logits[0].double()
-            ours = logits(folder, "cuda", BF16, ids[0])
+            ours = logits(load(folder, "cuda", BF16), ids[0])
         return Outcome(((ours - exact).norm() / (narrow - exact).norm()).item(), 1.2, same)
 
 
@@ -877,24 +881,25 @@ class SchemeCase:
         with TemporaryDirectory() as temporary:
             folder = Path(temporary) / "out"
             quantize("demo", folder, device="cpu", **self.settings)
-            exact = logits(folder, "cpu", FP32, ids)
+            exact = logits(load(folder, "cpu", FP32), ids)
             layers, number = self.layers(folder, ids)
             by_layer, off = (FP8_TOLERANCE, FP8_TOLERANCE) if number == E4M3 else (TOLERANCE[FP32], 1e-6)
             errors = [layers / by_layer]
             most = max(TOLERANCE[FP32], 1.5 * self.moved(folder, ids, exact, off))
+            there = load(folder, "cuda", FP32)
             for rows in (7, len(ids)):  # the fused kernel, and the one that widens the weight first
-                errors.append(relative_error(logits(folder, "cuda", FP32, ids[:rows]).cpu(), exact[:rows]) / most)
+                errors.append(relative_error(logits(there, ids[:rows]).cpu(), exact[:rows]) / most)
             if number is None:
                 ours, theirs = (
-                    relative_error(logits(folder, where, BF16, ids).cpu(), exact) for where in ("cuda", "cpu")
+                    relative_error(logits(load(folder, where, BF16), ids).cpu(), exact) for where in ("cuda", "cpu")
                 )
                 errors.append(ours / (1.2 * theirs))
         return Outcome(max(errors), 1.0, True)
 
     def layers(self, folder: Path, ids: Tensor) -> tuple[float, str | None]:
         """The worst error of a layer that is given what a CPU's is; what the quantized ones' inputs are rounded to."""
-        there = dict(load_decoder(open_source(folder, "cuda", FP32)).named_modules())
-        here = load_decoder(open_source(folder, "cpu", FP32))
+        there = dict(load(folder, "cuda", FP32).named_modules())
+        here = load(folder, "cpu", FP32)
         worst, numbers = 0.0, set()
 
         def hold(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -906,20 +911,17 @@ class SchemeCase:
         for name, layer in here.named_modules():
             if isinstance(layer, Linear) and name != "lm_head":
                 layer.register_forward_hook(partial(hold, name))
-        with torch.inference_mode():
-            here(ids, torch.arange(len(ids)), CausalAttention(len(ids)))
+        logits(here, ids)
         (number,) = numbers
         return worst, number
 
     def moved(self, folder: Path, ids: Tensor, exact: Tensor, off: float) -> float:
         """How far from ``exact`` a CPU's logits are if each layer's outputs are ``off``, relatively, at random."""
-        model = load_decoder(open_source(folder, "cpu", FP32))
+        model = load(folder, "cpu", FP32)
         for layer in model.modules():
             if isinstance(layer, Linear):
                 layer.register_forward_hook(lambda _, inputs, out: out * (1 + off * torch.randn_like(out)))
-        with torch.inference_mode():
-            hidden = model(ids, torch.arange(len(ids)), CausalAttention(len(ids)))
-            return relative_error(model.logits(hidden), exact)
+        return relative_error(logits(model, ids), exact)
 
 
 DEMO_SCHEMES: tuple[dict[str, Any], ...] = (
