@@ -237,8 +237,6 @@ def read_whole_lines(path: str) -> list[str]:
 
 
 def test_a_full_disk_is_said_and_what_was_written_stays(tiny: Path) -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
     command = [sys.executable, "-m", "llmq", "generate", str(tiny), "-p", "x", "-o", "-", *map(str, SEEDED)]
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
