@@ -317,7 +317,6 @@ class Sum:
         acc = self.acc.result if isinstance(self.acc, Sum) else self.acc
         product = (a.double() @ b.double()).to(acc.dtype)
         self.result = acc + product if self.use_acc else product
-        self.shape, self.dtype, self.type = self.result.shape, self.result.dtype, self.result.type
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(f"{name} of a product that nobody has waited for")
@@ -482,7 +481,6 @@ class language:
     pointer_type = staticmethod(lambda type: type)
     NVMMADistributedLayout = SliceLayout = BlockedLayout = DotOperandLayout = staticmethod(lambda *_, **__: None)
     SwizzledSharedLayout = staticmethod(lambda *_, **__: None)
-    NVMMASharedLayout = gl.NVMMASharedLayout
     program_id = staticmethod(lambda axis: Number(here.program.place[axis]))
     num_programs = staticmethod(lambda axis: Number(here.program.grid[axis]))
     num_warps = staticmethod(lambda: here.warps)
